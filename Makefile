@@ -1,0 +1,32 @@
+# Which interpreter makes the virtual environment: make PYTHON=python3.12 test
+PYTHON ?= python3
+# Arguments for the example programs: make demo ARGS="--help"
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: .venv demo test lint bench
+
+.venv: $(STAMP)
+
+# One pip call for everything, so that the constraints also decide which build of torch is taken.
+# The stamp comes last: an install that failed half way is done again.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python examples/bench_prefill.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
