@@ -1,0 +1,173 @@
+"""The options of the backend: what they mean, what is valid, and what identifies a result."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import Any, overload
+
+import torch
+
+from dartfx.errors import ConfigError
+from dartfx.fingerprint import digest
+from dartfx.option_checks import CHECKS, choices, describe, require_kernel
+
+__all__ = ["DUMP_VARIABLE", "DartConfig"]
+
+DUMP_VARIABLE = "DARTFX_DUMP"
+
+# Neither reaches a tensor: one says how loudly a refusal is reported, one where graphs are written.
+_NO_EFFECT_ON_RESULT = frozenset({"dump", "on_unsupported"})
+
+# Compiled code does size arithmetic in 64 bits. Below this numerator, 2 * N * p + q stays inside
+# them for every N up to 2**24 vision tokens (a float has at most 17 decimals, so q <= 10**17).
+_LARGEST_SYMBOLIC_NUMERATOR = 1 << 37
+
+
+@dataclass(frozen=True)
+class DartConfig:
+    """The checked options of one compiled model; raises ConfigError for any that is not valid.
+
+    retain_tokens: vision tokens kept per sample; None means: follow ``reduction_ratio``.
+    reduction_ratio: share of the vision tokens that is dropped, in [0, 1).
+    layer: index of the first decoder layer that sees the pruned sequence, at least 1.
+    pivot_image_tokens, pivot_text_tokens: pivots of either kind.
+    selector: a name in the selector registry.
+    kv_layout: "layered", "uniform" or "auto".
+    kernel: "triton", "torch" or "auto"; "triton" raises KernelUnavailableError where it cannot run.
+    lowering: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
+    inductor: Inductor options by name, laid over those of ``mode``.
+    mode: a ``torch.compile`` mode; an option too, since torch.compile refuses ``mode=`` with
+        ``options=``.
+    on_unsupported: "warn", "error" or "ignore" when vision tokens cannot be pruned.
+    dump: directory for graph dumps.
+    """
+
+    retain_tokens: int | None = None
+    reduction_ratio: float = 0.778
+    layer: int = 2
+    pivot_image_tokens: int = 4
+    pivot_text_tokens: int = 4
+    selector: str = "dart"
+    kv_layout: str = "auto"
+    kernel: str = "auto"
+    lowering: str = "inductor"
+    inductor: Mapping[str, object] = field(default_factory=dict, hash=False)
+    mode: str | None = None
+    on_unsupported: str = "warn"
+    dump: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, check in CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.lowering != "inductor":
+            _refuse_inductor_options(self)
+        if self.kernel == "triton":
+            require_kernel(self.kernel)
+
+    @classmethod
+    def from_options(
+        cls, options: Mapping[str, object] | None, mode: str | None = None
+    ) -> DartConfig:
+        """The config that ``torch.compile(..., mode=mode, options=options)`` asks for.
+
+        Raises ConfigError for an unknown key, a value that is not valid, and two values that
+        contradict each other.  ``DARTFX_DUMP`` stands in for a ``dump`` that is not given.
+        """
+        if not isinstance(options, Mapping | None):
+            raise ConfigError(f"options must be a dict, got {describe(options)}")
+        given: dict[str, Any] = dict(options or {})
+        valid = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in valid:
+                raise ConfigError(f"unknown option {key!r}; {choices(key, valid)}")
+        if given.get("retain_tokens") is not None and "reduction_ratio" in given:
+            raise ConfigError(
+                f"retain_tokens={given['retain_tokens']!r} and "
+                f"reduction_ratio={given['reduction_ratio']!r} both set how many vision tokens "
+                "are kept; give one of them"
+            )
+        if mode is not None:
+            if given.get("mode") not in (None, mode):
+                raise ConfigError(
+                    f"mode={mode!r} and options['mode']={given['mode']!r} disagree; give one"
+                )
+            given["mode"] = mode
+        if given.get("dump") is None:
+            given["dump"] = os.environ.get(DUMP_VARIABLE) or None
+        return cls(**given)
+
+    @overload
+    def retain_for(self, n: int) -> int: ...
+    @overload
+    def retain_for(self, n: int | torch.SymInt) -> int | torch.SymInt: ...
+
+    def retain_for(self, n: int | torch.SymInt) -> int | torch.SymInt:
+        """How many of ``n`` vision tokens per sample are kept (R).
+
+        ``retain_tokens`` when given, even if it exceeds ``n``; otherwise
+        max(1, round(n * (1 - reduction_ratio))) with the ratio read as the decimal that was
+        written and halves rounded to even, so an int and a SymInt give the same number.  A SymInt
+        gets no guard.  Raises ConfigError for a SymInt when the ratio has so many decimals that
+        compiled size arithmetic could overflow.
+        """
+        if self.retain_tokens is not None:
+            return self.retain_tokens
+        keep = 1 - Fraction(str(self.reduction_ratio))
+        p, q = keep.numerator, keep.denominator
+        if not isinstance(n, int) and p >= _LARGEST_SYMBOLIC_NUMERATOR:
+            raise ConfigError(
+                f"reduction_ratio={self.reduction_ratio!r} has too many decimals for a compilation "
+                "with dynamic shapes: its size arithmetic would leave 64 bits; write at most 11 "
+                "decimals, or give retain_tokens"
+            )
+        # floor(n*p/q + 1/2) rounds halves up; a half leaves remainder 0, and then an odd result
+        # is one too many. Only arithmetic: a comparison on a SymInt would install a guard.
+        doubled = 2 * n * p + q
+        rounded = doubled // (2 * q)
+        is_half = (2 * q - doubled % (2 * q)) // (2 * q)
+        nearest_even = rounded - is_half * (rounded % 2)
+        retained: int | torch.SymInt = torch.sym_max(1, nearest_even)  # type: ignore[no-untyped-call]
+        return retained
+
+    def inductor_patches(self) -> dict[str, object]:
+        """Inductor's config patches: those of ``mode``, overlaid by ``inductor``."""
+        patches: dict[str, object] = {}
+        if self.mode not in (None, "default"):
+            from torch._inductor import list_mode_options
+
+            patches.update(list_mode_options(self.mode))
+        patches.update(self.inductor)
+        return patches
+
+    def fingerprint(self) -> str:
+        """Hex digest of all that decides what compiled code computes, for compiler cache keys.
+
+        The options (without ``dump`` and ``on_unsupported``, which change no tensor), the source
+        of dartfx and its passes, the selector's own fingerprint, and the versions of dartfx and
+        torch.  Equal in every process, unless an Inductor option holds an object that has no
+        ``uuid()`` to identify it: such a config equals only itself.
+        """
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        from dartfx.selectors import selector_fingerprint
+
+        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        decisive = {k: v for k, v in options.items() if k not in _NO_EFFECT_ON_RESULT}
+        selector = selector_fingerprint(self.selector)
+        return digest({"options": decisive, "selector": selector})
+
+
+def _refuse_inductor_options(config: DartConfig) -> None:
+    for name, value in (("mode", config.mode), ("inductor", config.inductor)):
+        # mode="default" asks Inductor for nothing, so nothing would be ignored.
+        if value and value != "default":
+            raise ConfigError(
+                f"{name}={value!r} is for Inductor, but lowering={config.lowering!r} does not use "
+                f"it; drop {name}, or use lowering='inductor'"
+            )

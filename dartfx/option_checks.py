@@ -1,0 +1,147 @@
+"""What each option accepts: one function per kind of value, and the table that assigns them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from dartfx.errors import ConfigError
+
+__all__ = ["CHECKS", "choices", "describe", "require_kernel"]
+
+Check = Callable[[str, object], object]
+"""(name of the option, value) -> the value to keep; raises ConfigError for an invalid one."""
+
+
+def describe(value: object) -> str:
+    """``value`` as an error message shows it: its repr and its type."""
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _nearest(value: object, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(value).lower(), list(valid), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def choices(value: object, valid: Iterable[str]) -> str:
+    """The name nearest to ``value``, if one is near, and all valid names."""
+    names = sorted(valid)
+    return f"{_nearest(value, names)}valid: {', '.join(names)}"
+
+
+def _integer(minimum: int, optional: bool = False) -> Check:
+    wanted = f"an int, at least {minimum}" + (", or None" if optional else "")
+
+    def check(name: str, value: object) -> object:
+        if optional and value is None:
+            return None
+        # bool is an int to Python; here True would silently mean one token.
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(f"{name} must be {wanted}, got {describe(value)}")
+        return int(value)
+
+    return check
+
+
+def _ratio(name: str, value: object) -> object:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be a number with 0 <= {name} < 1, got {describe(value)}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _choice(valid: Callable[[], Iterable[str]], optional: bool = False) -> Check:
+    def check(name: str, value: object) -> object:
+        if optional and value is None:
+            return None
+        names = list(valid())
+        if not isinstance(value, str) or value not in names:
+            raise ConfigError(f"{name} cannot be {describe(value)}; {choices(value, names)}")
+        return value
+
+    return check
+
+
+def _selectors() -> Iterable[str]:
+    # The registry imports the operators, which import this package.
+    from dartfx.selectors import selector_names
+
+    return selector_names()
+
+
+def _kernels() -> Iterable[str]:
+    from dartfx.ops.register import KERNELS
+
+    return KERNELS
+
+
+def require_kernel(kernel: str) -> None:
+    """Raise KernelUnavailableError unless ``kernel`` can run on this machine."""
+    from dartfx.ops.register import choose_kernel
+
+    # The model's device is not known yet; the operator asks again with the one it runs on.
+    choose_kernel(kernel, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _modes() -> Iterable[str]:
+    from torch._inductor import list_mode_options
+
+    return {"default", *list_mode_options()}
+
+
+def _inductor(name: str, value: object) -> object:
+    """``value`` with its keys spelled as Inductor spells them, after Inductor's own type check."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a dict of Inductor options, got {describe(value)}")
+    patches: dict[str, object] = {}
+    if not value:
+        return patches
+    from torch._inductor import config, list_options
+
+    valid = list_options()
+    for key, setting in value.items():
+        spelled = key.replace("-", "_") if isinstance(key, str) else key
+        if spelled not in valid:
+            raise ConfigError(
+                f"unknown Inductor option {name}[{key!r}]; {_nearest(spelled, valid)}"
+                f"torch._inductor.list_options() has all {len(valid)}"
+            )
+        if spelled in patches:
+            raise ConfigError(f"{name} gives {spelled!r} twice, with '-' and with '_'")
+        wanted = config.get_type(spelled)  # type: ignore[attr-defined]
+        if isinstance(wanted, type) and not isinstance(setting, wanted):
+            raise ConfigError(
+                f"{name}[{key!r}] must be of type {wanted.__name__}, got {describe(setting)}"
+            )
+        patches[spelled] = setting
+    return patches
+
+
+def _path(name: str, value: object) -> object:
+    if value is None:
+        return None
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"{name} must be the path of a directory, got {describe(value)}")
+    return path
+
+
+CHECKS: dict[str, Check] = {
+    "retain_tokens": _integer(0, optional=True),
+    "reduction_ratio": _ratio,
+    # The selection needs the keys of the layer before.
+    "layer": _integer(1),
+    "pivot_image_tokens": _integer(0),
+    "pivot_text_tokens": _integer(0),
+    "selector": _choice(_selectors),
+    "kv_layout": _choice(lambda: ("auto", "layered", "uniform")),
+    "kernel": _choice(_kernels),
+    "lowering": _choice(lambda: ("inductor", "aot_eager", "eager")),
+    "inductor": _inductor,
+    "mode": _choice(_modes, optional=True),
+    "on_unsupported": _choice(lambda: ("warn", "error", "ignore")),
+    "dump": _path,
+}
