@@ -1,0 +1,139 @@
+"""``dartfx.select_tokens``: the operator with its arguments checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import dartfx.ops.register  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
+from dartfx.errors import SelectionError
+
+__all__ = ["select_tokens"]
+
+
+def select_tokens(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    retain: int,
+    *,
+    valid_mask: Tensor | None = None,
+    pivot_image_tokens: int = 4,
+    pivot_text_tokens: int = 4,
+    selector: str = "dart",
+    kernel: str = "auto",
+) -> Tensor:
+    """Positions that stay when every sample keeps about ``retain`` vision tokens.
+
+    hidden: [B, S, D] float, decoder layer output after the model's final norm.  keys: [B, H, S,
+    Dh] float, the same layer's keys after rotary embedding.  vision_mask: [B, S] bool.
+    valid_mask: [B, S] bool, False at pads; None means no pads.  Returns keep_idx: [B, S'] int64,
+    ascending in every row, with S' = S - N + min(retain, N) and N the vision tokens per row,
+    rounded down.  Every row keeps all its valid text; pads, lowest position first, and in rows of
+    unequal vision tokens also the number of vision tokens kept, make up the difference.
+
+    Arithmetic is float32 (float64 for float64 inputs), ties go to the lowest position, NaN ranks
+    last.  Source: DART (arXiv 2502.11494) section 3.  N is read from ``vision_mask`` on the host,
+    once per call; inside a compiled graph call ``torch.ops.dartfx.select_tokens``, which takes N.
+
+    Raises SelectionError for arguments of the wrong rank, shape, dtype, device or range, and for
+    a row whose text would not fit; ConfigError for an unknown selector or kernel;
+    KernelUnavailableError for a kernel that cannot run here.
+    """
+    _check_tensors(hidden, keys, vision_mask, valid_mask)
+    _check_count("retain", retain)
+    _check_count("pivot_image_tokens", pivot_image_tokens)
+    _check_count("pivot_text_tokens", pivot_text_tokens)
+    vision_tokens = _read_vision_tokens(vision_mask, valid_mask, retain)
+    keep_idx: Tensor = torch.ops.dartfx.select_tokens(
+        hidden,
+        keys,
+        vision_mask,
+        valid_mask,
+        vision_tokens,
+        retain,
+        pivot_image_tokens,
+        pivot_text_tokens,
+        selector,
+        kernel,
+    )
+    return keep_idx
+
+
+def _fail(name: str, problem: str) -> SelectionError:
+    return SelectionError(f"dartfx.select_tokens: {name} {problem}")
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise _fail(name, f"must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise _fail(name, f"must be at least 0, got {value}")
+
+
+def _check_tensors(
+    hidden: Tensor, keys: Tensor, vision_mask: Tensor, valid_mask: Tensor | None
+) -> None:
+    _check_tensor("hidden", hidden, "[B, S, D]", 3)
+    _check_tensor("keys", keys, "[B, H, S, Dh]", 4)
+    batch, sequence = hidden.shape[:2]
+    if batch == 0:
+        raise _fail("hidden", f"must hold at least one row, got shape {tuple(hidden.shape)}")
+    if (keys.shape[0], keys.shape[2]) != (batch, sequence):
+        raise _fail(
+            "keys",
+            f"must be [B, H, S, Dh] with B = {batch} and S = {sequence} as in hidden, "
+            f"got shape {tuple(keys.shape)}",
+        )
+    for name, mask in (("vision_mask", vision_mask), ("valid_mask", valid_mask)):
+        if mask is None and name == "valid_mask":
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise _fail(name, f"must be a bool tensor, got {kind}; compare or call .bool() first")
+        if mask.shape != hidden.shape[:2]:
+            raise _fail(
+                name,
+                f"must be [B, S] = {tuple(hidden.shape[:2])} as in hidden, "
+                f"got shape {tuple(mask.shape)}",
+            )
+    for name, tensor in (("keys", keys), ("vision_mask", vision_mask), ("valid_mask", valid_mask)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise _fail(name, f"is on {tensor.device}, but hidden is on {hidden.device}")
+
+
+def _check_tensor(name: str, tensor: object, shape: str, rank: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise _fail(name, f"must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise _fail(name, f"must be a floating-point tensor, got {tensor.dtype}")
+    if tensor.dim() != rank:
+        raise _fail(name, f"must be {shape}, got shape {tuple(tensor.shape)}")
+
+
+def _read_vision_tokens(vision_mask: Tensor, valid_mask: Tensor | None, retain: int) -> int:
+    """N, with what only the masks' values can tell checked; the host read of ``select_tokens``."""
+    valid = torch.ones_like(vision_mask) if valid_mask is None else valid_mask
+    counts = [vision_mask, vision_mask & ~valid, valid & ~vision_mask]
+    vision, invalid, text = torch.stack([mask.sum(1) for mask in counts]).tolist()
+    for row, count in enumerate(invalid):
+        if count:
+            raise _fail(
+                "valid_mask", f"is False at {count} vision tokens of row {row}; pads are not vision"
+            )
+    batch, sequence = vision_mask.shape
+    if not any(vision):
+        raise _fail("vision_mask", "marks no vision token in the whole batch; nothing to select")
+    vision_tokens = sum(vision) // batch
+    length = sequence - vision_tokens + min(retain, vision_tokens)
+    for row in range(batch):
+        budget = min(vision[row], max(retain, vision[row] + length - sequence))
+        if text[row] + budget > length:
+            raise _fail(
+                "vision_mask",
+                f"leaves no room for the text of row {row}: {text[row]} valid text positions and "
+                f"{budget} kept vision tokens exceed the {length} positions that every row "
+                "keeps, and text is never dropped; give every row the same number of vision "
+                "tokens, pad the batch further, or run this row on its own",
+            )
+    return int(vision_tokens)

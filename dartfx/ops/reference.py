@@ -1,0 +1,179 @@
+"""The definition of DART's selection, in plain torch with fixed shapes.
+
+Every ranking is a stable sort over ascending positions, so all ties go to the lowest position.
+Nothing here reads a tensor's value into a shape: which tokens are kept is decided with masks and
+running counts, so the same code runs eagerly, under fake tensors with symbolic sizes, and fused
+by a compiler.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+__all__ = ["dart", "positions_of", "stable_order", "take_first", "take_in_turn"]
+
+_EPS = 1e-8  # torch.nn.functional.cosine_similarity clamps each norm on its own at this value
+
+
+def dart(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    budget: Tensor,
+    *,
+    pivot_image_tokens: int,
+    pivot_text_tokens: int,
+) -> Tensor:
+    """Vision tokens that duplicate the pivots least, ``budget[b]`` of them in row ``b``.
+
+    hidden: [B, S, D] float, after the final norm.  keys: [B, H, S, Dh] float, after rotary
+    embedding.  vision_mask, text_mask: [B, S] bool.  budget: [B] int64, at most the row's vision
+    tokens.  Returns kept: [B, S] bool.  Arithmetic is float32, float64 for float64 inputs.
+
+    Pivots are the vision and text tokens with the largest L1 key norms.  The image pivots are
+    kept; then each pivot, in ascending position, takes its share of the remaining vision tokens,
+    those of lowest cosine similarity to it.  Source: DART (arXiv 2502.11494) section 3, with an
+    exact budget, a fixed pivot order and a fixed tie rule in place of the published code's.
+    """
+    slots = pivot_image_tokens + pivot_text_tokens
+    n_text = text_mask.sum(1).clamp(max=pivot_text_tokens)
+    n_image = budget.clamp(max=pivot_image_tokens)
+    # A row with no pivot at all has nothing to compare with: it keeps its largest key norms.
+    n_image = torch.where(n_image + n_text == 0, budget, n_image)
+
+    order = stable_order(-_key_norms(keys))
+    image_pivots, text_pivots = _take_in_turn(
+        order.repeat(2, 1)[:, None],
+        torch.cat([vision_mask, text_mask]),
+        torch.cat([n_image, n_text])[:, None],
+    ).chunk(2)
+    if slots == 0:
+        return image_pivots
+    pivots = positions_of(image_pivots | text_pivots, slots)
+
+    n_pivots = (n_image + n_text)[:, None]
+    rest = (budget - n_image)[:, None]
+    slot = torch.arange(slots, device=budget.device)
+    quota = rest // n_pivots.clamp(min=1) + (slot < rest % n_pivots.clamp(min=1))
+    quota = torch.where(slot < n_pivots, quota, 0)
+    similarity_order = stable_order(_cosines(hidden, pivots))
+    return image_pivots | _take_in_turn(similarity_order, vision_mask & ~image_pivots, quota)
+
+
+def take_in_turn(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
+    """What P takers get who, one after the other, take their first ``quota`` of what is left.
+
+    order: [B, P, S] int64, each taker's permutation of the positions.  members: [B, S] bool.
+    quota: [B, P] int64.  Returns [B, S] bool, by position.
+    """
+    left = members
+    for j in range(order.shape[1]):
+        left = left & ~take_first(order[:, j], left, quota[:, j])
+    return members & ~left
+
+
+def stable_order(scores: Tensor) -> Tensor:
+    """Positions by ascending score along the last dim, ties to the lowest, NaN after all numbers.
+
+    scores: [..., S] float.  Returns [..., S] int64, a permutation of the positions.
+    """
+    # Sorting kernels differ in where they put a NaN, above all one with its sign bit set.
+    scores = torch.where(scores.isnan(), torch.inf, scores)
+    return torch.sort(scores, dim=-1, stable=True).indices
+
+
+def take_first(order: Tensor, members: Tensor, count: Tensor) -> Tensor:
+    """The first ``count[b]`` members of row ``b`` in the given order (all of them if fewer).
+
+    order: [B, S] int64 permutation.  members: [B, S] bool.  count: [B] int64.
+    Returns [B, S] bool, by position.
+    """
+    members = members.gather(1, order)
+    taken = members & (members.cumsum(1) <= count[:, None])
+    return torch.zeros_like(members).scatter(1, order, taken)
+
+
+def positions_of(mask: Tensor, size: Any) -> Tensor:
+    """Positions of the first ``size`` True entries of each row, ascending.
+
+    mask: [B, S] bool.  size: int or SymInt.  Returns [B, size] int64.  A row with fewer True
+    entries repeats S - 1 at its end, so every index can be gathered with.
+    """
+    if mask.device.type == "cpu":
+        positions: Tensor = torch.ops.dartfx.positions_of(mask, size)
+        return positions
+    return _positions_of(mask, size)
+
+
+def _positions_of(mask: Tensor, size: Any) -> Tensor:
+    # The i-th True entry is where the running count first reaches i + 1.
+    wanted = torch.arange(1, size + 1, device=mask.device).expand(mask.shape[0], size)
+    return torch.searchsorted(mask.cumsum(1), wanted.contiguous()).clamp(max=mask.shape[1] - 1)
+
+
+# On the CPU these two are opaque operators. Inlined, their running counts and searches split the
+# graph into some twenty C++ files, each of which takes seconds to compile, for loops over a few
+# hundred integers that run no faster for it. On other devices they are inlined.
+
+
+@custom_op(
+    "dartfx::take_in_turn",
+    mutates_args=(),
+    schema="(Tensor order, Tensor members, Tensor quota) -> Tensor",
+)
+def _opaque_take(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
+    return take_in_turn(order, members, quota)
+
+
+@_opaque_take.register_fake
+def _opaque_take_fake(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
+    return torch.empty_like(members)
+
+
+@custom_op("dartfx::positions_of", mutates_args=(), schema="(Tensor mask, SymInt size) -> Tensor")
+def _opaque_positions(mask: Tensor, size: int) -> Tensor:
+    return _positions_of(mask, size)
+
+
+@_opaque_positions.register_fake
+def _opaque_positions_fake(mask: Tensor, size: Any) -> Tensor:
+    return mask.new_empty((mask.shape[0], size), dtype=torch.int64)
+
+
+def _take_in_turn(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
+    if members.device.type != "cpu":
+        return take_in_turn(order, members, quota)
+    taken: Tensor = torch.ops.dartfx.take_in_turn(order, members, quota)
+    return taken
+
+
+def _key_norms(keys: Tensor) -> Tensor:
+    """L1 norm of each position's key over heads and channels: [B, H, S, Dh] to [B, S]."""
+    return keys.abs().sum((1, 3), dtype=_accumulation_dtype(keys))
+
+
+def _cosines(hidden: Tensor, pivots: Tensor) -> Tensor:
+    """Cosine similarity of every position to every pivot.
+
+    hidden: [B, S, D] float.  pivots: [B, P] int64.  Returns [B, P, S].
+    """
+    hidden = hidden.to(_accumulation_dtype(hidden))
+    # Products and sums rather than a matrix product: they ignore the user's TF32 and autocast
+    # settings, sum each position in the same way whatever B and S are (a padded row then selects
+    # what it selects alone), and fuse into one pass over the hidden states.
+    norms = (hidden * hidden).sum(-1).sqrt().clamp(min=_EPS)
+    rows = []
+    for j in range(pivots.shape[1]):
+        at = pivots[:, j, None]
+        vector = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[2]))
+        rows.append((hidden * vector).sum(-1) / (norms * norms.gather(1, at)))
+    return torch.stack(rows, 1)
+
+
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

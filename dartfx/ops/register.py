@@ -1,0 +1,171 @@
+"""``torch.ops.dartfx.select_tokens``: the selection as one operator of a graph.
+
+It stays one node under ``make_fx`` and fake tensors. AOTAutograd replaces it by the plain ATen of
+``reference.py``, which the compiler then fuses; in eager it runs that same code directly.
+``custom_op`` with a FunctionalTensorMode rule does what ``torch.library.triton_op`` does, but
+keeps the integer arguments of the schema apart from the symbolic sizes and does not warn at
+import where Triton is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.library import custom_op
+
+from dartfx import selectors
+from dartfx.errors import ConfigError, KernelUnavailableError, SelectionError
+from dartfx.ops.batch import (
+    Size,
+    enforce_budget,
+    keep_positions,
+    kept_length,
+    plan_batch,
+)
+
+__all__ = ["KERNELS", "choose_kernel"]
+
+KERNELS = ("auto", "torch", "triton")
+
+# Above this batch size one message covers all rows, so that large batches stay cheap on a GPU.
+_NAMED_ROWS = 32
+
+_TEXT_LOST = (
+    "dartfx.select_tokens: row {row} has more valid text than fits beside its vision tokens in "
+    "the S - N + R positions that every row keeps; text is never dropped. Give every row the "
+    "same number of vision tokens, pad the batch further, or run this row on its own"
+)
+_WRONG_COUNT = (
+    "dartfx.select_tokens: selector {name!r} did not keep exactly budget[b] vision tokens in row "
+    "b = {{row}}; return a [B, S] bool mask inside vision_mask with budget[b] True entries per row"
+)
+
+
+@custom_op("dartfx::require_rows", mutates_args=(), schema="(Tensor x, Tensor ok, str m) -> Tensor")
+def require_rows(value: Tensor, ok: Tensor, message: str) -> Tensor:
+    """A copy of ``value``, once every row of ``ok`` [B] bool holds; ``message`` names ``{row}``.
+
+    On the CPU it raises SelectionError. Elsewhere it is an assertion on the device, without a
+    host read. An operator of its own, because the assertions that Inductor generates for the CPU
+    throw inside OpenMP regions, which ends the process; and one with a result, because nothing
+    removes an operator whose result is used.
+    """
+    rows = ok.shape[0]
+    if ok.device.type == "cpu":
+        for row, holds in enumerate(ok.tolist()):
+            if not holds:
+                raise SelectionError(message.replace("{row}", str(row)))
+    elif rows <= _NAMED_ROWS:
+        for row in range(rows):
+            torch._assert_async(ok[row], message.replace("{row}", str(row)))
+    else:
+        torch._assert_async(ok.all(), message.replace("{row}", f"(one of {rows})"))
+    return value.clone()
+
+
+@require_rows.register_fake
+def _require_rows_fake(value: Tensor, ok: Tensor, message: str) -> Tensor:
+    return torch.empty_like(value)
+
+
+def choose_kernel(kernel: str, device: torch.device) -> Literal["torch"]:
+    """Which implementation runs on ``device``: the one place where a Triton path joins.
+
+    Raises ConfigError for an unknown name and KernelUnavailableError for "triton".
+    """
+    if kernel not in KERNELS:
+        names = ", ".join(map(repr, KERNELS))
+        raise ConfigError(f"unknown kernel {kernel!r}; valid names: {names}")
+    if kernel == "triton":
+        raise KernelUnavailableError(
+            f"kernel='triton' is not available for {device.type} tensors: this version of dartfx "
+            "has no Triton kernel; use kernel='auto' or 'torch', which Inductor compiles"
+        )
+    return "torch"
+
+
+def _select(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    valid_mask: Tensor | None,
+    vision_tokens: Size,
+    retain: Size,
+    pivot_image_tokens: int,
+    pivot_text_tokens: int,
+    selector: str,
+    kernel: str,
+) -> Tensor:
+    choose_kernel(kernel, hidden.device)
+    plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
+    budget = torch.ops.dartfx.require_rows(plan.budget, plan.pads_kept >= 0, _TEXT_LOST)
+    kept = selectors.get_selector(selector)(
+        hidden,
+        keys,
+        vision_mask,
+        plan.text_after,
+        budget,
+        pivot_image_tokens=pivot_image_tokens,
+        pivot_text_tokens=pivot_text_tokens,
+    )
+    if not selectors.is_exact(selector):
+        kept = _checked(kept, vision_mask, budget, selector)
+    return keep_positions(plan, kept)
+
+
+def _checked(kept: Tensor, vision_mask: Tensor, budget: Tensor, selector: str) -> Tensor:
+    if kept.dtype != torch.bool or kept.shape != vision_mask.shape:
+        raise SelectionError(
+            f"dartfx.select_tokens: selector {selector!r} returned {kept.dtype} of shape "
+            f"{tuple(kept.shape)}; it must return bool of shape {tuple(vision_mask.shape)}"
+        )
+    met = (kept.sum(1) == budget) & ~(kept & ~vision_mask).any(1)
+    # Where the check is an assertion on the device, later kernels may run before it is noticed.
+    kept = enforce_budget(kept, vision_mask, budget)
+    message = _WRONG_COUNT.format(name=selector)
+    checked: Tensor = torch.ops.dartfx.require_rows(kept, met, message)
+    return checked
+
+
+_select_tokens = custom_op(
+    "dartfx::select_tokens",
+    _select,
+    mutates_args=(),
+    schema=(
+        "(Tensor hidden, Tensor keys, Tensor vision_mask, Tensor? valid_mask, "
+        "SymInt vision_tokens, SymInt retain, int pivot_image_tokens, int pivot_text_tokens, "
+        "str selector, str kernel) -> Tensor"
+    ),
+)
+
+
+@_select_tokens.register_fake
+def _select_tokens_fake(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    valid_mask: Tensor | None,
+    vision_tokens: Size,
+    retain: Size,
+    *static: int | str,
+) -> Tensor:
+    length = kept_length(hidden.shape[1], vision_tokens, retain)
+    return hidden.new_empty((hidden.shape[0], length), dtype=torch.int64)
+
+
+def _decompose(
+    mode: FunctionalTensorMode,
+    op: torch._ops.OpOverload,
+    types: Sequence[type],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    with mode:
+        return _select(*args, **kwargs)
+
+
+_select_tokens.register_torch_dispatch(FunctionalTensorMode, _decompose)

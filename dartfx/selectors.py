@@ -1,0 +1,200 @@
+"""The selector registry: which rule picks the vision tokens that a row keeps.
+
+A selector is a small function of tensors. It decides only which vision tokens stay; the operator
+around it applies the batch rule, keeps the text, drops pads and builds the indices.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dartfx.errors import ConfigError
+from dartfx.ops.reference import dart, stable_order, take_first
+
+__all__ = [
+    "Selector",
+    "get_selector",
+    "is_exact",
+    "register_selector",
+    "selector_fingerprint",
+    "selector_names",
+]
+
+
+class Selector(Protocol):
+    """Chooses exactly ``budget[b]`` vision tokens in every row ``b``.
+
+    hidden: [B, S, D] float, after the final norm.  keys: [B, H, S, Dh] float, after rotary
+    embedding.  vision_mask: [B, S] bool.  text_mask: [B, S] bool, valid text after the row's last
+    vision token.  budget: [B] int64, at most the row's vision tokens.  Returns kept: [B, S] bool,
+    inside vision_mask.
+
+    It is traced once and compiled: shapes must not depend on values, and sizes may be symbolic.
+    """
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        vision_mask: Tensor,
+        text_mask: Tensor,
+        budget: Tensor,
+        /,
+        *,
+        pivot_image_tokens: int,
+        pivot_text_tokens: int,
+    ) -> Tensor: ...
+
+
+_F = TypeVar("_F", bound=Selector)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    selector: Selector
+    fingerprint: str
+    exact: bool
+
+
+_ENTRIES: dict[str, _Entry] = {}
+
+
+def register_selector(name: str) -> Callable[[_F], _F]:
+    """Decorator that adds a selector to the registry under ``name``.
+
+    Raises ConfigError if the name is taken or empty, or if the function is not a plain Python
+    function with the signature of ``Selector``.
+    """
+    return _register(name, exact=False)
+
+
+def selector_names() -> tuple[str, ...]:
+    """Names of all registered selectors, sorted."""
+    return tuple(sorted(_ENTRIES))
+
+
+def get_selector(name: str) -> Selector:
+    """The selector registered under ``name``; raises ConfigError for an unknown name."""
+    return _entry(name).selector
+
+
+def selector_fingerprint(name: str) -> str:
+    """Hash of a selector's source, so that a compile cache notices when it was edited.
+
+    It covers the file that defines the function (its code where there is no file), its defaults
+    and the values it closes over, as they were at registration. Other modules that the function
+    calls are not covered.  Raises ConfigError for an unknown name.
+    """
+    return _entry(name).fingerprint
+
+
+def is_exact(name: str) -> bool:
+    """Whether the selector is known to meet its budget, so that the operator need not check."""
+    return _entry(name).exact
+
+
+def _register(name: str, *, exact: bool) -> Callable[[_F], _F]:
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"a selector's name must be a non-empty string, got {name!r}")
+
+    def add(function: _F) -> _F:
+        if name in _ENTRIES:
+            raise ConfigError(
+                f"a selector named {name!r} is already registered; choose another name"
+            )
+        plain = inspect.unwrap(function)
+        if not isinstance(plain, FunctionType):
+            raise ConfigError(f"selector {name!r} must be a Python function, got {function!r}")
+        try:
+            inspect.signature(function).bind(*range(5), pivot_image_tokens=4, pivot_text_tokens=4)
+        except TypeError as error:
+            raise ConfigError(
+                f"selector {name!r} cannot be called as a selector ({error}); it takes (hidden, "
+                "keys, vision_mask, text_mask, budget, *, pivot_image_tokens, pivot_text_tokens)"
+            ) from None
+        _ENTRIES[name] = _Entry(function, _fingerprint(plain), exact)
+        return function
+
+    return add
+
+
+def _entry(name: str) -> _Entry:
+    try:
+        return _ENTRIES[name]
+    except (KeyError, TypeError):
+        pass
+    near = difflib.get_close_matches(str(name), _ENTRIES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    names = ", ".join(map(repr, selector_names()))
+    raise ConfigError(f"unknown selector {name!r}; registered: {names}{hint}")
+
+
+def _fingerprint(function: FunctionType) -> str:
+    digest = hashlib.sha256(function.__qualname__.encode())
+    for part in _source(function):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    digest.update(repr((function.__defaults__, function.__kwdefaults__, cells)).encode())
+    return digest.hexdigest()
+
+
+def _source(function: FunctionType) -> Iterator[bytes]:
+    path = Path(function.__code__.co_filename)
+    if path.is_file():
+        yield path.read_bytes()
+    else:
+        yield from _code(function.__code__)
+
+
+def _code(code: CodeType) -> Iterator[bytes]:
+    yield code.co_code
+    yield repr(code.co_names).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code(constant)
+        else:
+            yield repr(constant).encode()
+
+
+def _random(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    budget: Tensor,
+    **pivots: Any,
+) -> Tensor:
+    """A uniformly random subset of the vision tokens, drawn from torch's global generator."""
+    scores = torch.rand(vision_mask.shape, device=vision_mask.device)
+    return take_first(stable_order(scores), vision_mask, budget)
+
+
+def _uniform(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    budget: Tensor,
+    **pivots: Any,
+) -> Tensor:
+    """Vision tokens at even distances in vision order: the middle one of each of R equal bins."""
+    total = vision_mask.sum(1, keepdim=True).clamp(min=1)
+    share, half = budget[:, None], total // 2
+    # Token number t (from 1) is kept where round(t * R / N) steps up from that of t - 1.
+    number = vision_mask.cumsum(1)
+    return vision_mask & ((number * share + half) // total > ((number - 1) * share + half) // total)
+
+
+_register("dart", exact=True)(dart)
+_register("random", exact=True)(_random)
+_register("uniform", exact=True)(_uniform)
