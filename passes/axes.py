@@ -1,0 +1,139 @@
+"""Which dimensions are the token axis: type inference by unification.  Read-only.
+
+Every dimension of every value is a variable; each operator's rule (rules.py) unifies those that
+must be equal.  Sizes are never compared to decide what is a token axis, so a model whose hidden
+size, head count or batch equals the sequence length infers the same as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from networkx.utils import UnionFind
+from torch.fx import Graph, Node
+
+from .facts import Site
+from .graph import is_one, sizes, tensor
+
+Var = tuple[Node, int]
+
+
+class Axes:
+    """Dimension variables of a graph, united by the operators' rules.
+
+    ``place`` also unites size-1 dims with what they broadcast against: it tells which dim of a
+    ``[1, S, D]`` table is the batch.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        from .rules import relate
+
+        self._value: UnionFind = UnionFind()
+        self._place: UnionFind = UnionFind()
+        self._factors: dict[Var, tuple[Var, ...]] = {}
+        self._handled: set[tuple[Node, Var]] = set()
+        for node in graph.nodes:
+            relate(self, node)
+
+    def tie(self, user: Node, a: Var, b: Var) -> None:
+        """Two dims that ``user`` makes one; its operands' dims among them count as handled."""
+        a, b = _positive(a), _positive(b)
+        self.handle(user, a)
+        self.handle(user, b)
+        self.unify(a, b)
+
+    def unify(self, a: Var, b: Var) -> None:
+        """Two dims that are equal, without saying that the operator treats them token by token."""
+        a, b = _positive(a), _positive(b)
+        self._place.union(a, b)
+        if is_one(sizes(a[0])[a[1]]) or is_one(sizes(b[0])[b[1]]):
+            return
+        one, other = self.factors(a), self.factors(b)
+        self._value.union(a, b)
+        if one and other and len(one) == len(other):
+            for left, right in zip(one, other, strict=True):
+                self.unify(left, right)
+        if one or other:
+            self._factors[self._value[a]] = one or other
+
+    def handle(self, user: Node, var: Var) -> None:
+        """``user`` treats this operand dim in a way that survives dropping tokens."""
+        self._handled.add((user, _positive(var)))
+
+    def product(self, var: Var, factors: tuple[Var, ...]) -> None:
+        """The dim is the product of these, in memory order (``B * S``)."""
+        known = self.factors(var)
+        if known and len(known) == len(factors):
+            for left, right in zip(known, factors, strict=True):
+                self.unify(left, right)
+        elif not known:
+            self._factors[self._value[var]] = factors
+
+    def factors(self, var: Var) -> tuple[Var, ...]:
+        """The factors of a product dim, or ()."""
+        return self._factors.get(self._value[_positive(var)], ())
+
+    def same(self, a: Var, b: Var) -> bool:
+        """Whether two dims are one axis."""
+        return bool(self._value[_positive(a)] == self._value[_positive(b)])
+
+    def aligned(self, a: Var, b: Var) -> bool:
+        """Whether two dims stand in one place, size-1 broadcasts included."""
+        return bool(self._place[_positive(a)] == self._place[_positive(b)])
+
+    def was_handled(self, user: Node, var: Var) -> bool:
+        """Whether ``user``'s rule accounts for this operand dim."""
+        return (user, var) in self._handled
+
+
+def _positive(var: Var) -> Var:
+    node, dim = var
+    return (node, dim % len(sizes(node))) if dim < 0 else var
+
+
+class TokenAxes:
+    """Where the token axis of one :class:`Site` runs."""
+
+    def __init__(self, axes: Axes, site: Site) -> None:
+        self.axes = axes
+        self.token: Var = (site.hidden, 1)
+        self.batch: Var = (site.hidden, 0)
+
+    def is_token(self, node: Node, dim: int) -> bool:
+        """Whether this dim is the token axis (of size S)."""
+        return not is_one(sizes(node)[dim]) and self.axes.same((node, dim), self.token)
+
+    def dims(self, node: object) -> tuple[int, ...]:
+        """The token dims of a value; () for anything that is no tensor."""
+        if not isinstance(node, Node) or tensor(node) is None:
+            return ()
+        return tuple(d for d in range(len(sizes(node))) if self.is_token(node, d))
+
+    def factors(self, node: Node, dim: int) -> tuple[Var, ...]:
+        """The factors of a product dim that has the token axis among them, else ()."""
+        factors = self.axes.factors((node, dim))
+        return factors if any(self.is_token(*f) for f in factors) else ()
+
+    def flat_dims(self, node: object) -> tuple[int, ...]:
+        """The product dims (``B * S``) of a value that hold the token axis."""
+        if not isinstance(node, Node) or tensor(node) is None:
+            return ()
+        found = range(len(sizes(node)))
+        return tuple(d for d in found if not self.is_token(node, d) and self.factors(node, d))
+
+    def batch_dim(self, node: Node) -> int | None:
+        """The dim that is, or broadcasts against, the batch; None when there is none."""
+        tokens = self.dims(node)
+        for dim in range(len(sizes(node))):
+            if dim not in tokens and self.axes.aligned((node, dim), self.batch):
+                return dim
+        return None
+
+    def opaque(self, nodes: Iterable[Node]) -> tuple[Node, Node] | None:
+        """The first (user, operand) whose token axis the user's rule does not account for."""
+        for node in nodes:
+            for operand in node.all_input_nodes:
+                dims = (*self.dims(operand), *self.flat_dims(operand))
+                if any(not self.axes.was_handled(node, (operand, d)) for d in dims):
+                    return node, operand
+        return None

@@ -1,0 +1,70 @@
+"""Postconditions: recompute every pruned value's shape and hold it against the token axes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import sympy
+from torch.fx import Graph, Node
+
+from .axes import TokenAxes
+from .facts import Refusal, Size
+from .graph import evaluate, expr, fake_mode, sizes, tensor
+
+Shape = tuple[Size, ...]
+
+
+def expected(region: Sequence[Node], axes: TokenAxes, kept: Size) -> dict[Node, list[sympy.Expr]]:
+    """The shape each value of ``region`` must have once its token axis is S' long."""
+    return {
+        node: [_length(node, dim, axes, kept) for dim in range(len(sizes(node)))]
+        for node in region
+        if tensor(node) is not None
+    }
+
+
+def _length(node: Node, dim: int, axes: TokenAxes, kept: Size) -> sympy.Expr:
+    if axes.is_token(node, dim):
+        return expr(kept)
+    product = sympy.Integer(1)
+    factors = axes.factors(node, dim)
+    for owner, at in factors:
+        product = product * (expr(kept) if axes.is_token(owner, at) else expr(sizes(owner)[at]))
+    return product if factors else expr(sizes(node)[dim])
+
+
+def check(graph: Graph, shapes: dict[Node, list[sympy.Expr]]) -> None:
+    """Re-propagate fake values through the pruned region; each shape must be the expected one.
+
+    Raises Refusal naming the node and the user's source line, so that the caller rolls back.
+    """
+    graph.lint()
+    mode = fake_mode(graph)
+    fresh = (
+        mode.shape_env.ignore_fresh_unbacked_symbols()
+        if mode.shape_env is not None
+        else contextlib.nullcontext()
+    )
+    with fresh:
+        for node in graph.nodes:
+            if node not in shapes:
+                continue
+            try:
+                node.meta["val"] = evaluate(node, mode)
+            except Exception as error:  # whatever the operator says about its operands' shapes
+                raise Refusal(
+                    f"after pruning, {node.target} does not fit its operands: {error}", node
+                ) from error
+            _compare(node, shapes[node])
+
+
+def _compare(node: Node, shape: list[sympy.Expr]) -> None:
+    found = [expr(s) for s in sizes(node)]
+    same = len(found) == len(shape) and all(
+        sympy.expand(a - b) == 0 for a, b in zip(found, shape, strict=True)
+    )
+    if not same:
+        raise Refusal(
+            f"after pruning, {node.target} gives shape {found} where {shape} was inferred", node
+        )

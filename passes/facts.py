@@ -1,0 +1,167 @@
+"""What the passes tell one another: frozen values, never attributes on a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+Size = int | torch.SymInt
+
+
+@dataclass(frozen=True)
+class Declined:
+    """The graph holds vision tokens but cannot be pruned; nothing was changed.
+
+    ``where`` is the user's own source line of the node that stopped us, or "".
+    """
+
+    because: str
+    where: str = ""
+    advice: str = ""
+
+    def __str__(self) -> str:
+        parts = [self.because]
+        if self.where:
+            parts.append(f"at {self.where}")
+        if self.advice:
+            parts.append(f"try: {self.advice}")
+        return "; ".join(parts)
+
+
+class Refusal(Exception):
+    """Carries a :class:`Declined` out of a pass to the pipeline, which returns it as a value."""
+
+    def __init__(self, because: str, node: Node | None = None, advice: str = "") -> None:
+        from .graph import source_line
+
+        self.declined = Declined(because, source_line(node) if node is not None else "", advice)
+        super().__init__(str(self.declined))
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """The graph is right as it is: it holds no vision tokens, or all of them are retained."""
+
+    because: str
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One place where vision features enter the text embeddings.
+
+    node: the merged embeddings [B, S, D]; mask: bool, broadcastable to node's shape;
+    features: the vision features, any shape holding N_total * D values.
+    """
+
+    node: Node
+    mask: Node
+    features: Node
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A decoder stack: the container's module path and each node's layer index."""
+
+    path: str
+    layers: int
+    layer_of: dict[Node, int] = field(repr=False)
+
+    def nodes(self, index: int) -> list[Node]:
+        """The nodes of one layer, in graph order."""
+        return [n for n, i in self.layer_of.items() if i == index]
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Where the vision tokens are: the embeddings that hold them and their mask.
+
+    embeds: [B, S, D]; masks: bool nodes to be united, each broadcastable to embeds (or [B, S]);
+    features: nodes whose element count over D gives the number of feature rows;
+    carrier: an empty [rows, 0] node that says it instead, where no features are at hand.
+    """
+
+    embeds: Node
+    masks: tuple[Node, ...]
+    features: tuple[Node, ...]
+    how: str
+    carrier: Node | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where to cut.
+
+    hidden: output of layer K-1 [B, S, D]; keys: post-RoPE keys of layer K-1 [B, H, S, Dh];
+    attention_mask: the mask layer K-1 attends with, [*, *, Q, S], or None;
+    norm: the nodes from the last layer's output to the final norm's output, in order;
+    norm_input: the last layer's output that ``norm`` starts from.
+    """
+
+    vision: Vision
+    stack: Stack
+    layer: int
+    hidden: Node
+    keys: Node
+    attention_mask: Node | None
+    norm: tuple[Node, ...]
+    norm_input: Node
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller wants of the pipeline.
+
+    layer: K, the first decoder layer that sees the pruned sequence;
+    retain: N -> R, for int and SymInt alike;
+    select: emits the selection (hidden, keys, vision_mask, valid_mask, N, R) as one call:
+    the operator and its trailing constant arguments;
+    kv_layout: "auto", "layered" or "uniform".
+    """
+
+    layer: int
+    retain: Callable[[Size], Size]
+    operator: torch._ops.OpOverload
+    operator_args: tuple[object, ...]
+    kv_layout: str = "auto"
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One value gathered at the cut: its name, shape, token dims and the user's source line."""
+
+    name: str
+    shape: tuple[str, ...]
+    dims: tuple[int, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A rewritten graph and what was done to it.  Sizes are those of the traced example."""
+
+    graph_module: torch.fx.GraphModule = field(repr=False)
+    stack: str
+    layer: int
+    how: str
+    batch: int
+    vision_tokens: int
+    retained: int
+    sequence: tuple[int, int]
+    kv_layout: str
+    crossings: tuple[Crossing, ...]
+    flops: tuple[int, int]
+    kv_bytes: tuple[int, int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HandsOn:
+    """The graph merges vision tokens but holds no decoder; it now returns their mask as well."""
+
+    because: str
+
+
+Outcome = Pruned | Declined | Untouched | HandsOn

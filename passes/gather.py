@@ -1,0 +1,100 @@
+"""The frontier: every token-axis value that enters the pruned region is gathered, once."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from .axes import TokenAxes
+from .facts import Refusal
+from .graph import Emitter, aten, is_one, mutated_operands, packet, sizes
+
+_REPLAYED = {aten.unsqueeze, aten.transpose}
+
+
+class Gatherer:
+    """Gathers values along their token dims by keep_idx [B, S'], remembering each."""
+
+    def __init__(self, axes: TokenAxes, keep: Node) -> None:
+        self.axes = axes
+        self.keep = keep
+        self.done: dict[Node, Node] = {}
+        self.replayed: dict[Node, Node] = {}
+        self._flat: Node | None = None
+
+    def __call__(self, value: Node, anchor: Node) -> Node:
+        """``value`` with its token dims gathered before ``anchor``; itself when it has none."""
+        if value in self.done or value in self.replayed:
+            return self.done.get(value) or self.replayed[value]
+        if self.axes.flat_dims(value):
+            raise Refusal(
+                "a value that flattens batch and tokens crosses the cut", value, "batch size 1"
+            )
+        dims = self.axes.dims(value)
+        if not dims:
+            return value
+        emit = Emitter(anchor)
+        if packet(value) in _REPLAYED:
+            # One table (cos, sin) viewed anew by every layer: gather the table, repeat the view.
+            source = value.all_input_nodes[0]
+            self.replayed[value] = emit.copy(value, {source: self(source, anchor)})
+            return self.replayed[value]
+        if is_one(sizes(self.keep)[0]):
+            gathered = self._by_index(emit, value, dims)
+        else:
+            gathered = self._by_row(emit, value, dims)
+        self.done[value] = gathered
+        return gathered
+
+    def _by_index(self, emit: Emitter, value: Node, dims: tuple[int, ...]) -> Node:
+        """One row: the same positions for the whole tensor."""
+        if self._flat is None:
+            after = Emitter(self.keep.next)
+            self._flat = after(aten.select.int, self.keep, 0, 0)
+        for dim in dims:
+            value = emit(aten.index_select.default, value, dim, self._flat)
+        return value
+
+    def _by_row(self, emit: Emitter, value: Node, dims: tuple[int, ...]) -> Node:
+        """Each row its own positions; a value shared by the rows is expanded first."""
+        batch = self.axes.batch_dim(value)
+        if batch is None:
+            raise Refusal("a value with a token axis but no batch dim crosses the cut", value)
+        rank = len(sizes(value))
+        rows, kept = emit.size(self.keep, 0), emit.size(self.keep, 1)
+        shape = [emit.size(value, d) for d in range(rank)]
+        if is_one(sizes(value)[batch]):
+            shape[batch] = rows
+            value = emit(aten.expand.default, value, list(shape))
+        for dim in dims:
+            places: list[int | Node] = [1] * rank
+            places[batch], places[dim] = rows, kept
+            shape[dim] = kept
+            index = emit(aten.view.default, self.keep, places)
+            index = emit(aten.expand.default, index, list(shape))
+            value = emit(aten.gather.default, value, dim, index)
+        return value
+
+
+def gather_frontier(region: list[Node], gather: Gatherer) -> None:
+    """Gather every operand that enters ``region`` (in graph order) from outside it.
+
+    Each gather stands at its first use, after any in-place write the value received before.
+    Raises Refusal when the region itself writes to a token-axis value from outside.
+    """
+    inside = set(region)
+    for node in region:
+        if node.op == "output":
+            continue
+        for written in mutated_operands(node):
+            if written not in inside and gather.axes.dims(written):
+                raise Refusal(
+                    "a decoder layer after the cut writes in place to a value from before it "
+                    "(a static cache does)",
+                    node,
+                    advice="the default DynamicCache",
+                )
+        for operand in node.all_input_nodes:
+            if operand not in inside:
+                replacement = gather(operand, node)
+                if replacement is not operand:
+                    node.replace_input_with(operand, replacement)

@@ -1,0 +1,228 @@
+"""Reading and writing FX nodes: the one place that touches ``meta`` and inserts nodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.fx.proxy import GraphAppendingTracer, Proxy
+
+from .facts import Size
+
+aten = torch.ops.aten
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<fn>.+)\n\s*(?P<code>.*)')
+_INDEXED = re.compile(r"^(?P<container>.+?)(?:\.(\d+)|\[(\d+)\])$")
+
+
+def tensor(node: object) -> torch.Tensor | None:
+    """The node's fake tensor, or None when it yields no single tensor."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def sizes(node: Node) -> tuple[Size, ...]:
+    """The node's shape.  Raises KeyError when the node yields no tensor."""
+    value = tensor(node)
+    if value is None:
+        raise KeyError(f"{node} yields no tensor")
+    return tuple(value.shape)
+
+
+def expr(size: Size) -> sympy.Expr:
+    """A size as a sympy expression; reading it installs no guard."""
+    return sympy.Integer(size) if type(size) is int else size.node.expr  # type: ignore[union-attr]
+
+
+def same_size(a: Size, b: Size) -> bool:
+    """Whether two sizes are equal for every input, decided without installing a guard."""
+    if type(a) is int and type(b) is int:
+        return a == b
+    return bool(sympy.expand(expr(a) - expr(b)) == 0)
+
+
+def is_one(size: Size) -> bool:
+    """Whether a size is the constant 1."""
+    return type(size) is int and size == 1
+
+
+def hint(size: Size) -> int:
+    """The size in the traced example; installs no guard."""
+    if type(size) is int:
+        return size
+    node = size.node  # type: ignore[union-attr]
+    if node.hint is None:
+        raise ValueError(f"size {size} depends on data and has no example value")
+    return int(node.hint)
+
+
+def source_line(node: Node) -> str:
+    """``file:line in function: code`` of the innermost user frame, or ""."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    file, line, function, code = frames[-1]
+    return f"{file}:{line} in {function}: {code.strip()}"
+
+
+def module_paths(node: Node) -> list[str]:
+    """Module paths that enclose the node, outermost first."""
+    return [str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def split_index(path: str) -> tuple[str, int] | None:
+    """``a.layers.3`` -> (``a.layers``, 3); None when the path does not end in an index."""
+    match = _INDEXED.match(path)
+    if match is None:
+        return None
+    return match["container"], int(match[2] or match[3])
+
+
+@cache
+def _argument_names(target: object) -> tuple[str, ...]:
+    schema = getattr(target, "_schema", None)
+    return tuple(a.name for a in schema.arguments) if schema is not None else ()
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """An ATen call's argument by its schema name, however it was passed."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    names = _argument_names(node.target)
+    if name in names and names.index(name) < len(node.args):
+        return node.args[names.index(name)]
+    return default
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Replace an ATen call's argument by its schema name."""
+    names = _argument_names(node.target)
+    if name in names and names.index(name) < len(node.args):
+        node.update_arg(names.index(name), value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def packet(node: Node) -> Any:
+    """The overload packet of an ATen call (``aten.view``), or the bare target."""
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def mutated_operands(node: Node) -> list[Node]:
+    """The operands that an in-place ATen call writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    written = [
+        a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return [n for name in written if isinstance(n := argument(node, name), Node)]
+
+
+def _viewed(node: Node) -> Node | None:
+    """The operand that the node's result is a view of."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not any(r.alias_info is not None for r in schema.returns):
+        return None
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, Node) else None
+
+
+def downstream(graph: Graph, starts: Iterable[Node]) -> list[Node]:
+    """Every node computed from the starts' values, the starts included, in graph order.
+
+    A value written in place (through a view, too) counts from the write on.  Sizes read off a
+    tensor do not count: they are not data.
+    """
+    tainted = set(starts)
+    reached = []
+    for node in graph.nodes:
+        from_start = node in tainted
+        if not from_start and node.target is not aten.sym_size.int:
+            from_start = any(i in tainted for i in node.all_input_nodes)
+        if not from_start:
+            continue
+        reached.append(node)
+        tainted.add(node)
+        for written in mutated_operands(node):
+            base: Node | None = written
+            while base is not None:
+                tainted.add(base)
+                base = _viewed(base)
+    return reached
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """The fake mode of the graph's values.  Raises ValueError when it has none."""
+    for node in graph.nodes:
+        value = tensor(node)
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    raise ValueError("the graph holds no fake tensors; normalise it first")
+
+
+def evaluate(node: Node, mode: FakeTensorMode) -> Any:
+    """The node's fake value computed from its operands' recorded ones."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+class Emitter:
+    """Inserts calls before one anchor, each with its fake value, as ``emit(op, *args)``."""
+
+    def __init__(self, anchor: Node) -> None:
+        self.anchor = anchor
+        self.graph = anchor.graph
+        self.mode = fake_mode(anchor.graph)
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = evaluate(node, self.mode)
+        return node
+
+    def copy(self, node: Node, renamed: dict[Node, Node]) -> Node:
+        """Insert a copy of ``node`` whose operands are renamed."""
+        with self.graph.inserting_before(self.anchor):
+            twin = self.graph.node_copy(node, lambda n: renamed.get(n, n))
+        twin.meta = {**node.meta, "val": evaluate(twin, self.mode)}
+        return twin
+
+    def size(self, node: Node, dim: int) -> int | Node:
+        """One size of ``node`` as an argument: a literal, or a node when it is symbolic."""
+        size = sizes(node)[dim]
+        return size if type(size) is int else self(aten.sym_size.int, node, dim)
+
+    def arithmetic(self, function: Callable[..., Any], *args: int | Node) -> int | Node:
+        """``function`` on sizes: folded when all are literals, else recorded as nodes."""
+        if all(type(a) is int for a in args):
+            return int(function(*args))
+        before = set(self.graph.nodes)
+        tracer = GraphAppendingTracer(self.graph)
+        with self.graph.inserting_before(self.anchor):
+            result = function(*(Proxy(a, tracer) if isinstance(a, Node) else a for a in args))
+        for node in self.graph.nodes:
+            if node not in before:
+                node.meta["val"] = evaluate(node, self.mode)
+        return result.node if isinstance(result, Proxy) else int(result)
+
+
+def value_of(arg: int | Node) -> Size:
+    """A size argument's value: the literal, or the node's SymInt."""
+    if isinstance(arg, Node):
+        value: Size = arg.meta["val"]
+        return value
+    return arg
+
+
+def render(module: GraphModule) -> str:
+    """The graph as readable code with shapes and source lines."""
+    return str(module.print_readable(print_output=False, include_stride=False))

@@ -1,0 +1,153 @@
+"""Put the selection node in front of decoder layer K."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .axes import TokenAxes
+from .facts import Refusal, Request, Site, Vision
+from .graph import Emitter, aten, is_one, same_size, sizes, tensor, value_of
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes of the cut as graph arguments: literals, or nodes when symbolic."""
+
+    vision_tokens: int | Node
+    retain: int | Node
+
+
+def vision_rows(emit: Emitter, vision: Vision) -> int | Node:
+    """How many vision feature rows enter the embeddings, from shapes alone."""
+    if vision.carrier is not None:
+        return emit.size(vision.carrier, 0)
+    width = emit.size(vision.embeds, 2)
+    total: int | Node = 0
+    for features in vision.features:
+        values: int | Node = 1
+        for dim in range(len(sizes(features))):
+            values = emit.arithmetic(operator.mul, values, emit.size(features, dim))
+        rows = emit.arithmetic(operator.floordiv, values, width)
+        total = emit.arithmetic(operator.add, total, rows)
+    return total
+
+
+def plan(emit: Emitter, site: Site, request: Request) -> Budget:
+    """N per sample (feature rows / batch) and R."""
+    rows = vision_rows(emit, site.vision)
+    tokens = emit.arithmetic(operator.floordiv, rows, emit.size(site.vision.embeds, 0))
+    return Budget(tokens, emit.arithmetic(request.retain, tokens))
+
+
+_PADS_DROPPED = (
+    "row {row} of this batch has fewer vision tokens than its longest, so it would lose pads that "
+    "the decode mask still counts, and decode would hide its text. Give every row as many vision "
+    "tokens, run such rows apart, or pass use_cache=False for a forward without decode"
+)
+
+
+def insert(
+    emit: Emitter,
+    site: Site,
+    axes: TokenAxes,
+    request: Request,
+    budget: Budget,
+    rows_alike: bool = False,
+) -> Node:
+    """Emit mask, validity, final norm and selection; returns keep_idx int64 [B, S'].
+
+    rows_alike: check at run time that every row holds N vision tokens, for caches that decode
+    reads with the mask of the unpruned prompt.
+    """
+    if not axes.is_token(site.vision.embeds, 1):
+        raise Refusal(
+            "the merged embeddings' token axis does not reach the cut", site.vision.embeds
+        )
+    if 2 not in axes.dims(site.keys):
+        raise Refusal(
+            f"the keys of layer {site.layer - 1} are not one per token of this call: "
+            "the cache is static, or already holds earlier tokens",
+            site.keys,
+            advice="the default DynamicCache and a prompt that starts a new cache",
+        )
+    mask = vision_mask(emit, site.vision)
+    keep = emit(
+        request.operator,
+        _normed(emit, site),
+        site.keys,
+        mask,
+        _valid_mask(emit, site, axes),
+        budget.vision_tokens,
+        budget.retain,
+        *request.operator_args,
+    )
+    if not rows_alike or is_one(sizes(site.hidden)[0]):
+        return keep
+    alike = emit(aten.eq.Scalar, emit(aten.sum.dim_IntList, mask, [1]), budget.vision_tokens)
+    return emit(torch.ops.dartfx.require_rows.default, keep, alike, _PADS_DROPPED)
+
+
+def vision_mask(emit: Emitter, vision: Vision) -> Node:
+    """The merges' masks as one bool [B, S].  Raises Refusal for a mask of another form."""
+    embeds = vision.embeds
+    shape = [emit.size(embeds, 0), emit.size(embeds, 1)]
+    united: Node | None = None
+    for mask in vision.masks:
+        rank = len(sizes(mask))
+        if rank not in (2, 3) or not same_size(sizes(mask)[1], sizes(embeds)[1]):
+            raise Refusal("the vision mask is not one bool per position of the sequence", mask)
+        if rank == 3:
+            mask = emit(aten.select.int, mask, 2, 0)
+        if not same_size(sizes(mask)[0], sizes(embeds)[0]):
+            mask = emit(aten.expand.default, mask, shape)
+        united = mask if united is None else emit(aten.logical_or.default, united, mask)
+    assert united is not None
+    return united
+
+
+def _valid_mask(emit: Emitter, site: Site, axes: TokenAxes) -> Node | None:
+    """Which positions any query of layer K-1 may see, bool [B, S]; None without a mask."""
+    mask = site.attention_mask
+    if mask is None:
+        return None
+    value = tensor(mask)
+    assert value is not None
+    if value.ndim != 4 or 3 not in axes.dims(mask):
+        raise Refusal("the attention mask before the cut is not [*, *, Q, S]", mask)
+    if value.dtype != torch.bool:
+        # Additive masks hide a key with -inf or the dtype's lowest value.
+        mask = emit(aten.gt.Scalar, mask, torch.finfo(value.dtype).min / 2)
+    seen = emit(aten.any.dim, emit(aten.any.dim, mask, 2), 1)
+    if is_one(sizes(seen)[0]) and not is_one(sizes(site.hidden)[0]):
+        embeds = site.vision.embeds
+        seen = emit(aten.expand.default, seen, [emit.size(embeds, 0), emit.size(embeds, 1)])
+    return seen
+
+
+def _normed(emit: Emitter, site: Site) -> Node:
+    """The model's final norm applied to layer K-1's output: its own nodes, copied."""
+    order = {n: i for i, n in enumerate(emit.graph.nodes)}
+    renamed: dict[Node, Node] = {site.norm_input: site.hidden}
+
+    def reach(node: Node) -> None:
+        if node in renamed or node.op != "call_function" or order[node] < order[emit.anchor]:
+            return
+        for operand in node.all_input_nodes:
+            reach(operand)
+        renamed[node] = emit.copy(node, renamed)
+
+    if site.norm_input is site.hidden:
+        raise Refusal("the cut is after the last layer", site.hidden)
+    for node in site.norm:
+        reach(node)
+    return renamed[site.norm[-1]]
+
+
+def nothing_to_drop(budget: Budget) -> bool:
+    """Whether R >= N.  On symbolic sizes this asks for a guard, because the answer differs."""
+    n, r = value_of(budget.vision_tokens), value_of(budget.retain)
+    return bool(r >= n)

@@ -1,0 +1,199 @@
+"""Find where to cut: vision tokens, decoder stack, hidden states, keys and final norm.  Read-only.
+
+Anchors are module paths and operators.  Node names change with the call's arguments, so no name
+is ever looked at.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+from .attention import is_attention, keys_and_mask
+from .facts import Merge, Refusal, Site, Stack, Vision
+from .graph import (
+    argument,
+    aten,
+    downstream,
+    module_paths,
+    packet,
+    same_size,
+    sizes,
+    split_index,
+    tensor,
+)
+
+
+def find_merges(graph: Graph) -> list[Merge]:
+    """Every masked write of rows into a floating [B, S, D] tensor, in graph order.
+
+    Covers ``masked_scatter`` and ``index_put`` with one bool mask, in place or not.
+    """
+    merges = []
+    for node in graph.nodes:
+        kind = packet(node)
+        if kind in (aten.masked_scatter, aten.masked_scatter_):
+            mask, features = argument(node, "mask"), argument(node, "source")
+        elif kind in (aten.index_put, aten.index_put_):
+            indices = [i for i in argument(node, "indices") if i is not None]
+            mask, features = (indices[0] if len(indices) == 1 else None), argument(node, "values")
+        else:
+            continue
+        value, chosen = tensor(node), tensor(mask)
+        if value is None or chosen is None or chosen.dtype != torch.bool:
+            continue
+        if value.is_floating_point() and value.ndim == 3 and isinstance(features, Node):
+            merges.append(Merge(node, mask, features))
+    return merges
+
+
+def find_stacks(graph: Graph) -> list[Stack]:
+    """Every run of modules ``path.0 .. path.L-1`` that holds attention, in graph order."""
+    layer_of: dict[str, dict[Node, int]] = defaultdict(dict)
+    for node in graph.nodes:
+        for path in module_paths(node):
+            indexed = split_index(path)
+            if indexed is not None:
+                layer_of[indexed[0]][node] = indexed[1]
+    stacks: list[Stack] = []
+    for path, nodes in layer_of.items():
+        found = sorted(set(nodes.values()))
+        attends = {i for n, i in nodes.items() if is_attention(n)}
+        nested = any(path.startswith((f"{s.path}.", f"{s.path}[")) for s in stacks)
+        if len(found) > 1 and found == list(range(len(found))) and attends and not nested:
+            stacks.append(Stack(path, len(found), nodes))
+    return stacks
+
+
+def find_vision(graph: Graph, stacks: Sequence[Stack]) -> tuple[Vision, Stack] | None:
+    """The merge in this graph that feeds a decoder stack, and that stack; None without one.
+
+    Merges inside the stack (features added between layers) are not the entry of the tokens.
+    """
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    feeding: dict[str, list[Merge]] = defaultdict(list)
+    by_path = {s.path: s for s in stacks}
+    for merge in find_merges(graph):
+        reached = set(downstream(graph, [merge.node]))
+        entered = [
+            (min(order[n] for n in first), s.path)
+            for s in stacks
+            if merge.node not in s.layer_of and (first := reached.intersection(s.nodes(0)))
+        ]
+        if entered:
+            feeding[min(entered)[1]].append(merge)
+    if not feeding:
+        return None
+    path = min(feeding, key=lambda p: order[by_path[p].nodes(0)[0]])
+    merges = feeding[path]
+    last = merges[-1]
+    for merge in merges[:-1]:
+        if last.node not in downstream(graph, [merge.node]):
+            raise Refusal("two merges feed the decoder side by side", merge.node)
+    vision = Vision(
+        embeds=last.node,
+        masks=tuple(m.mask for m in merges),
+        features=tuple(m.features for m in merges),
+        how="merge in the graph",
+    )
+    return vision, by_path[path]
+
+
+def entered_stack(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> Stack:
+    """The first decoder stack that these embeddings reach.  Raises Refusal without one."""
+    reached = set(downstream(graph, [embeds]))
+    for stack in stacks:
+        if reached.intersection(stack.nodes(0)):
+            return stack
+    raise Refusal(
+        "the merged embeddings enter a graph that holds no whole decoder stack "
+        "(dynamo compiled the layers one by one, or broke the graph between them)",
+        advice="fullgraph=True or dartfx.compile",
+    )
+
+
+def entry(graph: Graph, stack: Stack) -> Node:
+    """The embeddings [B, S, D] that enter a stack's first layer.  Raises Refusal if unclear."""
+    handed_on = [
+        sizes(n)
+        for n in stack.nodes(0)
+        if tensor(n) is not None and any(stack.layer_of.get(u) == 1 for u in n.users)
+    ]
+    found = {
+        operand
+        for node in stack.nodes(0)
+        for operand in node.all_input_nodes
+        if operand not in stack.layer_of
+        and (value := tensor(operand)) is not None
+        and value.ndim == 3
+        and value.is_floating_point()
+        and any(len(h) == 3 and all(map(same_size, h, value.shape)) for h in handed_on)
+    }
+    if len(found) != 1:
+        raise Refusal(f"{len(found)} values look like the embeddings that enter {stack.path}")
+    return found.pop()
+
+
+def locate(graph: Graph, layer: int, vision: Vision, stack: Stack) -> Site:
+    """The cut before decoder layer ``layer`` of ``stack``.  Raises Refusal with the reason."""
+    if layer >= stack.layers:
+        raise Refusal(
+            f"layer={layer}, but the decoder stack {stack.path} has {stack.layers} layers here",
+            advice=f"a layer from 1 to {stack.layers - 1}",
+        )
+    hidden = _layer_output(stack, layer - 1, vision)
+    last = _layer_output(stack, stack.layers - 1, vision)
+    keys, mask = keys_and_mask(stack, layer - 1)
+    norm = _final_norm(graph, stack, last)
+    return Site(vision, stack, layer, hidden, keys, mask, norm, last)
+
+
+def _layer_output(stack: Stack, index: int, vision: Vision) -> Node:
+    """The one hidden-state-shaped value that leaves a layer for later computation."""
+    shape = sizes(vision.embeds)
+    found = []
+    for node in stack.nodes(index):
+        value = tensor(node)
+        if value is None or value.ndim != len(shape) or not value.is_floating_point():
+            continue
+        if not all(map(same_size, value.shape, shape)):
+            continue
+        users = [u for u in node.users if u.op != "output"]
+        if any(stack.layer_of.get(u, stack.layers) > index for u in users):
+            found.append(node)
+    if len(found) != 1:
+        names = ", ".join(n.name for n in found) or "none"
+        raise Refusal(
+            f"layer {index} of {stack.path} should hand on one hidden state of shape "
+            f"{[str(s) for s in shape]}, found {names}",
+            found[0] if found else None,
+            advice="a whole decoder in one graph (fullgraph=True or dartfx.compile)",
+        )
+    return found[0]
+
+
+def _final_norm(graph: Graph, stack: Stack, last: Node) -> tuple[Node, ...]:
+    """Nodes of the sibling module that normalises the last layer's output, in graph order."""
+    parent = stack.path.rpartition(".")[0]
+    inside: dict[str, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        for path in module_paths(node):
+            if path.rpartition(".")[0] == parent and path != stack.path:
+                inside[path].append(node)
+    after = set(downstream(graph, [last]))
+    for nodes in inside.values():
+        fed = [n for n in nodes if n in after]
+        outputs = [n for n in fed if n.op != "output" and any(u not in nodes for u in n.users)]
+        if not any(last in n.all_input_nodes for n in fed) or len(outputs) != 1:
+            continue
+        if all(map(same_size, sizes(outputs[0]), sizes(last))):
+            return tuple(nodes[: nodes.index(outputs[0]) + 1])
+    raise Refusal(
+        f"no norm module beside {stack.path} takes its last layer's output in this graph, "
+        "so the decoder is not whole here",
+        last,
+        advice="a whole decoder in one graph (fullgraph=True or dartfx.compile)",
+    )

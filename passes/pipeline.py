@@ -1,0 +1,157 @@
+"""The passes in order: locate -> infer axes -> insert -> gather -> shrink -> trim -> check.
+
+:func:`prune` rewrites a normalised graph in place and returns what it did; when a pass refuses,
+the caller drops that graph and compiles dynamo's original, so nothing is ever half rewritten.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch.fx import GraphModule, Node
+
+from . import cache, check, gather, insert, locate
+from .axes import Axes, TokenAxes
+from .facts import Crossing, Outcome, Pruned, Refusal, Request, Site, Untouched, Vision
+from .flops import bytes_of, flops
+from .graph import Emitter, downstream, hint, sizes, source_line, value_of
+from .shrink import reroute_sizes, shrink
+
+Observer = Callable[[str, GraphModule], None]
+
+
+class Clock:
+    """Seconds per pass; also tells an observer when each pass has run."""
+
+    def __init__(self, module: GraphModule, observe: Observer | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._module, self._observe = module, observe
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        if self._observe is not None:
+            self._observe(name, self._module)
+
+
+def prune(
+    module: GraphModule,
+    request: Request,
+    vision: Callable[[GraphModule], Vision] | None = None,
+    observe: Observer | None = None,
+) -> Outcome | None:
+    """Prune one normalised graph in place.
+
+    vision: finds the vision tokens of a graph that does not hold the merge; None takes them from
+    the merge in the graph.  Returns Pruned, Declined (why, where, what to try), Untouched, or None
+    when no vision tokens enter a decoder here (the graph is then unchanged).
+    """
+    try:
+        return _prune(module, request, vision, Clock(module, observe))
+    except Refusal as refusal:
+        return refusal.declined
+
+
+def _prune(
+    module: GraphModule,
+    request: Request,
+    vision: Callable[[GraphModule], Vision] | None,
+    clock: Clock,
+) -> Outcome | None:
+    graph = module.graph
+    with clock("locate"):
+        site = _site(module, request, vision)
+        if site is None:
+            return None
+    with clock("axes"):
+        axes = TokenAxes(Axes(graph), site)
+        region = _region(module, site)
+        _refuse_opaque(region, axes)
+    with clock("insert"):
+        output = next(n for n in graph.nodes if n.op == "output")
+        caches = cache.cached(site, output)
+        layout = cache.choose_layout(site, request.kv_layout, caches)
+        before = flops(site.stack.layer_of), bytes_of(caches)
+        length, tokens = hint(sizes(site.hidden)[1]), [n for n in region if n.op != "output"]
+        emit = Emitter(region[0])
+        budget = insert.plan(emit, site, request)
+        if insert.nothing_to_drop(budget):
+            return Untouched(
+                f"nothing to drop: {budget.retain} tokens to retain of {budget.vision_tokens}"
+            )
+        keep = insert.insert(
+            emit, site, axes, request, budget, rows_alike=bool(caches) and layout == "uniform"
+        )
+        kept = emit.size(keep, 1)
+    with clock("gather"):
+        shapes = check.expected(tokens, axes, value_of(kept))
+        frontier = gather.Gatherer(axes, keep)
+        gather.gather_frontier(tokens, frontier)
+        crossings = tuple(_crossing(n, axes) for n in frontier.done)
+    with clock("shrink"):
+        reroute_sizes(tokens, axes, site.hidden)
+        shrink(tokens, axes, kept)
+    with clock("trim cache"):
+        if layout == "uniform":
+            cache.trim(site, output, caches, frontier)
+    with clock("check"):
+        check.check(graph, shapes)
+        graph.eliminate_dead_code(_is_impure)
+        module.recompile()
+    final = [frontier.done.get(n, n) if layout == "uniform" else n for n in caches]
+    return Pruned(
+        module,
+        stack=site.stack.path,
+        layer=site.layer,
+        how=site.vision.how,
+        batch=hint(sizes(site.hidden)[0]),
+        vision_tokens=hint(value_of(budget.vision_tokens)),
+        retained=hint(value_of(budget.retain)),
+        sequence=(length, hint(value_of(kept))),
+        kv_layout=layout if caches else "none returned",
+        crossings=crossings,
+        flops=(before[0], flops(site.stack.layer_of)),
+        kv_bytes=(before[1], bytes_of(final)),
+        seconds=clock.seconds,
+    )
+
+
+def _site(
+    module: GraphModule, request: Request, vision: Callable[[GraphModule], Vision] | None
+) -> Site | None:
+    stacks = locate.find_stacks(module.graph)
+    if vision is None:
+        found = locate.find_vision(module.graph, stacks)
+        return None if found is None else locate.locate(module.graph, request.layer, *found)
+    entering = vision(module)
+    stack = locate.entered_stack(module.graph, stacks, entering.embeds)
+    return locate.locate(module.graph, request.layer, entering, stack)
+
+
+def _region(module: GraphModule, site: Site) -> list[Node]:
+    """Every node after the cut, in graph order: all that the hidden states at K reach."""
+    return downstream(module.graph, [u for u in site.hidden.users if u.op != "output"])
+
+
+def _refuse_opaque(region: list[Node], axes: TokenAxes) -> None:
+    found = axes.opaque(n for n in region if n.op != "output")
+    if found is not None:
+        node, operand = found
+        raise Refusal(
+            f"{node.target} reads the token axis of {operand} in a way that dropping tokens "
+            "would change, or that no rule describes",
+            node,
+            advice="please report the operator; meanwhile this model runs unpruned",
+        )
+
+
+def _is_impure(node: Node) -> bool:
+    return bool(node.is_impure())
+
+
+def _crossing(node: Node, axes: TokenAxes) -> Crossing:
+    return Crossing(node.name, tuple(map(str, sizes(node))), axes.dims(node), source_line(node))
