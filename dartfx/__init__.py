@@ -1,0 +1,40 @@
+"""dartfx: DART vision-token pruning as a ``torch.compile`` backend.
+
+``torch.compile(model, backend="dart")`` needs no import of this package; these are the tools
+around it.
+"""
+
+from dartfx.api import compile, explain, reset
+from dartfx.config import DartConfig
+from dartfx.errors import (
+    ConfigError,
+    DartfxError,
+    KernelUnavailableError,
+    PruningWarning,
+    SelectionError,
+    UnsupportedGraphError,
+)
+from dartfx.ops import select_tokens
+from dartfx.report import Report, reports
+from dartfx.selectors import register_selector
+from dartfx.vision import vision_tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "DartConfig",
+    "DartfxError",
+    "KernelUnavailableError",
+    "PruningWarning",
+    "Report",
+    "SelectionError",
+    "UnsupportedGraphError",
+    "compile",
+    "explain",
+    "register_selector",
+    "reports",
+    "reset",
+    "select_tokens",
+    "vision_tokens",
+]

@@ -1,0 +1,186 @@
+"""``dartfx.compile``, ``dartfx.explain`` and ``dartfx.reset``: the backend made easy to use."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    TorchDynamoException,
+)
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from dartfx import report, vision
+from dartfx.backend import compile_graph
+from dartfx.config import DartConfig
+from dartfx.passes.facts import Declined, HandsOn
+from dartfx.report import Report
+
+__all__ = ["Explanation", "compile", "explain", "reset"]
+
+log = logging.getLogger(__name__)
+
+# What dynamo raises when fullgraph=True cannot hold; it lets some of the tracer's own errors out.
+_NOT_ONE_GRAPH = (
+    TorchDynamoException,
+    FailOnRecompileLimitHit,
+    GuardOnDataDependentSymNode,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+
+Module = TypeVar("Module", bound=nn.Module)
+Call = Callable[..., Any]
+
+
+class Forward:
+    """A model's compiled call: one whole graph where dynamo can make it, several where not.
+
+    A whole graph is what ``generate`` gives for nearly every model, while a plain forward with
+    pixels may have to break.  Which calls broke is remembered by the arguments they passed.
+    """
+
+    def __init__(self, whole: Call, broken: Call, config: DartConfig) -> None:
+        self.config = config
+        self._whole, self._broken = whole, broken
+        self._breaks: set[frozenset[str]] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        passed = frozenset(k for k, v in kwargs.items() if v is not None)
+        if passed not in self._breaks:
+            try:
+                return self._whole(*args, **kwargs)
+            except BackendCompilerFailed:
+                raise
+            except _NOT_ONE_GRAPH as error:
+                # Raised while tracing, before anything ran.
+                log.info("not one graph for a call with %s: %s", sorted(passed), error)
+                self._breaks.add(passed)
+        return self._broken(*args, **kwargs)
+
+
+def compile(
+    model: Module, *, mode: str | None = None, dynamic: bool | None = None, **options: object
+) -> Module:
+    """Compile ``model`` in place with the dart backend, for its calls and for ``generate``.
+
+    mode, dynamic: as in ``torch.compile``; options: those of :class:`DartConfig`.  Uses one graph
+    for the whole model where dynamo can trace it and falls back to several where not.  Hooks that
+    transformers would install during the first call are installed now, since installing them
+    breaks the graph.  Returns ``model``.  Raises ConfigError for an invalid option, TypeError for
+    anything but a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"dartfx.compile needs a torch.nn.Module, got {type(model).__name__}")
+    config = DartConfig.from_options(options, mode)
+    _install_capturing_hooks(model)
+    backend = partial(compile_graph, config)
+    whole = torch.compile(model._call_impl, backend=backend, dynamic=dynamic, fullgraph=True)
+    broken = torch.compile(model._call_impl, backend=backend, dynamic=dynamic)
+    model._compiled_call_impl = Forward(whole, broken, config)
+    return model
+
+
+def _install_capturing_hooks(model: nn.Module) -> None:
+    """What transformers does lazily inside the first forward, under a lock dynamo cannot trace."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    # Installing on a model installs on every model inside, once more where that was done before.
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel) and not any(
+            getattr(inner, "_output_capturing_hooks_installed", False) for inner in module.modules()
+        ):
+            maybe_install_capturing_hooks(module)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the backend would do with each graph of one call; prints as text."""
+
+    reports: tuple[Report, ...]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether any graph would be pruned."""
+        return any(r.pruned for r in self.reports)
+
+    def __str__(self) -> str:
+        told = [r for r in self.reports if r.pruned or isinstance(r.outcome, Declined | HandsOn)]
+        quiet = len(self.reports) - len(told)
+        lines = [str(r) for r in told]
+        if quiet:
+            lines.append(f"{quiet} other graphs: no vision tokens enter a decoder there")
+        if not self.reports:
+            lines.append("dynamo made no graph of this call, so nothing can be pruned")
+        elif not told:
+            lines.append("nothing to prune: this call carries no vision tokens")
+        return "\n".join(lines)
+
+
+def explain(
+    target: nn.Module | Call,
+    *args: Any,
+    options: Mapping[str, object] | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """What would be pruned, and why or why not, for one call; compiles nothing.
+
+    target: a model, or its bound ``generate``; it is called with args and kwargs, its graphs run
+    eagerly.  options: as in ``torch.compile``; default: those the model was compiled with by
+    :func:`dartfx.compile`, else the defaults.  Raises what the call raises; TypeError when target
+    belongs to no module.
+    """
+    if isinstance(target, nn.Module):
+        target = getattr(target, "_orig_mod", target)  # what torch.compile(model) wraps
+    owner = target if isinstance(target, nn.Module) else getattr(target, "__self__", None)
+    if not isinstance(owner, nn.Module):
+        raise TypeError("dartfx.explain needs a model or a method of one, such as model.generate")
+    current = owner._compiled_call_impl
+    config = current.config if isinstance(current, Forward) else DartConfig()
+    if options is not None:
+        config = DartConfig.from_options(options)
+    config = dataclasses.replace(
+        config, lowering="eager", inductor={}, mode=None, on_unsupported="ignore"
+    )
+    with report.collecting() as collected, _many_compilations():
+        backend = partial(compile_graph, config)
+        whole = torch.compile(owner._call_impl, backend=backend, fullgraph=True)
+        broken = torch.compile(owner._call_impl, backend=backend)
+        explained = Forward(whole, broken, config) if isinstance(current, Forward) else broken
+        owner._compiled_call_impl = explained
+        try:
+            with torch.no_grad():
+                target(*args, **kwargs)
+        finally:
+            owner._compiled_call_impl = current
+    return Explanation(tuple(collected))
+
+
+@contextmanager
+def _many_compilations() -> Iterator[None]:
+    # Every explanation compiles the same code once more; that is not a storm of recompilations.
+    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+        yield
+
+
+def reset() -> None:
+    """Forget all reports and noted vision masks.  Compiled code stays: see torch._dynamo.reset."""
+    report.clear()
+    vision.forget()

@@ -1,0 +1,152 @@
+"""``torch.compile(model, backend="dart")``: options -> passes -> lowering, per dynamo graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
+from dartfx.config import DartConfig
+from dartfx.dispatch import NotesMask, TakesMask
+from dartfx.dump import Dump
+from dartfx.errors import PruningWarning, UnsupportedGraphError
+from dartfx.lowering import lower
+from dartfx.passes.facts import Declined, HandsOn, Outcome, Pruned, Refusal, Request, Untouched
+from dartfx.passes.hand_on import hand_on
+from dartfx.passes.normalise import normalise
+from dartfx.passes.pipeline import prune
+from dartfx.passes.screen import holds_layers, writes_rows
+from dartfx.report import Report, record
+
+__all__ = ["compile_graph", "dart"]
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+def dart(
+    module: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Compiled:
+    """The backend that ``torch.compile(backend="dart")`` calls for each dynamo graph.
+
+    mode, options: as given to ``torch.compile``; see :class:`dartfx.DartConfig`.
+    Raises ConfigError for an invalid option, and UnsupportedGraphError for a graph with vision
+    tokens that cannot be pruned when ``on_unsupported="error"``.
+    """
+    return compile_graph(DartConfig.from_options(options, mode), module, inputs)
+
+
+def _reset() -> None:
+    # torch._dynamo.reset() calls this: Inductor's CUDA-graph trees outlive what it compiled.
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+dart.reset = _reset  # type: ignore[attr-defined]
+
+
+def request_of(config: DartConfig) -> Request:
+    """The part of the options that the passes need."""
+    pivots = config.pivot_image_tokens, config.pivot_text_tokens
+    return Request(
+        layer=config.layer,
+        retain=config.retain_for,
+        operator=torch.ops.dartfx.select_tokens.default,
+        operator_args=(*pivots, config.selector, config.kernel),
+        kv_layout=config.kv_layout,
+    )
+
+
+def compile_graph(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Compile one dynamo graph: pruned where vision tokens enter a decoder, else unchanged."""
+    graph = GraphCompiler(config, module)
+    if writes_rows(module.graph):
+        compiled = graph.with_merge(inputs)
+        if compiled is not None:
+            return compiled
+    return graph.without_merge(inputs)
+
+
+class GraphCompiler:
+    """One graph on its way through the backend: what is announced, dumped and compiled."""
+
+    def __init__(self, config: DartConfig, module: GraphModule) -> None:
+        self.config, self.module = config, module
+        self.nodes = len(module.graph.nodes)
+        self.dump = Dump(config.dump)
+        self.dump("dynamo", module)
+
+    def with_merge(self, inputs: Sequence[Any]) -> Compiled | None:
+        """Compile a graph that may merge vision tokens; None when it turns out not to."""
+        try:
+            rewritten = normalise(self.module)
+        except Refusal as refusal:
+            self.announce(refusal.declined)
+            return lower(self.config, self.module, inputs)
+        self.dump("normalise", rewritten)
+        outcome = prune(rewritten, request_of(self.config), observe=self.dump)
+        if outcome is not None:
+            self.announce(outcome)
+            chosen = rewritten if isinstance(outcome, Pruned) else self.module
+            return lower(self.config, chosen, inputs)
+        place = hand_on(rewritten)
+        if place is None:
+            return None
+        self.announce(HandsOn("merges vision tokens and hands their mask on to a later graph"))
+        return NotesMask(lower(self.config, rewritten, inputs), place)
+
+    def without_merge(self, inputs: Sequence[Any]) -> Compiled:
+        """Compile a graph whose vision tokens, if any, were merged elsewhere."""
+        taker = TakesMask(
+            self.config, self.module, request_of(self.config), self.announce, self.dump
+        )
+        arrival = taker.arrival(inputs)
+        could_come = holds_layers(self.module.graph) and taker.may_take_masks
+        if could_come or arrival is not None:
+            if arrival is None:
+                self.announce(Untouched("no vision tokens came with this call"))
+            taker.prepare(inputs)
+            return taker
+        self.announce(Untouched("no vision tokens enter this graph"))
+        return lower(self.config, self.module, inputs)
+
+    def announce(self, outcome: Outcome) -> None:
+        """Report, log and dump what became of the graph; a refusal as loudly as asked for."""
+        report = record(self.nodes, outcome)
+        self.dump.finish(report)
+        if isinstance(outcome, Pruned):
+            log.info("%s", _one_line(report, outcome))
+        elif isinstance(outcome, Declined):
+            self._refuse(outcome)
+        else:
+            log.info("graph %d: %s", report.graph, outcome.because)
+
+    def _refuse(self, declined: Declined) -> None:
+        if self.config.on_unsupported == "error":
+            raise UnsupportedGraphError(
+                because=declined.because, where=declined.where, advice=declined.advice
+            )
+        if self.config.on_unsupported == "warn":
+            # Python shows a warning once per text, so once per reason.
+            warnings.warn(f"dartfx left a graph unpruned: {declined}", PruningWarning, stacklevel=2)
+        log.info("not pruned: %s", declined)
+
+
+def _one_line(report: Report, pruned: Pruned) -> str:
+    before, after = pruned.sequence
+    return (
+        f"graph {report.graph}: {pruned.stack}.{pruned.layer}: {before} -> {after} tokens "
+        f"({pruned.vision_tokens} -> {pruned.retained} vision tokens per sample, {pruned.how})"
+    )

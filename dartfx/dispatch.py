@@ -1,0 +1,182 @@
+"""Compiled graphs that exchange a vision mask at run time, across dynamo's graph breaks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from dartfx import vision
+from dartfx.config import DartConfig
+from dartfx.lowering import lower
+from dartfx.passes import locate
+from dartfx.passes.facts import Outcome, Pruned, Refusal, Request, Untouched, Vision
+from dartfx.passes.graph import is_one
+from dartfx.passes.normalise import example_values, fresh_size, independent, normalise
+from dartfx.passes.pipeline import Observer, prune
+
+__all__ = ["NotesMask", "TakesMask", "prompts"]
+
+Compiled = Callable[..., Any]
+
+
+class NotesMask:
+    """Runs a graph that returns ``(*outputs, mask, carrier)`` and notes the mask for one output."""
+
+    def __init__(self, compiled: Compiled, place: int) -> None:
+        self._compiled, self._place = compiled, place
+
+    def __call__(self, *args: Any) -> Any:
+        *outputs, mask, carrier = self._compiled(*args)
+        vision.note(outputs[self._place], mask, carrier.shape[0])
+        return tuple(outputs)
+
+
+class Arrival(NamedTuple):
+    """A mask for one call.  embeds: the input it was noted for, or None when it was given;
+    like: an input with the mask's [B, S]."""
+
+    embeds: int | None
+    like: int
+    found: vision.Found
+
+
+class TakesMask:
+    """Runs a decoder's graph pruned when its embeddings come with a mask, else as it is.
+
+    Which of the two a call needs is known only at run time, and dynamo guards on neither, so each
+    is built when first needed; ``announce`` hears of every outcome.
+    """
+
+    def __init__(
+        self,
+        config: DartConfig,
+        module: GraphModule,
+        request: Request,
+        announce: Callable[[Outcome], None],
+        observe: Observer,
+    ) -> None:
+        self._config, self._module, self._request = config, module, request
+        self._announce, self._observe = announce, observe
+        self._embeds, self._ids = prompts(module)
+        self._plain: Compiled | None = None
+        self._pruned: dict[int | None, Compiled | None] = {}
+        self._all_retained: set[int] = set()
+        self._lock = threading.RLock()
+
+    @property
+    def may_take_masks(self) -> bool:
+        """Whether a later call could bring a mask; a decode step's graph never does."""
+        return bool(self._embeds or self._ids)
+
+    def prepare(self, inputs: Sequence[Any]) -> None:
+        """Build now what the call that is being compiled is going to need.
+
+        Raises UnsupportedGraphError through ``announce`` when that call cannot be pruned.
+        """
+        arrival = self.arrival(inputs)
+        if arrival is None or self._pruned_for(arrival) is None:
+            self._plain = lower(self._config, self._module, inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        arrival = self.arrival(args)
+        pruned = self._pruned_for(arrival) if arrival is not None else None
+        if arrival is not None and pruned is not None:
+            mask, rows = arrival.found.mask, arrival.found.rows
+            return pruned(mask, mask.new_empty((rows, 0)), *args)
+        if self._plain is None:
+            with self._lock:
+                self._plain = self._plain or self._compile(self._module)
+        return self._plain(*args)
+
+    def arrival(self, inputs: Sequence[Any]) -> Arrival | None:
+        """The mask that comes with these inputs: noted for one of them, or given."""
+        for place in self._embeds:
+            noted = vision.find(inputs[place])
+            if noted is not None:
+                return Arrival(place, place, noted)
+        given = vision.given()
+        for place in (*self._embeds, *self._ids) if given is not None else ():
+            if given is not None and inputs[place].shape[:2] == given.mask.shape:
+                return Arrival(None, place, given)
+        return None
+
+    def _pruned_for(self, arrival: Arrival) -> Compiled | None:
+        with self._lock:
+            if arrival.found.rows in self._all_retained:
+                return None
+            if arrival.embeds not in self._pruned:
+                outcome, module = self._rewrite(arrival)
+                if isinstance(outcome, Untouched):
+                    # True of this number of rows only: a larger image may come to the same graph.
+                    self._all_retained.add(arrival.found.rows)
+                else:
+                    compiled = self._compile(module) if isinstance(outcome, Pruned) else None
+                    self._pruned[arrival.embeds] = compiled
+                self._announce(outcome)
+            return self._pruned.get(arrival.embeds)
+
+    def _rewrite(self, arrival: Arrival) -> tuple[Outcome, GraphModule]:
+        """The graph with two inputs more, mask [B, S] and carrier [rows, 0], pruned."""
+        examples = independent(example_values(self._module))
+        like, found = examples[arrival.like], arrival.found
+        with like.fake_mode as mode:
+            mask = torch.empty(like.shape[:2], dtype=torch.bool, device=found.mask.device)
+            carrier = torch.empty((fresh_size(mode, found.rows), 0), device=found.mask.device)
+        try:
+            module = normalise(self._module, examples, extra=(mask, carrier))
+        except Refusal as refusal:
+            return refusal.declined, self._module
+        self._observe("normalise", module)
+        outcome = prune(module, self._request, partial(_entering, arrival), self._observe)
+        assert outcome is not None
+        return outcome, module
+
+    def _compile(self, module: GraphModule) -> Compiled:
+        """Compile outside dynamo's call, which may be over: guards on what comes are its own."""
+        # Dynamo inlines a plain GraphModule, but not the lazily recompiled kind that it makes.
+        module = GraphModule(module, module.graph)
+
+        def run(*args: Any) -> Any:
+            return module(*args)
+
+        # Dynamo counts recompilations per code object; every graph gets one of its own.
+        run.__code__ = run.__code__.replace(co_name=f"run_{id(module):x}")
+        return torch.compile(run, backend=partial(_lower_again, self._config), fullgraph=True)
+
+
+def _lower_again(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
+    return lower(config, module, inputs)
+
+
+def prompts(module: GraphModule) -> tuple[list[int], list[int]]:
+    """Inputs that may be a prompt: embeddings [B, S, D] and token ids [B, S], S > 1."""
+    embeds, ids = [], []
+    for place, value in enumerate(example_values(module)):
+        if not isinstance(value, Tensor) or value.ndim not in (2, 3) or is_one(value.shape[1]):
+            continue
+        if value.ndim == 3 and value.is_floating_point():
+            embeds.append(place)
+        elif value.ndim == 2 and value.dtype in (torch.int32, torch.int64):
+            ids.append(place)
+    return embeds, ids
+
+
+def _entering(arrival: Arrival, module: GraphModule) -> Vision:
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    mask, carrier = placeholders[:2]
+    if arrival.embeds is not None:
+        embeds = placeholders[2 + arrival.embeds]
+    else:
+        stacks = locate.find_stacks(module.graph)
+        if not stacks:
+            raise Refusal(
+                "the graph holds no whole decoder stack", advice="fullgraph=True or dartfx.compile"
+            )
+        embeds = locate.entry(module.graph, stacks[-1])
+    return Vision(embeds, (mask,), (), arrival.found.how, carrier)

@@ -1,0 +1,119 @@
+"""What the compiler did to each graph: the objects that ``dartfx.reports()`` returns."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, fields
+
+from dartfx.passes.facts import Declined, Outcome, Pruned
+
+__all__ = ["Report", "as_json", "clear", "collecting", "record", "reports"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One graph of a compiled call and what became of it.
+
+    graph: running number since the last reset; nodes: the graph's size as dynamo gave it;
+    outcome: Pruned (every figure of the cut), Declined (why, where, what to try), Untouched
+    (nothing to do, and why) or HandsOn (merges vision tokens for a later graph).
+    """
+
+    graph: int
+    nodes: int
+    outcome: Outcome
+
+    @property
+    def pruned(self) -> bool:
+        """Whether this graph was rewritten."""
+        return isinstance(self.outcome, Pruned)
+
+    def __str__(self) -> str:
+        head = f"graph {self.graph} ({self.nodes} nodes): "
+        outcome = self.outcome
+        if isinstance(outcome, Pruned):
+            return head + "\n".join(_pruned_lines(outcome))
+        if isinstance(outcome, Declined):
+            lines = [f"NOT pruned: {outcome.because}"]
+            lines += [f"  where: {outcome.where}"] if outcome.where else []
+            lines += [f"  try:   {outcome.advice}"] if outcome.advice else []
+            return head + "\n".join(lines)
+        return head + outcome.because
+
+
+def _pruned_lines(p: Pruned) -> list[str]:
+    saved = p.flops[0] / max(p.flops[1], 1)
+    lines = [
+        f"pruned before decoder layer {p.layer} of {p.stack}",
+        f"  vision tokens: {p.vision_tokens} per sample ({p.how}), {p.retained} retained",
+        f"  sequence:      {p.sequence[0]} -> {p.sequence[1]} tokens, batch {p.batch}",
+        f"  decoder FLOPs: {p.flops[0]:.4g} -> {p.flops[1]:.4g} ({saved:.2f}x fewer)",
+    ]
+    if p.kv_bytes[0]:
+        lines.append(
+            f"  KV cache:      {p.kv_bytes[0]:,} -> {p.kv_bytes[1]:,} bytes ({p.kv_layout})"
+        )
+    lines.append(f"  crosses the cut, gathered once each ({len(p.crossings)} values):")
+    for c in p.crossings:
+        shape = ", ".join(c.shape)
+        dims = ", ".join(map(str, c.dims))
+        lines.append(f"    {c.name} [{shape}] along dim {dims}" + (f"  {c.where}" * bool(c.where)))
+    return lines
+
+
+_LOCK = threading.Lock()
+_REPORTS: list[Report] = []
+_sink: ContextVar[list[Report] | None] = ContextVar("dartfx_reports", default=None)
+
+
+def record(nodes: int, outcome: Outcome) -> Report:
+    """Append one report, to the enclosing :func:`collecting` list if there is one."""
+    sink = _sink.get()
+    with _LOCK:
+        kept = _REPORTS if sink is None else sink
+        report = Report(len(kept), nodes, outcome)
+        kept.append(report)
+    return report
+
+
+@contextmanager
+def collecting() -> Iterator[list[Report]]:
+    """Keep the reports of this context apart from those of ``dartfx.reports()``."""
+    collected: list[Report] = []
+    token = _sink.set(collected)
+    try:
+        yield collected
+    finally:
+        _sink.reset(token)
+
+
+def reports() -> list[Report]:
+    """Every graph compiled since the last :func:`dartfx.reset`, oldest first."""
+    with _LOCK:
+        return list(_REPORTS)
+
+
+def clear() -> None:
+    """Forget all reports."""
+    with _LOCK:
+        _REPORTS.clear()
+
+
+def as_json(report: Report) -> str:
+    """The report as JSON: its fields, with the outcome's kind under ``kind``."""
+    outcome = {
+        f.name: getattr(report.outcome, f.name)
+        for f in fields(report.outcome)
+        if f.name != "graph_module"
+    }
+    shown = {
+        "graph": report.graph,
+        "nodes": report.nodes,
+        "kind": type(report.outcome).__name__.lower(),
+        **outcome,
+    }
+    return json.dumps(shown, indent=2, default=asdict) + "\n"

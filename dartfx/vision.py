@@ -1,0 +1,82 @@
+"""Where the vision mask comes from when the decoder's graph does not hold the merge.
+
+Either an earlier graph of the same call noted it for the embeddings it returned, or the caller
+gave it with :func:`vision_tokens`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["Found", "find", "forget", "given", "note", "vision_tokens"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A vision mask [B, S] bool, its feature rows over the batch, and how it was found."""
+
+    mask: Tensor
+    rows: int
+    how: str
+    version: int | None = None
+
+
+_LOCK = threading.Lock()
+# Keyed by the tensor object itself: two threads, streams or prompts never share a note, and a note
+# dies with its embeddings.
+_notes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_given: ContextVar[Found | None] = ContextVar("dartfx_vision_tokens", default=None)
+
+
+def note(embeds: Tensor, mask: Tensor, rows: int) -> None:
+    """Remember the mask of these very embeddings [B, S, D], for as long as they live."""
+    with _LOCK:
+        _notes[embeds] = Found(mask, rows, "merge in an earlier graph", _version(embeds))
+
+
+def find(embeds: Tensor) -> Found | None:
+    """The note on these embeddings; None when there is none or they were written to since."""
+    with _LOCK:
+        found: Found | None = _notes.get(embeds)  # type: ignore[no-untyped-call]
+    return found if found is not None and found.version == _version(embeds) else None
+
+
+def given() -> Found | None:
+    """The mask given by an enclosing :func:`vision_tokens`."""
+    return _given.get()
+
+
+def forget() -> None:
+    """Drop every note."""
+    with _LOCK:
+        _notes.clear()
+
+
+@contextmanager
+def vision_tokens(mask: Tensor) -> Iterator[None]:
+    """Say which positions hold vision tokens, for callers who build ``inputs_embeds`` themselves.
+
+    mask: [B, S] bool, as long as the prompt; calls of another length (decode steps) ignore it.
+    A merge found in the graph itself goes first.  Reads ``mask`` once (a host synchronisation on
+    an accelerator).  Raises ValueError for another shape or dtype.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
+        shown = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(f"vision_tokens needs a bool tensor [B, S], got {shown}")
+    token = _given.set(Found(mask, int(mask.sum()), "given"))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
