@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch.fx import Node
 
@@ -13,28 +14,11 @@ _SDPA = aten.scaled_dot_product_attention
 _SOFTMAX = {aten.softmax, aten._softmax, aten._safe_softmax}
 _PRODUCTS = {aten.matmul, aten.bmm}
 _VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.clone, aten.contiguous}
-_REPEATS = {*_VIEWS, aten.unsqueeze, aten.expand, aten.transpose, aten.to}
 
 
 def is_attention(node: Node) -> bool:
     """Whether the node weighs values by a softmax: fused, or the softmax itself."""
     return packet(node) is _SDPA or packet(node) in _SOFTMAX
-
-
-def feeds_attention(node: Node, stack: Stack) -> bool:
-    """Whether a value is a key or value of its own layer's attention, repeated heads included."""
-    todo, layer = list(node.users), stack.layer_of[node]
-    seen: set[Node] = set()
-    while todo:
-        user = todo.pop()
-        if user in seen or stack.layer_of.get(user) != layer:
-            continue
-        seen.add(user)
-        if packet(user) is _SDPA or packet(user) in _PRODUCTS:
-            return True
-        if packet(user) in _REPEATS:
-            todo.extend(user.users)
-    return False
 
 
 def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Node | None]:
@@ -97,13 +81,21 @@ def _reaches_product(node: Node, depth: int = 8) -> bool:
 
 def _unrepeated(keys: Node) -> Node:
     """Grouped-query keys before their heads were repeated: the ranking is the same, and cheaper."""
-    node = keys
-    while packet(node) in _VIEWS:
-        node = node.all_input_nodes[0]
-    if packet(node) is not aten.expand:
+    expanded = _through(keys, _VIEWS)
+    if packet(expanded) is not aten.expand:
         return keys
-    node = node.all_input_nodes[0]
-    if packet(node) is not aten.unsqueeze:
+    grouped = _through(expanded.all_input_nodes[0], {aten.slice})
+    if packet(grouped) is not aten.unsqueeze:
         return keys
-    source = node.all_input_nodes[0]
+    source = grouped.all_input_nodes[0]
     return source if len(sizes(source)) == 4 else keys
+
+
+def _through(node: Node, kinds: Collection[Any]) -> Node:
+    """The value before any of these operators; a slice only when it takes all there is."""
+    while packet(node) in kinds:
+        source = node.all_input_nodes[0]
+        if packet(node) is aten.slice and not all(map(same_size, sizes(source), sizes(node))):
+            break
+        node = source
+    return node

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from .attention import feeds_attention
+from .axes import TokenAxes
 from .facts import Refusal, Site
 from .gather import Gatherer
-from .graph import is_one, sizes, tensor
+from .graph import is_one, sizes
 
 
-def cached(site: Site, output: Node) -> dict[Node, int]:
-    """Keys and values [B, H, S, Dh] of decoder layers that the graph returns, with their layer."""
-    found: dict[Node, int] = {}
-    for node in output.all_input_nodes:
-        value, index = tensor(node), site.stack.layer_of.get(node)
-        if value is None or index is None or value.ndim != 4:
-            continue
-        if feeds_attention(node, site.stack):
-            found[node] = index
-    return found
+def cached(site: Site, output: Node, axes: TokenAxes) -> dict[Node, int]:
+    """Keys and values [B, H, S, Dh] of decoder layers that the graph returns, with their layer.
+
+    Attention weights are returned 4-D too, but have two token dims.
+    """
+    return {
+        node: site.stack.layer_of[node]
+        for node in output.all_input_nodes
+        if node in site.stack.layer_of and axes.dims(node) == (2,) and len(sizes(node)) == 4
+    }
 
 
 def choose_layout(site: Site, wanted: str, caches: dict[Node, int]) -> str:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from .axes import TokenAxes
 from .facts import Refusal, Request, Site, Vision
-from .graph import Emitter, aten, is_one, same_size, sizes, tensor, value_of
+from .graph import Emitter, aten, downstream, is_one, same_size, sizes, tensor, value_of
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,21 @@ def _valid_mask(emit: Emitter, site: Site, axes: TokenAxes) -> Node | None:
 def _normed(emit: Emitter, site: Site) -> Node:
     """The model's final norm applied to layer K-1's output: its own nodes, copied."""
     order = {n: i for i, n in enumerate(emit.graph.nodes)}
+    computed = set(downstream(emit.graph, [site.norm_input]))
     renamed: dict[Node, Node] = {site.norm_input: site.hidden}
 
     def reach(node: Node) -> None:
-        if node in renamed or node.op != "call_function" or order[node] < order[emit.anchor]:
+        if node in renamed or order[node] < order[emit.anchor]:
             return
         for operand in node.all_input_nodes:
             reach(operand)
-        renamed[node] = emit.copy(node, renamed)
+        if node in computed:
+            renamed[node] = emit.copy(node, renamed)
+        else:
+            # A weight on its way to the norm (``1 + weight``, a scalar input): needed earlier now.
+            emit.anchor.prepend(node)
+            renamed[node] = node
 
-    if site.norm_input is site.hidden:
-        raise Refusal("the cut is after the last layer", site.hidden)
     for node in site.norm:
         reach(node)
     return renamed[site.norm[-1]]

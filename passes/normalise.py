@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,14 +39,17 @@ def normalise(
         with torch.fx.traceback.preserve_node_meta():
             return torch.fx.Interpreter(module).run(*args[len(extra) :])
 
+    start = time.perf_counter()
     try:
         with mode, torch.no_grad(), _fresh_symbols_ignored(mode):
-            return make_fx(run, pre_dispatch=True)(*extra, *examples)
+            traced = make_fx(run, pre_dispatch=True)(*extra, *examples)
     except Exception as error:  # any operator may fail here, each in its own way
         raise Refusal(
             f"the graph could not be re-traced to ATen: {type(error).__name__}: {error}",
             advice="please report it with the dump of this graph (option dump=...)",
         ) from error
+    traced.meta["seconds"] = time.perf_counter() - start
+    return traced
 
 
 def example_values(module: GraphModule) -> list[Any]:

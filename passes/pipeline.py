@@ -6,6 +6,7 @@ the caller drops that graph and compiles dynamo's original, so nothing is ever h
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from torch.fx import GraphModule, Node
 
 from . import cache, check, gather, insert, locate
 from .axes import Axes, TokenAxes
-from .facts import Crossing, Outcome, Pruned, Refusal, Request, Site, Untouched, Vision
+from .facts import Crossing, Declined, Outcome, Pruned, Refusal, Request, Site, Untouched, Vision
 from .flops import bytes_of, flops
 from .graph import Emitter, downstream, hint, sizes, source_line, value_of
 from .shrink import reroute_sizes, shrink
+
+log = logging.getLogger(__name__)
 
 Observer = Callable[[str, GraphModule], None]
 
@@ -26,12 +29,13 @@ class Clock:
     """Seconds per pass; also tells an observer when each pass has run."""
 
     def __init__(self, module: GraphModule, observe: Observer | None = None) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {"normalise": module.meta.get("seconds", 0.0)}
         self._module, self._observe = module, observe
+        self.current = ""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        self.current, start = name, time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
         if self._observe is not None:
@@ -50,10 +54,19 @@ def prune(
     the merge in the graph.  Returns Pruned, Declined (why, where, what to try), Untouched, or None
     when no vision tokens enter a decoder here (the graph is then unchanged).
     """
+    clock = Clock(module, observe)
     try:
-        return _prune(module, request, vision, Clock(module, observe))
+        return _prune(module, request, vision, clock)
     except Refusal as refusal:
         return refusal.declined
+    except Exception as error:
+        # Our own bug.  Were it to escape, dynamo would take some kinds for a graph break of the
+        # model's and go on unpruned without a word.
+        log.debug("pass %r failed", clock.current, exc_info=True)
+        return Declined(
+            f"internal error in pass {clock.current!r}: {type(error).__name__}: {error}",
+            advice="please report it with the dump of this graph (option dump=...)",
+        )
 
 
 def _prune(
@@ -73,7 +86,7 @@ def _prune(
         _refuse_opaque(region, axes)
     with clock("insert"):
         output = next(n for n in graph.nodes if n.op == "output")
-        caches = cache.cached(site, output)
+        caches = cache.cached(site, output, axes)
         layout = cache.choose_layout(site, request.kv_layout, caches)
         before = flops(site.stack.layer_of), bytes_of(caches)
         length, tokens = hint(sizes(site.hidden)[1]), [n for n in region if n.op != "output"]
