@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule
 
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
@@ -21,7 +22,7 @@ from dartfx.passes.hand_on import hand_on
 from dartfx.passes.normalise import normalise
 from dartfx.passes.pipeline import prune
 from dartfx.passes.screen import holds_layers, writes_rows
-from dartfx.report import Report, record
+from dartfx.report import Report, discard, record
 
 __all__ = ["compile_graph", "dart"]
 
@@ -72,11 +73,16 @@ def request_of(config: DartConfig) -> Request:
 def compile_graph(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
     """Compile one dynamo graph: pruned where vision tokens enter a decoder, else unchanged."""
     graph = GraphCompiler(config, module)
-    if writes_rows(module.graph):
-        compiled = graph.with_merge(inputs)
-        if compiled is not None:
-            return compiled
-    return graph.without_merge(inputs)
+    try:
+        if writes_rows(module.graph):
+            compiled = graph.with_merge(inputs)
+            if compiled is not None:
+                return compiled
+        return graph.without_merge(inputs)
+    except RestartAnalysis:
+        # Dynamo traces the frame again and comes back with the graph that counts.
+        graph.withdraw()
+        raise
 
 
 class GraphCompiler:
@@ -85,6 +91,7 @@ class GraphCompiler:
     def __init__(self, config: DartConfig, module: GraphModule) -> None:
         self.config, self.module = config, module
         self.nodes = len(module.graph.nodes)
+        self.reported: list[Report] = []
         self.dump = Dump(config.dump)
         self.dump("dynamo", module)
 
@@ -122,16 +129,23 @@ class GraphCompiler:
         self.announce(Untouched("no vision tokens enter this graph"))
         return lower(self.config, self.module, inputs)
 
+    def withdraw(self) -> None:
+        """Take back what was reported of this graph."""
+        for report in self.reported:
+            discard(report)
+
     def announce(self, outcome: Outcome) -> None:
         """Report, log and dump what became of the graph; a refusal as loudly as asked for."""
         report = record(self.nodes, outcome)
+        self.reported.append(report)
         self.dump.finish(report)
         if isinstance(outcome, Pruned):
             log.info("%s", _one_line(report, outcome))
         elif isinstance(outcome, Declined):
             self._refuse(outcome)
         else:
-            log.info("graph %d: %s", report.graph, outcome.because)
+            level = logging.WARNING if _is_news(outcome) else logging.INFO
+            log.log(level, "graph %d: %s", report.graph, outcome.because)
 
     def _refuse(self, declined: Declined) -> None:
         if self.config.on_unsupported == "error":
@@ -142,6 +156,10 @@ class GraphCompiler:
             # Python shows a warning once per text, so once per reason.
             warnings.warn(f"dartfx left a graph unpruned: {declined}", PruningWarning, stacklevel=2)
         log.info("not pruned: %s", declined)
+
+
+def _is_news(outcome: Outcome) -> bool:
+    return isinstance(outcome, Untouched) and outcome.all_retained
 
 
 def _one_line(report: Report, pruned: Pruned) -> str:

@@ -15,6 +15,7 @@ from dartfx import vision
 from dartfx.config import DartConfig
 from dartfx.lowering import lower
 from dartfx.passes import locate
+from dartfx.passes.attention import attends_causally
 from dartfx.passes.facts import Outcome, Pruned, Refusal, Request, Untouched, Vision
 from dartfx.passes.graph import is_one
 from dartfx.passes.normalise import example_values, fresh_size, independent, normalise
@@ -66,7 +67,7 @@ class TakesMask:
         self._embeds, self._ids = prompts(module)
         self._plain: Compiled | None = None
         self._pruned: dict[int | None, Compiled | None] = {}
-        self._all_retained: set[int] = set()
+        self._all_retained: set[tuple[int, int]] = set()
         self._lock = threading.RLock()
 
     @property
@@ -108,17 +109,18 @@ class TakesMask:
 
     def _pruned_for(self, arrival: Arrival) -> Compiled | None:
         with self._lock:
-            if arrival.found.rows in self._all_retained:
+            # True of this many rows in this batch only: a larger image may come the same way.
+            size = arrival.found.rows, arrival.found.mask.shape[0]
+            if size in self._all_retained:
                 return None
             if arrival.embeds not in self._pruned:
                 outcome, module = self._rewrite(arrival)
+                self._announce(outcome)
                 if isinstance(outcome, Untouched):
-                    # True of this number of rows only: a larger image may come to the same graph.
-                    self._all_retained.add(arrival.found.rows)
+                    self._all_retained.add(size)
                 else:
                     compiled = self._compile(module) if isinstance(outcome, Pruned) else None
                     self._pruned[arrival.embeds] = compiled
-                self._announce(outcome)
             return self._pruned.get(arrival.embeds)
 
     def _rewrite(self, arrival: Arrival) -> tuple[Outcome, GraphModule]:
@@ -178,5 +180,8 @@ def _entering(arrival: Arrival, module: GraphModule) -> Vision:
             raise Refusal(
                 "the graph holds no whole decoder stack", advice="fullgraph=True or dartfx.compile"
             )
+        # A given mask fits any graph of the prompt's shape; a vision tower is no decoder.
+        if not attends_causally(stacks[-1]):
+            raise Refusal(f"{stacks[-1].path} attends without a mask, so it is no decoder")
         embeds = locate.entry(module.graph, stacks[-1])
     return Vision(embeds, (mask,), (), arrival.found.how, carrier)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 
 from dartfx.passes.facts import Declined, Outcome, Pruned
 
-__all__ = ["Report", "as_json", "clear", "collecting", "record", "reports"]
+__all__ = ["Report", "as_json", "clear", "collecting", "discard", "record", "reports"]
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,24 @@ _sink: ContextVar[list[Report] | None] = ContextVar("dartfx_reports", default=No
 
 def record(nodes: int, outcome: Outcome) -> Report:
     """Append one report, to the enclosing :func:`collecting` list if there is one."""
-    sink = _sink.get()
+    kept = _kept()
     with _LOCK:
-        kept = _REPORTS if sink is None else sink
         report = Report(len(kept), nodes, outcome)
         kept.append(report)
     return report
+
+
+def discard(report: Report) -> None:
+    """Take one report back, if it is still there."""
+    kept = _kept()
+    with _LOCK:
+        if report in kept:
+            kept.remove(report)
+
+
+def _kept() -> list[Report]:
+    sink = _sink.get()
+    return _REPORTS if sink is None else sink
 
 
 @contextmanager
@@ -105,11 +117,7 @@ def clear() -> None:
 
 def as_json(report: Report) -> str:
     """The report as JSON: its fields, with the outcome's kind under ``kind``."""
-    outcome = {
-        f.name: getattr(report.outcome, f.name)
-        for f in fields(report.outcome)
-        if f.name != "graph_module"
-    }
+    outcome = {f.name: getattr(report.outcome, f.name) for f in fields(report.outcome)}
     shown = {
         "graph": report.graph,
         "nodes": report.nodes,

@@ -6,11 +6,13 @@ gave it with :func:`vision_tokens`.
 
 from __future__ import annotations
 
+import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,14 +21,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["Found", "find", "forget", "given", "note", "vision_tokens"]
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Found:
-    """A vision mask [B, S] bool, its feature rows over the batch, and how it was found."""
+    """A vision mask [B, S] bool, its feature rows over the batch, and how it was found.
+
+    version: of the embeddings' data when the note was made; taken: set once a decoder had it.
+    """
 
     mask: Tensor
     rows: int
     how: str
     version: int | None = None
+    taken: threading.Event = field(default_factory=threading.Event, compare=False)
 
 
 _LOCK = threading.Lock()
@@ -37,16 +46,34 @@ _given: ContextVar[Found | None] = ContextVar("dartfx_vision_tokens", default=No
 
 
 def note(embeds: Tensor, mask: Tensor, rows: int) -> None:
-    """Remember the mask of these very embeddings [B, S, D], for as long as they live."""
+    """Remember the mask of these very embeddings [B, S, D], for as long as they live.
+
+    Embeddings that no compiled decoder ever took are a pruning that silently did not happen, so
+    their end is logged as a warning.
+    """
+    found = Found(mask, rows, "merge in an earlier graph", _version(embeds))
     with _LOCK:
-        _notes[embeds] = Found(mask, rows, "merge in an earlier graph", _version(embeds))
+        _notes[embeds] = found
+    weakref.finalize(embeds, _report_lost, found.taken).atexit = False
 
 
 def find(embeds: Tensor) -> Found | None:
     """The note on these embeddings; None when there is none or they were written to since."""
     with _LOCK:
         found: Found | None = _notes.get(embeds)  # type: ignore[no-untyped-call]
-    return found if found is not None and found.version == _version(embeds) else None
+    if found is None or found.version != _version(embeds):
+        return None
+    found.taken.set()
+    return found
+
+
+def _report_lost(taken: threading.Event) -> None:
+    if not taken.is_set():
+        log.warning(
+            "vision tokens were merged in one graph, but no compiled decoder took the merged "
+            "embeddings as they were, so that call ran unpruned; try fullgraph=True or "
+            "dartfx.compile, or say where the tokens are with dartfx.vision_tokens"
+        )
 
 
 def given() -> Found | None:

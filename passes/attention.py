@@ -2,26 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from .facts import Refusal, Stack
-from .graph import argument, aten, packet, same_size, sizes, tensor
+from .graph import argument, aten, is_one, packet, same_size, sizes, tensor
 
 _SDPA = aten.scaled_dot_product_attention
 _SOFTMAX = {aten.softmax, aten._softmax, aten._safe_softmax}
 _PRODUCTS = {aten.matmul, aten.bmm}
+_MASKING = {aten.add, aten.masked_fill, aten.where}
+_ELEMENTWISE = {aten.to, aten._to_copy, aten.masked_fill, aten.where, aten.dropout}
 _VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.clone, aten.contiguous}
 
 
+@dataclass(frozen=True)
+class Mask:
+    """What an attention masks its scores with, [*, *, Q, K] or None.
+
+    hides: True marks keys to hide (``masked_fill``), not keys to see.
+    """
+
+    node: Node | None = None
+    hides: bool = False
+
+
 def is_attention(node: Node) -> bool:
-    """Whether the node weighs values by a softmax: fused, or the softmax itself."""
-    return packet(node) is _SDPA or packet(node) in _SOFTMAX
+    """Whether the node weighs values by a softmax of products: fused, or the softmax itself."""
+    if packet(node) in _SOFTMAX:
+        return _product_above(argument(node, "self")) is not None
+    return packet(node) is _SDPA
 
 
-def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Node | None]:
+def _product_above(node: Node, depth: int = 8) -> Node | None:
+    """The matrix product that a value is an elementwise function of."""
+    if packet(node) in _PRODUCTS:
+        return node
+    if depth == 0 or not _is_elementwise(node):
+        return None
+    shape = sizes(node)
+    for operand in node.all_input_nodes:
+        # A product of the scores' own shape; a mask broadcasts, or comes from no product.
+        if tensor(operand) is not None and len(sizes(operand)) == len(shape):
+            product = _product_above(operand, depth - 1)
+            if product is not None:
+                return product
+    return None
+
+
+def _is_elementwise(node: Node) -> bool:
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return pointwise or packet(node) in _ELEMENTWISE
+
+
+def attends_causally(stack: Stack) -> bool:
+    """Whether the first layer masks its attention, as a decoder's prefill does."""
+    for node in stack.nodes(0):
+        if packet(node) is _SDPA:
+            return bool(argument(node, "is_causal")) or argument(node, "attn_mask") is not None
+        if packet(node) in _SOFTMAX and is_attention(node):
+            return _eager_attention(node)[1].node is not None
+    return False
+
+
+def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Mask]:
     """Post-RoPE keys [B, H, S, Dh] of one layer and the mask it attends with."""
     cores = [n for n in stack.nodes(index) if is_attention(n)]
     if len(cores) != 1:
@@ -32,7 +80,7 @@ def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Node | None]:
         )
     core = cores[0]
     if packet(core) is _SDPA:
-        keys, mask = argument(core, "key"), argument(core, "attn_mask")
+        keys, mask = argument(core, "key"), Mask(argument(core, "attn_mask"))
     else:
         keys, mask = _eager_attention(core)
     keys = _unrepeated(keys)
@@ -41,42 +89,32 @@ def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Node | None]:
     return keys, mask
 
 
-def _eager_attention(softmax: Node) -> tuple[Node, Node | None]:
-    """Keys and additive mask of ``softmax(q @ k.T * scale + mask)``."""
-    mask: Node | None = None
-    node = argument(softmax, "self")
+def _eager_attention(softmax: Node) -> tuple[Node, Mask]:
+    """Keys and mask of ``softmax(mask(q @ k.T * scale))``."""
+    node, mask = argument(softmax, "self"), Mask()
     while packet(node) not in _PRODUCTS:
         operands = [n for n in node.all_input_nodes if tensor(n) is not None]
-        scores = [n for n in operands if n in _score_chain(node, operands)]
-        if len(scores) != 1:
-            raise Refusal("attention scores do not lead back to one query-key product", softmax)
-        others = [n for n in operands if n is not scores[0] and len(sizes(n)) == 4]
-        if packet(node) is aten.add and others:
-            mask = others[0]
-        node = scores[0]
-    transposed = node.all_input_nodes[1]
-    swapped = (argument(transposed, "dim0"), argument(transposed, "dim1"))
-    if packet(transposed) is not aten.transpose or {d % 4 for d in swapped} != {2, 3}:
+        scores = next(n for n in operands if _product_above(n) is not None)
+        for other in operands:
+            if other is scores or all(map(is_one, sizes(other))):
+                continue
+            if mask.node is not None or packet(node) not in _MASKING:
+                raise Refusal("attention scores meet a tensor that is no mask we know", node)
+            mask = Mask(other, hides=packet(node) is aten.masked_fill)
+        node = scores
+    transposed = node.all_input_nodes[-1]
+    if not _swaps_last(transposed):
         raise Refusal("the keys of the query-key product are not a transposed [B, H, S, Dh]", node)
     return transposed.all_input_nodes[0], mask
 
 
-def _score_chain(node: Node, operands: Iterable[Node]) -> list[Node]:
-    """Operands of the same shape as ``node`` that come from a product."""
-    shape = sizes(node)
-    chain = []
-    for operand in operands:
-        same = len(sizes(operand)) == len(shape) and all(map(same_size, sizes(operand), shape))
-        if same and _reaches_product(operand):
-            chain.append(operand)
-    return chain
-
-
-def _reaches_product(node: Node, depth: int = 8) -> bool:
-    if packet(node) in _PRODUCTS:
-        return True
-    inputs = [n for n in node.all_input_nodes if tensor(n) is not None]
-    return depth > 0 and any(_reaches_product(n, depth - 1) for n in inputs)
+def _swaps_last(node: Node) -> bool:
+    """Whether a 4-D value is another one with its last two dims swapped."""
+    if packet(node) in (aten.transpose, aten.swapaxes):
+        return {d % 4 for d in node.args[1:3]} == {2, 3}  # type: ignore[operator]
+    if packet(node) is aten.permute:
+        return [d % 4 for d in argument(node, "dims")] == [0, 1, 3, 2]
+    return packet(node) is aten.mT
 
 
 def _unrepeated(keys: Node) -> Node:

@@ -46,8 +46,11 @@ class Axes:
         """Two dims that are equal, without saying that the operator treats them token by token."""
         a, b = _positive(a), _positive(b)
         self._place.union(a, b)
-        if is_one(sizes(a[0])[a[1]]) or is_one(sizes(b[0])[b[1]]):
+        size, other_size = sizes(a[0])[a[1]], sizes(b[0])[b[1]]
+        if is_one(size) or is_one(other_size):
             return
+        if type(size) is int and type(other_size) is int and size != other_size:
+            raise AssertionError(f"a rule tied {a[0]} dim {a[1]} to {b[0]} dim {b[1]}")
         one, other = self.factors(a), self.factors(b)
         self._value.union(a, b)
         if one and other and len(one) == len(other):
@@ -125,7 +128,11 @@ class TokenAxes:
         """The dim that is, or broadcasts against, the batch; None when there is none."""
         tokens = self.dims(node)
         for dim in range(len(sizes(node))):
-            if dim not in tokens and self.axes.aligned((node, dim), self.batch):
+            if dim in tokens:
+                continue
+            # Only a size-1 dim needs its place to tell; a parameter may align anything with it.
+            is_batch = self.axes.aligned if is_one(sizes(node)[dim]) else self.axes.same
+            if is_batch((node, dim), self.batch):
                 return dim
         return None
 

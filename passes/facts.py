@@ -43,9 +43,13 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Untouched:
-    """The graph is right as it is: it holds no vision tokens, or all of them are retained."""
+    """The graph is right as it is: it holds no vision tokens, or all of them are retained.
+
+    all_retained: the second case, where a person who asked for pruning should hear of it.
+    """
 
     because: str
+    all_retained: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Site:
 
     hidden: output of layer K-1 [B, S, D]; keys: post-RoPE keys of layer K-1 [B, H, S, Dh];
     attention_mask: the mask layer K-1 attends with, [*, *, Q, S], or None;
+    mask_hides: whether its True means a hidden key;
     norm: the nodes from the last layer's output to the final norm's output, in order;
     norm_input: the last layer's output that ``norm`` starts from.
     """
@@ -106,6 +111,7 @@ class Site:
     hidden: Node
     keys: Node
     attention_mask: Node | None
+    mask_hides: bool
     norm: tuple[Node, ...]
     norm_input: Node
 
@@ -140,9 +146,12 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A rewritten graph and what was done to it.  Sizes are those of the traced example."""
+    """What was done to a graph, which is now pruned.  Sizes are those of the traced example.
 
-    graph_module: torch.fx.GraphModule = field(repr=False)
+    how: where the vision mask came from; sequence, flops, kv_bytes: before and after; kv_layout:
+    "layered", "uniform" or "none returned"; seconds: of each pass.
+    """
+
     stack: str
     layer: int
     how: str

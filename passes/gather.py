@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from .axes import TokenAxes
 from .facts import Refusal
-from .graph import Emitter, aten, is_one, mutated_operands, packet, sizes
+from .graph import Emitter, aten, bases, is_one, mutated_operands, packet, sizes
 
 _REPLAYED = {aten.unsqueeze, aten.transpose}
 
@@ -86,7 +86,7 @@ def gather_frontier(region: list[Node], gather: Gatherer) -> None:
         if node.op == "output":
             continue
         for written in mutated_operands(node):
-            if written not in inside and gather.axes.dims(written):
+            if any(b not in inside and gather.axes.dims(b) for b in bases(written)):
                 raise Refusal(
                     "a decoder layer after the cut writes in place to a value from before it "
                     "(a static cache does)",

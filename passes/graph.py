@@ -135,6 +135,14 @@ def _viewed(node: Node) -> Node | None:
     return first if isinstance(first, Node) else None
 
 
+def bases(node: Node) -> list[Node]:
+    """The value and every value that it is a view of: what a write to it writes to."""
+    found = [node]
+    while (base := _viewed(found[-1])) is not None:
+        found.append(base)
+    return found
+
+
 def downstream(graph: Graph, starts: Iterable[Node]) -> list[Node]:
     """Every node computed from the starts' values, the starts included, in graph order.
 
@@ -152,10 +160,7 @@ def downstream(graph: Graph, starts: Iterable[Node]) -> list[Node]:
         reached.append(node)
         tainted.add(node)
         for written in mutated_operands(node):
-            base: Node | None = written
-            while base is not None:
-                tainted.add(base)
-                base = _viewed(base)
+            tainted.update(bases(written))
     return reached
 
 

@@ -44,9 +44,10 @@ def plan(emit: Emitter, site: Site, request: Request) -> Budget:
 
 
 _PADS_DROPPED = (
-    "row {row} of this batch has fewer vision tokens than its longest, so it would lose pads that "
-    "the decode mask still counts, and decode would hide its text. Give every row as many vision "
-    "tokens, run such rows apart, or pass use_cache=False for a forward without decode"
+    "row {row} of this batch does not hold its share of the batch's vision tokens, so its pads "
+    "would no longer be where the decode mask expects them, and decode would hide its text. Give "
+    "every row as many vision tokens, run such rows apart, or pass use_cache=False if nothing is "
+    "to be decoded"
 )
 
 
@@ -121,6 +122,8 @@ def _valid_mask(emit: Emitter, site: Site, axes: TokenAxes) -> Node | None:
     if value.dtype != torch.bool:
         # Additive masks hide a key with -inf or the dtype's lowest value.
         mask = emit(aten.gt.Scalar, mask, torch.finfo(value.dtype).min / 2)
+    elif site.mask_hides:
+        mask = emit(aten.logical_not.default, mask)
     seen = emit(aten.any.dim, emit(aten.any.dim, mask, 2), 1)
     if is_one(sizes(seen)[0]) and not is_one(sizes(site.hidden)[0]):
         embeds = site.vision.embeds

@@ -26,6 +26,8 @@ from .graph import (
     tensor,
 )
 
+_SCATTERS = {aten.masked_scatter, aten.masked_scatter_}
+
 
 def find_merges(graph: Graph) -> list[Merge]:
     """Every masked write of rows into a floating [B, S, D] tensor, in graph order.
@@ -35,17 +37,19 @@ def find_merges(graph: Graph) -> list[Merge]:
     merges = []
     for node in graph.nodes:
         kind = packet(node)
-        if kind in (aten.masked_scatter, aten.masked_scatter_):
+        if kind in _SCATTERS:
             mask, features = argument(node, "mask"), argument(node, "source")
         elif kind in (aten.index_put, aten.index_put_):
             indices = [i for i in argument(node, "indices") if i is not None]
             mask, features = (indices[0] if len(indices) == 1 else None), argument(node, "values")
         else:
             continue
-        value, chosen = tensor(node), tensor(mask)
-        if value is None or chosen is None or chosen.dtype != torch.bool:
+        value, chosen, rows = tensor(node), tensor(mask), tensor(features)
+        if value is None or chosen is None or rows is None or chosen.dtype != torch.bool:
             continue
-        if value.is_floating_point() and value.ndim == 3 and isinstance(features, Node):
+        # One row for many positions is no feature: a mask token, pads set to zero.
+        whole = rows.ndim >= 2 and same_size(rows.shape[-1], value.shape[-1])
+        if value.is_floating_point() and value.ndim == 3 and (whole or kind in _SCATTERS):
             merges.append(Merge(node, mask, features))
     return merges
 
@@ -148,7 +152,7 @@ def locate(graph: Graph, layer: int, vision: Vision, stack: Stack) -> Site:
     last = _layer_output(stack, stack.layers - 1, vision)
     keys, mask = keys_and_mask(stack, layer - 1)
     norm = _final_norm(graph, stack, last)
-    return Site(vision, stack, layer, hidden, keys, mask, norm, last)
+    return Site(vision, stack, layer, hidden, keys, mask.node, mask.hides, norm, last)
 
 
 def _layer_output(stack: Stack, index: int, vision: Vision) -> Node:

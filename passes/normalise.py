@@ -12,12 +12,12 @@ import torch
 import torch.fx.traceback
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from .facts import Refusal
-from .graph import expr, hint
+from .graph import argument, aten, expr, hint, packet, tensor
 
 
 def normalise(
@@ -48,8 +48,28 @@ def normalise(
             f"the graph could not be re-traced to ATen: {type(error).__name__}: {error}",
             advice="please report it with the dump of this graph (option dump=...)",
         ) from error
+    _drop_aliases(traced.graph)
+    traced.recompile()
     traced.meta["seconds"] = time.perf_counter() - start
     return traced
+
+
+def _drop_aliases(graph: Graph) -> None:
+    """Remove conversions that convert nothing.
+
+    They return their operand itself, so the tracer took each for the origin of every later use:
+    a hidden state would seem to come from the norm that reads it.
+    """
+    for node in list(graph.nodes):
+        source = node.args[0] if packet(node) is aten.to and node.args else None
+        if not isinstance(source, Node) or argument(node, "copy"):
+            continue
+        old, new = tensor(source), tensor(node)
+        if old is None or new is None or argument(node, "memory_format") is not None:
+            continue
+        if (old.dtype, old.device) == (new.dtype, new.device):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 def example_values(module: GraphModule) -> list[Any]:

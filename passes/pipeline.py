@@ -17,7 +17,7 @@ from . import cache, check, gather, insert, locate
 from .axes import Axes, TokenAxes
 from .facts import Crossing, Declined, Outcome, Pruned, Refusal, Request, Site, Untouched, Vision
 from .flops import bytes_of, flops
-from .graph import Emitter, downstream, hint, sizes, source_line, value_of
+from .graph import Emitter, bases, downstream, hint, mutated_operands, sizes, source_line, value_of
 from .shrink import reroute_sizes, shrink
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,9 @@ def _prune(
         budget = insert.plan(emit, site, request)
         if insert.nothing_to_drop(budget):
             return Untouched(
-                f"nothing to drop: {budget.retain} tokens to retain of {budget.vision_tokens}"
+                f"nothing to drop: {hint(value_of(budget.retain))} tokens to retain of "
+                f"{hint(value_of(budget.vision_tokens))}",
+                all_retained=True,
             )
         keep = insert.insert(
             emit, site, axes, request, budget, rows_alike=bool(caches) and layout == "uniform"
@@ -112,12 +114,11 @@ def _prune(
         if layout == "uniform":
             cache.trim(site, output, caches, frontier)
     with clock("check"):
-        check.check(graph, shapes)
+        check.check(graph, tokens, shapes)
         graph.eliminate_dead_code(_is_impure)
         module.recompile()
     final = [frontier.done.get(n, n) if layout == "uniform" else n for n in caches]
     return Pruned(
-        module,
         stack=site.stack.path,
         layer=site.layer,
         how=site.vision.how,
@@ -154,6 +155,13 @@ def _refuse_opaque(region: list[Node], axes: TokenAxes) -> None:
     found = axes.opaque(n for n in region if n.op != "output")
     if found is not None:
         node, operand = found
+        if any(base not in region for w in mutated_operands(node) for base in bases(w)):
+            raise Refusal(
+                "a decoder layer after the cut writes its keys and values into a cache made "
+                "beforehand: the cache is static",
+                node,
+                advice="the default DynamicCache",
+            )
         raise Refusal(
             f"{node.target} reads the token axis of {operand} in a way that dropping tokens "
             "would change, or that no rule describes",

@@ -40,6 +40,14 @@ def _named(*names: str) -> tuple[object, ...]:
     return tuple(getattr(aten, n) for n in names if hasattr(aten, n))
 
 
+_MANY = set(
+    _named(
+        "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "topk", "max", "min",
+        "sort", "cummax", "native_layer_norm",
+    )
+)  # fmt: skip
+
+
 def relate(axes: Axes, node: Node) -> None:
     """Apply the rule of ``node``'s operator, if there is one."""
     if node.op != "call_function":
@@ -47,7 +55,7 @@ def relate(axes: Axes, node: Node) -> None:
     if node.target is operator.getitem:
         source = node.args[0]
         if isinstance(source, Node) and tensor(node) is not None:
-            known = RULES.get(packet(source))
+            known = RULES.get(packet(source)) if packet(source) in _MANY else None
             if known is not None:
                 known(axes, source, node)
         return
@@ -102,9 +110,19 @@ def normalise_last(axes: Axes, node: Node, out: Node) -> None:
 
 @rule(*_named("masked_scatter", "masked_scatter_"))
 def masked_scatter(axes: Axes, node: Node, out: Node) -> None:
-    """The source's rows are not tokens of the target."""
+    """Takes the source's rows by how many True came before, so the mask's dims stay opaque."""
     _align(axes, node, argument(node, "self"), out)
-    _align(axes, node, argument(node, "mask"), out)
+    mask = argument(node, "mask")
+    for back in range(1, len(sizes(mask)) + 1):
+        axes.unify((mask, -back), (out, -back))
+
+
+@rule(*_named("index_put", "index_put_"))
+def index_put(axes: Axes, node: Node, out: Node) -> None:
+    """Written at positions that the indices name: the shape stays, every dim is opaque."""
+    first = argument(node, "self")
+    for dim in range(len(sizes(out))):
+        axes.unify((first, dim), (out, dim))
 
 
 @rule(*_named("cumsum", "cumprod", "cummax", "logcumsumexp", "flip", "roll", "sort", "argsort"))
@@ -112,6 +130,8 @@ def ordered(axes: Axes, node: Node, out: Node) -> None:
     """Keeps its shape but reads positions along some dims: those stay opaque."""
     first = node.all_input_nodes[0]
     dims = argument(node, "dim", argument(node, "dims", -1))
+    if packet(node) is aten.roll and not argument(node, "dims"):
+        return  # rolls the flattened tensor
     reading = {d % len(sizes(out)) for d in (dims if isinstance(dims, list | tuple) else [dims])}
     for dim in range(len(sizes(out))):
         if dim in reading:
@@ -216,6 +236,8 @@ def slice_(axes: Axes, node: Node, out: Node) -> None:
 @rule(*_named("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"))
 def regroup(axes: Axes, node: Node, out: Node) -> None:
     """Memory order decides: equal running products delimit groups of dims."""
+    if node.target is aten.view.dtype:
+        return  # the same bytes read as another type
     first = node.all_input_nodes[0]
     for left, right in _groups(first, out):
         if len(left) == len(right) == 1:

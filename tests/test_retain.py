@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -23,16 +24,16 @@ def test_the_papers_budgets(ratio: float, vision_tokens: int, retained: int) -> 
     assert DartConfig(reduction_ratio=ratio).retain_for(vision_tokens) == retained
 
 
-def test_halves_go_to_even_and_something_is_always_kept() -> None:
+def test_halves_go_up_and_something_is_always_kept() -> None:
     half = DartConfig(reduction_ratio=0.5)
-    assert [half.retain_for(n) for n in (0, 1, 2, 3, 5, 7, 9)] == [1, 1, 1, 2, 2, 4, 4]
+    assert [half.retain_for(n) for n in (0, 1, 2, 3, 5, 7, 9)] == [1, 1, 1, 2, 3, 4, 5]
     assert DartConfig(reduction_ratio=0.999).retain_for(10) == 1
 
 
 def test_the_ratio_is_the_decimal_that_was_written() -> None:
     # A tenth of 25, 15 and 35 are halves. In binary, 15 * (1 - 0.9) is below 1.5 and rounds down.
     assert round(15 * (1 - 0.9)) == 1
-    assert DartConfig(reduction_ratio=0.9).retain_for(25) == 2
+    assert DartConfig(reduction_ratio=0.9).retain_for(25) == 3
     assert DartConfig(reduction_ratio=0.9).retain_for(15) == 2
     assert DartConfig(reduction_ratio=0.9).retain_for(35) == 4
 
@@ -51,7 +52,7 @@ ratios = st.one_of(
 
 @given(ratio=ratios, n=st.integers(0, 1 << 40))
 def test_r_is_the_rounded_fraction(ratio: float, n: int) -> None:
-    expected = max(1, round(n * (1 - Fraction(str(ratio)))))
+    expected = max(1, math.floor(n * (1 - Fraction(str(ratio))) + Fraction(1, 2)))
     retained = DartConfig(reduction_ratio=ratio).retain_for(n)
     assert retained == expected
     assert type(retained) is int
