@@ -44,8 +44,9 @@ def assert_same_prefill(output: Any, oracle: hooked.Pruned) -> None:
         torch.testing.assert_close(entry.values, values, **CLOSE)
 
 
-@pytest.mark.parametrize("layout", ["layered", "uniform"])
-@pytest.mark.parametrize("masked", [False, True], ids=["no_mask", "mask"])
+@pytest.mark.parametrize(
+    ("layout", "masked"), [("layered", False), ("uniform", True)], ids=["layered", "uniform_mask"]
+)
 def test_forward(family: Family, layout: str, masked: bool) -> None:
     inputs = family.make_inputs()
     if not masked:
