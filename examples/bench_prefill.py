@@ -1,0 +1,260 @@
+"""Prefill of one LLaVA-1.5-shaped model under plain torch.compile and under backend="dart".
+
+Speed: both run in this process in turns (A B A B ...), as generate() for one new token: vision
+tower, projector, merge, all decoder layers, one row of logits. The allowed speed-up is the ratio
+of all their floating-point operations, vision tower included. Compile time: first calls, each
+with empty Inductor caches. All of it with random weights: no time here depends on their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+import vlm
+from torch import nn
+from torch._inductor.utils import fresh_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import dartfx
+from dartfx.backend import dart as dart_backend
+from dartfx.passes.facts import Pruned
+
+BEFORE, AFTER = 35, 19  # text tokens around the image: 35 is LLaVA-1.5's system prompt
+WARMUP = 3
+GOALS = {"of_allowed": 0.95, "passes_share": 0.10, "operator_share": 0.03}
+Result = dict[str, Any]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--size", choices=sorted(vlm.SIZES), default="small", help="default: %(default)s")
+    add("--tiny", action="store_const", const="tiny", dest="size", help="same as --size tiny")
+    add("--retain-tokens", type=int, help="vision tokens kept (64; 4 with --tiny)")
+    add("--layer", type=int, default=2, help="first decoder layer that sees the pruned sequence")
+    add("--selector", default="dart", help="how tokens are chosen: dart, random, uniform, ...")
+    add("--repeat", type=int, default=15, help="timed prefills of each (%(default)s)")
+    add("--threads", type=int, help="CPU threads (default: torch's)")
+    add("--device", default="cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--lowering", choices=("inductor", "aot_eager", "eager"), default="inductor")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    args = parser.parse_args(argv)
+    if args.repeat < 1:
+        parser.error("--repeat must be at least 1")
+    if args.retain_tokens is None:
+        args.retain_tokens = 4 if args.size == "tiny" else 64
+    return args
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the backend."""
+    return {
+        "retain_tokens": args.retain_tokens,
+        "layer": args.layer,
+        "selector": args.selector,
+        "lowering": args.lowering,
+    }
+
+
+def warm_up(args: argparse.Namespace) -> None:
+    """Pay what the first compilation of a process costs: imports and compiler workers."""
+    tiny = torch.compile(lambda x: x.sin() + 1, backend=args.lowering)
+    with fresh_cache():
+        tiny(torch.randn(8, device=args.device))
+
+
+def count_flops(model: nn.Module, inputs: vlm.Inputs) -> tuple[int, int]:
+    """FLOPs of one unpruned prefill, and of the decoder's layers in it, counted as it runs."""
+    # Attention as two matrix products: the counter does not know the CPU's fused kernel.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        vlm.prefill(model, inputs)
+    decoder = f"{type(model).__name__}.model.language_model"
+    return counter.get_total_flops(), sum(counter.get_flop_counts()[decoder].values())
+
+
+def time_passes(model: nn.Module, inputs: vlm.Inputs, options: Mapping[str, object]) -> Result:
+    """Seconds of all that the backend does to the prefill graph before Inductor gets it."""
+    spent: list[float] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        only_passes = {**options, "lowering": "eager"}
+        compiled: list[Callable[..., Any]] = []
+        spent.append(
+            vlm.seconds(lambda: compiled.append(dart_backend(graph, examples, options=only_passes)))
+        )
+        return compiled[0]
+
+    dartfx.reset()
+    model.compile(backend=backend, fullgraph=True)
+    vlm.prefill(model, inputs)
+    torch.compiler.reset()
+    return {"total": sum(spent), **pruned_of(dartfx.reports()).seconds}
+
+
+def pruned_of(reports: Sequence[dartfx.Report]) -> Pruned:
+    """The one pruned graph; exits with the reasons when there is none."""
+    for report in reports:
+        if isinstance(report.outcome, Pruned):
+            return report.outcome
+    sys.exit("nothing was pruned:\n" + "\n".join(map(str, reports)))
+
+
+def time_operator(pruned: Pruned, inputs: vlm.Inputs, args: argparse.Namespace) -> float:
+    """Median seconds of the selection operator, compiled alone at the shapes of the prefill."""
+    size = vlm.SIZES[args.size]
+    make = partial(torch.randn, device=args.device, dtype=getattr(torch, args.dtype))
+    length, heads = pruned.sequence[0], size.heads
+    hidden = make(1, length, size.hidden)
+    keys = make(1, heads, length, size.hidden // heads)
+    mask = inputs["input_ids"] == vlm.IMAGE_ID
+    counts = pruned.vision_tokens, pruned.retained
+
+    def select(h: torch.Tensor, k: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        kept: torch.Tensor = torch.ops.dartfx.select_tokens(
+            h, k, m, None, *counts, 4, 4, args.selector, "auto"
+        )
+        return kept
+
+    compiled = torch.compile(select, backend=args.lowering)
+    call = partial(compiled, hidden, keys, mask)
+    [samples] = vlm.alternate([call], 3 * args.repeat, WARMUP)
+    return median(samples)
+
+
+def measure(args: argparse.Namespace) -> Result:
+    """Every figure of the benchmark."""
+    size = vlm.SIZES[args.size]
+    model = vlm.build_model(size, device=args.device, dtype=getattr(torch, args.dtype))
+    inputs = vlm.random_inputs(size, BEFORE, AFTER, model)
+    flops, decoder = count_flops(model, inputs)
+    warm_up(args)
+    passes = time_passes(vlm.twin(model), inputs, options_of(args))
+
+    plain, dart = vlm.twin(model), vlm.twin(model)
+    plain.compile(backend=args.lowering, fullgraph=True)
+    dartfx.reset()
+    dartfx.compile(dart, **options_of(args))
+    calls = [partial(vlm.prefill, m, inputs) for m in (plain, dart)]
+    first = []
+    for call in calls:
+        with fresh_cache():
+            first.append(vlm.seconds(call))
+    pruned = pruned_of(dartfx.reports())
+    load = os.getloadavg()[0]
+    samples = vlm.alternate(calls, args.repeat, WARMUP)
+    prefill = [median(s) for s in samples]
+    operator = time_operator(pruned, inputs, args)
+    # A first call compiles and then runs once.
+    compiled = [max(f - p, 0.0) for f, p in zip(first, prefill, strict=True)]
+    pair = flops, flops - pruned.flops[0] + pruned.flops[1]
+    speed_up, allowed = prefill[0] / prefill[1], pair[0] / pair[1]
+    return {
+        "machine": machine(args, load),
+        "sequence": pruned.sequence,
+        "vision_tokens": (pruned.vision_tokens, pruned.retained),
+        "layers": size.layers,
+        "flops": {"total": pair, "decoder": pruned.flops, "decoder_counted": decoder},
+        "kv_bytes": pruned.kv_bytes,
+        "prefill_seconds": prefill,
+        "prefill_samples": samples,
+        "speed_up": speed_up,
+        "allowed": allowed,
+        "of_allowed": speed_up / allowed,
+        "compile_seconds": compiled,
+        "passes_seconds": passes,
+        "passes_share": passes["total"] / compiled[0],
+        "operator_seconds": operator,
+        "operator_share": operator / prefill[1],
+    }
+
+
+def machine(args: argparse.Namespace, load: float) -> Result:
+    """Where and with what the figures were measured."""
+    if args.device.startswith("cuda"):
+        name = torch.cuda.get_device_name(args.device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "dtype": args.dtype,
+        "load_average": round(load, 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dartfx": dartfx.__version__,
+        "size": args.size,
+        "selector": args.selector,
+        "lowering": args.lowering,
+        "repeat": args.repeat,
+    }
+
+
+def goal(result: Result, key: str) -> str:
+    """A figure, and on which side of its goal it is, in words."""
+    value, aim = result[key], GOALS[key]
+    if result["machine"]["size"] == "tiny" or result["machine"]["lowering"] != "inductor":
+        return f"{value:.1%} (no goal: too small or not compiled)"
+    at_least = key == "of_allowed"
+    met = value >= aim if at_least else value <= aim
+    verb = "at least" if at_least else "at most"
+    return f"{value:.1%} (goal: {verb} {aim:.0%}, {'met' if met else 'NOT met'})"
+
+
+def show(r: Result) -> None:
+    """The figures as text."""
+    n, kept = r["vision_tokens"]
+    flops, decoder = r["flops"]["total"], r["flops"]["decoder"]
+    plain, dart = r["prefill_seconds"]
+    passes = {k: v for k, v in r["passes_seconds"].items() if k != "total"}
+    print("  ".join(f"{k}: {v}" for k, v in r["machine"].items()))
+    print(f"\nvision tokens   {n} -> {kept}; sequence {r['sequence'][0]} -> {r['sequence'][1]}")
+    print(f"KV cache        {r['kv_bytes'][0]:,} -> {r['kv_bytes'][1]:,} bytes")
+    print(f"decoder FLOPs   {decoder[0]:,} -> {decoder[1]:,}")
+    print(f"all FLOPs       {flops[0]:,} -> {flops[1]:,} (vision tower and projector included)")
+    best = " -> ".join(f"{min(s) * 1e3:.1f}" for s in r["prefill_samples"])
+    times = f"{plain * 1e3:.1f} -> {dart * 1e3:.1f} ms"
+    print(f"\nprefill         {times}, medians in turns (fastest: {best} ms)")
+    print(f"speed-up        {r['speed_up']:.2f}x of {r['allowed']:.2f}x that the FLOPs allow")
+    print(f"of allowed      {goal(r, 'of_allowed')}")
+    print(f"selection       {r['operator_seconds'] * 1e3:.2f} ms, compiled alone")
+    print(f"share of dart   {goal(r, 'operator_share')}")
+    print(f"\ncompile         plain {r['compile_seconds'][0]:.1f} s", end=", ")
+    print(f"dart {r['compile_seconds'][1]:.1f} s (Inductor's caches empty, one prefill graph)")
+    print(f"dartfx's passes {r['passes_seconds']['total']:.2f} s", end=": ")
+    print(", ".join(f"{k} {v:.2f}" for k, v in passes.items()))
+    print(f"share of plain  {goal(r, 'passes_share')}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0; a goal that is not met is printed, and is no failure of the benchmark."""
+    args = parse(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    result = measure(args)
+    show(result)
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""One photograph and one question through a vision-language model, with and without dartfx.
+
+The same weights run twice in this process: compiled by plain Inductor, and by dartfx, which keeps
+a few of the vision tokens and then hands over to Inductor. Printed is what was pruned and where,
+what became of the sequence and of the KV cache, what a prefill takes, and what was generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import vlm
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import dartfx
+from dartfx.passes.facts import Pruned
+
+SAMPLES = ("china.jpg", "flower.jpg")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class DemoError(Exception):
+    """What stops the demo, told to the user without a traceback."""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        help="a vision-language model on the Hugging Face hub or in a folder, for example "
+        "llava-hf/llava-1.5-7b-hf (default: a small LLaVA-1.5 with random weights, made here)",
+    )
+    add("--image", default=SAMPLES[0], help=f"an image file, or scikit-learn's {SAMPLES}")
+    add("--prompt", default="What is shown in this photograph?", help="the question")
+    add("--retain-tokens", type=int, help="vision tokens kept per sample (64; 4 with --tiny)")
+    add("--layer", type=int, default=2, help="first decoder layer that sees the pruned sequence")
+    add("--max-new-tokens", type=int, default=8, help="tokens to generate (%(default)s)")
+    add("--repeat", type=int, default=5, help="timed prefills of each (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 elsewhere")
+    add("--tiny", action="store_true", help="without --model: 16 vision tokens, for a quick try")
+    add(
+        "--lowering",
+        choices=("inductor", "aot_eager", "eager"),
+        default="inductor",
+        help="what compiles both; anything but inductor compiles fast and runs slowly",
+    )
+    args = parser.parse_args(argv)
+    for name in ("max_new_tokens", "repeat"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.retain_tokens is None:
+        args.retain_tokens = 4 if args.tiny else 64
+    return args
+
+
+def load_image(name: str) -> Image.Image:
+    """The image file, or one of scikit-learn's sample photographs."""
+    if not Path(name).is_file():
+        if name not in SAMPLES:
+            raise DemoError(f"no image file {name!r}; give a path, or one of {', '.join(SAMPLES)}")
+        from sklearn.datasets import load_sample_image
+
+        return Image.fromarray(load_sample_image(name))
+    try:
+        return Image.open(name).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise DemoError(f"{name!r} is not an image that Pillow can read") from error
+
+
+def load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """The model and its processor: pretrained, or a small one made here."""
+    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    if args.model is None:
+        size = vlm.SIZES["tiny" if args.tiny else "small"]
+        return vlm.build_model(size, device=args.device, dtype=dtype), vlm.build_processor(size)
+    try:
+        processor = AutoProcessor.from_pretrained(args.model)
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype)
+    except (OSError, ValueError, ImportError) as error:
+        raise DemoError(f"cannot load the model {args.model!r}: {error}") from error
+    return model.to(args.device).eval().requires_grad_(False), processor
+
+
+def make_inputs(processor: Any, image: Image.Image, prompt: str, model: nn.Module) -> vlm.Inputs:
+    """What the processor makes of the question, in the chat format of the model."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    if getattr(processor, "chat_template", None):
+        chat = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    else:
+        text = f"USER: {processor.image_token}\n{prompt} ASSISTANT:"
+    weight = next(model.parameters())
+    made = processor(images=image, text=text, return_tensors="pt").to(weight.device)
+    return {k: v.to(weight.dtype) if v.is_floating_point() else v for k, v in made.items()}
+
+
+def compile_plain(model: nn.Module, inputs: vlm.Inputs, lowering: str) -> tuple[float, str]:
+    """Compile without dartfx, as one graph where dynamo can: seconds of the first call, and how."""
+    model.compile(backend=lowering, fullgraph=True)
+    try:
+        return vlm.seconds(partial(vlm.prefill, model, inputs)), "one graph"
+    except TorchDynamoException:
+        model.compile(backend=lowering)
+        return vlm.seconds(partial(vlm.prefill, model, inputs)), "several graphs"
+
+
+def compile_dart(
+    model: nn.Module, inputs: vlm.Inputs, args: argparse.Namespace
+) -> tuple[float, dartfx.Report]:
+    """Compile with dartfx: seconds of the first call, and what it did to the prefill."""
+    dartfx.reset()
+    dartfx.compile(
+        model,
+        retain_tokens=args.retain_tokens,
+        layer=args.layer,
+        lowering=args.lowering,
+        on_unsupported="ignore",  # told below, in full
+    )
+    took = vlm.seconds(partial(vlm.prefill, model, inputs))
+    for report in dartfx.reports():
+        if report.pruned:
+            return took, report
+    told = "\n".join(map(str, dartfx.reports())) or "dynamo made no graph of this call"
+    raise DemoError(f"no vision token was pruned:\n{told}")
+
+
+def show_memory(plain: Any, dart: Any, pruned: Pruned) -> None:
+    """Tokens and bytes of both caches after the same prefill, checked against the report."""
+    before, after = (vlm.cache_lengths(c)[pruned.layer] for c in (plain, dart))
+    first = vlm.cache_lengths(dart)[0]
+    measured = vlm.cache_bytes(plain), vlm.cache_bytes(dart)
+    if measured != pruned.kv_bytes or (before, after) != pruned.sequence:
+        raise DemoError(
+            f"the caches hold {measured} bytes and {before, after} tokens, but the report says "
+            f"{pruned.kv_bytes} and {pruned.sequence}; please report this"
+        )
+    print(f"tokens from layer {pruned.layer} on: {before} -> {after}")
+    print(f"tokens in layers 0..{pruned.layer - 1}:  {before} -> {first}")
+    print(
+        f"KV cache bytes: {measured[0]:,} -> {measured[1]:,} "
+        f"({measured[1] / measured[0]:.1%}; measured in the caches, equal to the report)"
+    )
+
+
+def show_answers(models: Sequence[Any], inputs: vlm.Inputs, args: Any, processor: Any) -> None:
+    """What both generate, greedily."""
+    start = inputs["input_ids"].shape[1]
+    for name, model in zip(("plain", "dart"), models, strict=True):
+        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+        ids = out[0, start:]
+        print(f"{name + ' ids:':<11}{ids.tolist()}")
+        if args.model is not None:
+            text = processor.batch_decode(ids[None], skip_special_tokens=True)[0]
+            print(f"{name + ' text:':<11}{text}")
+    if args.model is None:
+        print("(random weights: the ids show that both generate, not how well they answer)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The demo; raises DemoError when something is missing or nothing was pruned."""
+    image = load_image(args.image)
+    model, processor = load_model(args)
+    inputs = make_inputs(processor, image, args.prompt, model)
+    made = "tiny" if args.tiny else "small"
+    name = args.model or f"LLaVA-1.5 shape, {made}, RANDOM weights (seed 0)"
+    weights = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"model:  {name}, {weights:.1f}M parameters, {model.dtype}, {args.device}")
+    print(f"image:  {args.image} {image.size[0]}x{image.size[1]}; prompt: {args.prompt!r}")
+    print(f"prompt: {inputs['input_ids'].shape[1]} tokens, vision tokens included")
+
+    plain, dart = vlm.twin(model), vlm.twin(model)
+    print(f"\ncompiling both with {args.lowering} ...", flush=True)
+    took, report = compile_dart(dart, inputs, args)  # first: it may refuse
+    print(f"dart:   first prefill {took:.1f} s", flush=True)
+    took, how = compile_plain(plain, inputs, args.lowering)
+    print(f"plain:  first prefill {took:.1f} s ({how})")
+    print(f"\n{report}\n")
+    assert isinstance(report.outcome, Pruned)
+    calls = [partial(vlm.prefill, m, inputs) for m in (plain, dart)]
+    full, pruned = (call().past_key_values for call in calls)
+    show_memory(full, pruned, report.outcome)
+
+    a, b = map(median, vlm.alternate(calls, args.repeat))
+    print(f"\nprefill, median of {args.repeat}: {a * 1e3:.1f} ms -> {b * 1e3:.1f} ms")
+    print(f"speed-up: {a / b:.2f}x")
+    print("(timed: generate() for one new token, in turns: vision tower, merge, all layers)\n")
+    show_answers((plain, dart), inputs, args, processor)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 when there is nothing to show."""
+    try:
+        run(parse(argv))
+    except (DemoError, dartfx.ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What the examples share: models to run, and how a prefill is called and timed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+Inputs = dict[str, Any]
+
+PATCH = 14
+VOCABULARY = 512
+SPECIAL = ("<pad>", "<s>", "</s>", "<image>")  # the ids are 0, 1, 2, 3
+IMAGE_ID = SPECIAL.index("<image>")
+# The prompt format of LLaVA-1.5.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}USER: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    " {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of a LLaVA-1.5-shaped model: a CLIP tower, two linear layers, a Llama decoder."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    tower_layers: int
+    tower_hidden: int
+    tower_heads: int
+    image: int = 336
+
+    @property
+    def vision_tokens(self) -> int:
+        """Vision tokens of one image: its patches."""
+        return (self.image // PATCH) ** 2
+
+
+# The tower has about the share of the decoder's FLOPs that it has in LLaVA-1.5-7B (5%).
+SIZES = {
+    "tiny": Size(4, 64, 160, 4, 2, 32, 2, image=56),
+    "small": Size(12, 512, 1376, 8, 8, 128, 4),
+    "llava-7b": Size(32, 4096, 11008, 32, 24, 1024, 16),
+}
+
+
+def build_model(
+    size: Size, *, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> nn.Module:
+    """A LlavaForConditionalGeneration of this size with seeded random weights."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=size.tower_hidden,
+            intermediate_size=4 * size.tower_hidden,
+            num_hidden_layers=size.tower_layers,
+            num_attention_heads=size.tower_heads,
+            image_size=size.image,
+            patch_size=PATCH,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=size.hidden,
+            intermediate_size=size.intermediate,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            vocab_size=VOCABULARY,
+            # Larger than the usual 0.02, so that the answer depends on what was in the prompt.
+            initializer_range=size.hidden**-0.5,
+            bos_token_id=1,
+            eos_token_id=None,
+            pad_token_id=0,
+        ),
+        image_token_index=IMAGE_ID,
+        image_seq_length=size.vision_tokens,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+    )
+    cuda = [torch.device(device)] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=cuda), torch.device(device):
+        torch.manual_seed(seed)
+        model: nn.Module = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def build_processor(size: Size) -> Any:
+    """The Hugging Face processor of LLaVA-1.5 around a small byte-level BPE tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([CHAT_TEMPLATE, __doc__ or ""], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    side = {"height": size.image, "width": size.image}
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": size.image}, crop_size=side),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which "default" takes off again
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def random_inputs(size: Size, before: int, after: int, model: nn.Module) -> Inputs:
+    """Random pixels and a prompt of one image with so many random text tokens around it."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(len(SPECIAL), VOCABULARY, (1, before + after), generator=generator)
+    image = torch.full((1, size.vision_tokens), IMAGE_ID)
+    ids = torch.cat([ids[:, :before], image, ids[:, before:]], 1)
+    pixels = torch.randn((1, 3, size.image, size.image), generator=generator)
+    weight = next(model.parameters())
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {k: v.to(weight.device) for k, v in inputs.items()} | {"pixel_values": pixels.to(weight)}
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer with ``model``."""
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def prefill(model: Any, inputs: Inputs) -> Any:
+    """``generate`` for one new token: vision tower, merge and decoder; no decode step."""
+    return model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+
+
+def cache_lengths(cache: Any) -> list[int]:
+    """Tokens that each decoder layer's KV cache holds."""
+    return [layer.keys.shape[-2] for layer in cache.layers]
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all keys and values in a KV cache."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call, with the GPU's queue empty before and after."""
+    _wait()
+    start = time.perf_counter()
+    call()
+    _wait()
+    return time.perf_counter() - start
+
+
+def alternate(
+    calls: Sequence[Callable[[], object]], repeat: int, warmup: int = 1
+) -> list[list[float]]:
+    """The seconds of each call, run in turns (A B A B ...) so that all meet the same load."""
+    for _ in range(warmup):
+        for call in calls:
+            call()
+    timed = [[seconds(call) for call in calls] for _ in range(repeat)]
+    return [list(column) for column in zip(*timed, strict=True)]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
