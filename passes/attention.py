@@ -100,12 +100,19 @@ def _eager_attention(softmax: Node) -> tuple[Node, Mask]:
                 continue
             if mask.node is not None or packet(node) not in _MASKING:
                 raise Refusal("attention scores meet a tensor that is no mask we know", node)
-            mask = Mask(other, hides=packet(node) is aten.masked_fill)
+            mask = Mask(other, hides=_hides(node, scores))
         node = scores
     transposed = node.all_input_nodes[-1]
     if not _swaps_last(transposed):
         raise Refusal("the keys of the query-key product are not a transposed [B, H, S, Dh]", node)
     return transposed.all_input_nodes[0], mask
+
+
+def _hides(node: Node, scores: Node) -> bool:
+    """Whether True in this masking call's mask takes a score away."""
+    if packet(node) is aten.where:
+        return argument(node, "other") is scores
+    return packet(node) is aten.masked_fill
 
 
 def _swaps_last(node: Node) -> bool:

@@ -13,7 +13,7 @@ from networkx.utils import UnionFind
 from torch.fx import Graph, Node
 
 from .facts import Site
-from .graph import is_one, sizes, tensor
+from .graph import is_one, same_size, sizes, tensor
 
 Var = tuple[Node, int]
 
@@ -53,9 +53,7 @@ class Axes:
             raise AssertionError(f"a rule tied {a[0]} dim {a[1]} to {b[0]} dim {b[1]}")
         one, other = self.factors(a), self.factors(b)
         self._value.union(a, b)
-        if one and other and len(one) == len(other):
-            for left, right in zip(one, other, strict=True):
-                self.unify(left, right)
+        self._unify_factors(one, other)
         if one or other:
             self._factors[self._value[a]] = one or other
 
@@ -66,11 +64,16 @@ class Axes:
     def product(self, var: Var, factors: tuple[Var, ...]) -> None:
         """The dim is the product of these, in memory order (``B * S``)."""
         known = self.factors(var)
-        if known and len(known) == len(factors):
-            for left, right in zip(known, factors, strict=True):
-                self.unify(left, right)
-        elif not known:
+        self._unify_factors(known, factors)
+        if not known:
             self._factors[self._value[var]] = factors
+
+    def _unify_factors(self, one: tuple[Var, ...], other: tuple[Var, ...]) -> None:
+        """One product split twice the same way; split another way, the parts have no relation."""
+        shapes = [[sizes(n)[d] for n, d in factors] for factors in (one, other)]
+        if len(one) == len(other) and all(map(same_size, *shapes)):
+            for left, right in zip(one, other, strict=True):
+                self.unify(left, right)
 
     def factors(self, var: Var) -> tuple[Var, ...]:
         """The factors of a product dim, or ()."""

@@ -93,11 +93,7 @@ def _prune(
         emit = Emitter(region[0])
         budget = insert.plan(emit, site, request)
         if insert.nothing_to_drop(budget):
-            return Untouched(
-                f"nothing to drop: {hint(value_of(budget.retain))} tokens to retain of "
-                f"{hint(value_of(budget.vision_tokens))}",
-                all_retained=True,
-            )
+            return _all_retained(budget)
         keep = insert.insert(
             emit, site, axes, request, budget, rows_alike=bool(caches) and layout == "uniform"
         )
@@ -115,7 +111,6 @@ def _prune(
             cache.trim(site, output, caches, frontier)
     with clock("check"):
         check.check(graph, tokens, shapes)
-        graph.eliminate_dead_code(_is_impure)
         module.recompile()
     final = [frontier.done.get(n, n) if layout == "uniform" else n for n in caches]
     return Pruned(
@@ -132,6 +127,11 @@ def _prune(
         kv_bytes=(before[1], bytes_of(final)),
         seconds=clock.seconds,
     )
+
+
+def _all_retained(budget: insert.Budget) -> Untouched:
+    asked, present = hint(value_of(budget.retain)), hint(value_of(budget.vision_tokens))
+    return Untouched(f"nothing to drop: {asked} tokens to retain of {present}", all_retained=True)
 
 
 def _site(
@@ -168,10 +168,6 @@ def _refuse_opaque(region: list[Node], axes: TokenAxes) -> None:
             node,
             advice="please report the operator; meanwhile this model runs unpruned",
         )
-
-
-def _is_impure(node: Node) -> bool:
-    return bool(node.is_impure())
 
 
 def _crossing(node: Node, axes: TokenAxes) -> Crossing:

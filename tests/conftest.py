@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-
 # The models are so small that a second thread only waits for the first.
 torch.set_num_threads(1)
 

@@ -222,5 +222,5 @@ def assert_same(one: Any, other: Any, **tolerance: float) -> None:
         torch.testing.assert_close(a, b, **({"rtol": 1e-5, "atol": 1e-5} | tolerance))
 
 
-__all__ = ["IMAGE", "Decoder", "Layer", "Sizes", "Style", "assert_same", "changed", "flat", "prompt",
-           "pruned_by_hand", "replace", "run", "take_rows"]  # fmt: skip
+__all__ = ["IMAGE", "Decoder", "Layer", "Sizes", "Style", "assert_same", "changed", "flat",
+           "prompt", "pruned_by_hand", "replace", "run", "take_rows"]  # fmt: skip
