@@ -9,6 +9,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -176,7 +177,8 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
 def evaluate(node: Node, mode: FakeTensorMode) -> Any:
     """The node's fake value computed from its operands' recorded ones."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with mode, torch.no_grad():
+    # Composite operators read sizes in C++, which knows no symbols, unless Python takes them apart.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
