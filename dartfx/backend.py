@@ -20,7 +20,7 @@ from dartfx.lowering import lower
 from dartfx.passes.facts import Declined, HandsOn, Outcome, Pruned, Refusal, Request, Untouched
 from dartfx.passes.hand_on import hand_on
 from dartfx.passes.normalise import normalise
-from dartfx.passes.pipeline import prune
+from dartfx.passes.pipeline import internal_error, prune
 from dartfx.passes.screen import holds_layers, writes_rows
 from dartfx.report import Report, discard, record
 
@@ -108,7 +108,11 @@ class GraphCompiler:
             self.announce(outcome)
             chosen = rewritten if isinstance(outcome, Pruned) else self.module
             return lower(self.config, chosen, inputs)
-        place = hand_on(rewritten)
+        try:
+            place = hand_on(rewritten)
+        except Exception as error:
+            self.announce(internal_error("hand on", error))
+            return None
         if place is None:
             return None
         self.announce(HandsOn("merges vision tokens and hands their mask on to a later graph"))

@@ -19,7 +19,7 @@ from dartfx.passes.attention import attends_causally
 from dartfx.passes.facts import Outcome, Pruned, Refusal, Request, Untouched, Vision
 from dartfx.passes.graph import is_one
 from dartfx.passes.normalise import example_values, fresh_size, independent, normalise
-from dartfx.passes.pipeline import Observer, prune
+from dartfx.passes.pipeline import Observer, internal_error, prune
 
 __all__ = ["NotesMask", "TakesMask", "prompts"]
 
@@ -125,15 +125,15 @@ class TakesMask:
 
     def _rewrite(self, arrival: Arrival) -> tuple[Outcome, GraphModule]:
         """The graph with two inputs more, mask [B, S] and carrier [rows, 0], pruned."""
-        examples = independent(example_values(self._module))
-        like, found = examples[arrival.like], arrival.found
-        with like.fake_mode as mode:
-            mask = torch.empty(like.shape[:2], dtype=torch.bool, device=found.mask.device)
-            carrier = torch.empty((fresh_size(mode, found.rows), 0), device=found.mask.device)
         try:
+            examples = independent(example_values(self._module))
+            like, found = examples[arrival.like], arrival.found
+            with like.fake_mode as mode:
+                mask = torch.empty(like.shape[:2], dtype=torch.bool, device=found.mask.device)
+                carrier = torch.empty((fresh_size(mode, found.rows), 0), device=found.mask.device)
             module = normalise(self._module, examples, extra=(mask, carrier))
-        except Refusal as refusal:
-            return refusal.declined, self._module
+        except Exception as error:
+            return internal_error("normalise", error), self._module
         self._observe("normalise", module)
         outcome = prune(module, self._request, partial(_entering, arrival), self._observe)
         assert outcome is not None

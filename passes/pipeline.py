@@ -57,16 +57,23 @@ def prune(
     clock = Clock(module, observe)
     try:
         return _prune(module, request, vision, clock)
-    except Refusal as refusal:
-        return refusal.declined
     except Exception as error:
-        # Our own bug.  Were it to escape, dynamo would take some kinds for a graph break of the
-        # model's and go on unpruned without a word.
-        log.debug("pass %r failed", clock.current, exc_info=True)
-        return Declined(
-            f"internal error in pass {clock.current!r}: {type(error).__name__}: {error}",
-            advice="please report it with the dump of this graph (option dump=...)",
-        )
+        return internal_error(clock.current, error)
+
+
+def internal_error(name: str, error: Exception) -> Declined:
+    """A bug of our own in pass ``name``, as a refusal: called while handling ``error``.
+
+    Were it to escape, dynamo would take some kinds of error for a graph break of the model's and
+    go on unpruned without a word.
+    """
+    if isinstance(error, Refusal):
+        return error.declined
+    log.debug("pass %r failed", name, exc_info=True)
+    return Declined(
+        f"internal error in pass {name!r}: {type(error).__name__}: {error}",
+        advice="please report it with the dump of this graph (option dump=...)",
+    )
 
 
 def _prune(
