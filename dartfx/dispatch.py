@@ -149,11 +149,7 @@ class TakesMask:
 
         # Dynamo counts recompilations per code object; every graph gets one of its own.
         run.__code__ = run.__code__.replace(co_name=f"run_{id(module):x}")
-        return torch.compile(run, backend=partial(_lower_again, self._config), fullgraph=True)
-
-
-def _lower_again(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
-    return lower(config, module, inputs)
+        return torch.compile(run, backend=partial(lower, self._config), fullgraph=True)
 
 
 def prompts(module: GraphModule) -> tuple[list[int], list[int]]:

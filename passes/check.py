@@ -12,8 +12,6 @@ from .axes import TokenAxes
 from .facts import Refusal, Size
 from .graph import evaluate, expr, fake_mode, sizes, tensor
 
-Shape = tuple[Size, ...]
-
 
 def expected(region: Sequence[Node], axes: TokenAxes, kept: Size) -> dict[Node, list[sympy.Expr]]:
     """The shape each value of ``region`` must have once its token axis is S' long."""

@@ -122,8 +122,8 @@ class Request:
 
     layer: K, the first decoder layer that sees the pruned sequence;
     retain: N -> R, for int and SymInt alike;
-    select: emits the selection (hidden, keys, vision_mask, valid_mask, N, R) as one call:
-    the operator and its trailing constant arguments;
+    operator, operator_args: the selection, called as operator(hidden, keys, vision_mask,
+    valid_mask, N, R, *operator_args);
     kv_layout: "auto", "layered" or "uniform".
     """
 

@@ -6,7 +6,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .axes import Axes
 from .facts import Vision
-from .graph import Emitter, aten, downstream, sizes, tensor
+from .graph import Emitter, aten, downstream, tensor
 from .insert import vision_mask, vision_rows
 from .locate import find_merges
 
@@ -40,16 +40,13 @@ def _merged_output(graph: Graph, output: Node) -> tuple[int, Vision] | None:
     if not merges or not isinstance(returned, list | tuple):
         return None
     axes = Axes(graph)
+    reached = {m: set(downstream(graph, [m.node])) for m in merges}
     for place, node in enumerate(returned):
         value = tensor(node)
         if not isinstance(node, Node) or value is None or value.ndim != 3:
             continue
-        entering = [
-            m
-            for m in merges
-            if node in downstream(graph, [m.node]) and axes.same((m.node, 1), (node, 1))
-        ]
-        if entering and len(sizes(entering[-1].node)) == 3:
+        entering = [m for m in merges if node in reached[m] and axes.same((m.node, 1), (node, 1))]
+        if entering:
             masks = tuple(m.mask for m in entering)
             features = tuple(m.features for m in entering)
             return place, Vision(entering[-1].node, masks, features, "merge in this graph")
