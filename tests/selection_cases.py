@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
 from torch import Tensor
 
 import dartfx.ops  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
+from dartfx.zoo import oracle
 
 
 def draw(seed: int, S: int | None = None, **given: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def expected(case: dict[str, Any]) -> oracle.Batch:
     )
 
 
-def operator(case: dict[str, Any], selector: str = "dart") -> Tensor:
+def operator(case: dict[str, Any], selector: str = "dart", kernel: str = "auto") -> Tensor:
     """The operator itself, as a compiled graph calls it."""
     vision = case["vision_mask"]
     result: Tensor = torch.ops.dartfx.select_tokens(
@@ -75,7 +75,7 @@ def operator(case: dict[str, Any], selector: str = "dart") -> Tensor:
         case.get("pivot_image_tokens", 4),
         case.get("pivot_text_tokens", 4),
         selector,
-        "auto",
+        kernel,
     )
     return result
 
@@ -104,6 +104,17 @@ def ragged(counts: list[int], pads: list[int], words: int, side: str = "left") -
         case["vision_mask"][b, start : start + n] = True
         case["valid_mask"][b, start : start + n + words] = True
     return case
+
+
+def one_hot(seed: int, S: int | None = None) -> dict[str, Any]:
+    """Many ties: one-hot vectors of power-of-two length; all sums, norms, quotients are exact."""
+    case = draw(seed, S, integers=True)
+    rng = np.random.default_rng(seed)
+    B, S = case["vision_mask"].shape
+    hidden = np.zeros((B, S, 4))
+    axis, scale = rng.integers(0, 4, (B, S)), rng.choice([-2.0, -1.0, 0.0, 1.0, 4.0], (B, S))
+    np.put_along_axis(hidden, axis[..., None], scale[..., None], 2)
+    return {**case, "hidden": torch.tensor(hidden, dtype=torch.float32)}
 
 
 def losing_text() -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from selection_cases import draw, expected, losing_text, operator, plain, ragged
+from selection_cases import draw, expected, losing_text, one_hot, operator, plain, ragged
 
 from dartfx.errors import ConfigError, KernelUnavailableError, SelectionError
 from dartfx.ops import select_tokens
+from dartfx.zoo import oracle
 
 # Rounding of a float32 sum of up to a few hundred terms, with a wide margin. A decision made by
 # less than this in float64 may fall either way in float32.
@@ -45,15 +45,8 @@ def test_agrees_with_the_oracle_at_full_size(S: int, retain: int) -> None:
 
 
 def test_ties_go_to_the_lowest_position() -> None:
-    """One-hot vectors of power-of-two length: every sum, norm and quotient is exact."""
     for seed in range(60):
-        case = draw(seed, integers=True)
-        rng = np.random.default_rng(seed)
-        B, S = case["vision_mask"].shape
-        hidden = np.zeros((B, S, 4))
-        axis, scale = rng.integers(0, 4, (B, S)), rng.choice([-2.0, -1.0, 0.0, 1.0, 4.0], (B, S))
-        np.put_along_axis(hidden, axis[..., None], scale[..., None], 2)
-        case["hidden"] = torch.tensor(hidden, dtype=torch.float32)
+        case = one_hot(seed)
         assert select_tokens(**case).tolist() == expected(case).keep_idx, seed
 
 

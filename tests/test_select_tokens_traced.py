@@ -8,7 +8,6 @@ import sys
 import textwrap
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -21,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dartfx.errors import SelectionError
 from dartfx.ops import batch, reference
+from dartfx.zoo import oracle
 
 
 def trace_args() -> tuple[Any, list[Tensor]]:

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from dartfx.ops.reference import positions_of
 
-__all__ = ["BatchPlan", "enforce_budget", "keep_positions", "kept_length", "plan_batch"]
+__all__ = [
+    "BatchPlan",
+    "enforce_budget",
+    "keep_positions",
+    "kept_length",
+    "plan_batch",
+    "smaller",
+]
 
 # An int or a SymInt. Any, because the type stubs of torch know no arithmetic between SymInt and
 # Tensor.
@@ -42,10 +49,11 @@ class BatchPlan:
 
 def kept_length(sequence: Size, vision_tokens: Size, retain: Size) -> Size:
     """S' = S - N + min(R, N), without comparing symbolic sizes (which would install guards)."""
-    return sequence - vision_tokens + _smaller(retain, vision_tokens)
+    return sequence - vision_tokens + smaller(retain, vision_tokens)
 
 
-def _smaller(a: Size, b: Size) -> Size:
+def smaller(a: Size, b: Size) -> Size:
+    """min(a, b), without a guard."""
     return torch.sym_min(a, b)  # type: ignore[no-untyped-call]
 
 
@@ -60,7 +68,7 @@ def plan_batch(
 
     vision = vision_mask.sum(1)
     # A row with few non-vision positions must keep more than R vision tokens to reach S'.
-    wanted = (vision + (length - sequence)).clamp(min=_smaller(retain, vision_tokens))
+    wanted = (vision + (length - sequence)).clamp(min=smaller(retain, vision_tokens))
     budget = torch.minimum(vision, wanted)
     position = torch.arange(sequence, device=vision_mask.device)
     last = torch.where(vision_mask, position, -1).amax(1, keepdim=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import dartfx.ops.register  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
-from dartfx.errors import SelectionError
+from dartfx.ops.checks import check_arguments, fail
 
 __all__ = ["select_tokens"]
 
@@ -40,10 +40,12 @@ def select_tokens(
     a row whose text would not fit; ConfigError for an unknown selector or kernel;
     KernelUnavailableError for a kernel that cannot run here.
     """
-    _check_tensors(hidden, keys, vision_mask, valid_mask)
-    _check_count("retain", retain)
-    _check_count("pivot_image_tokens", pivot_image_tokens)
-    _check_count("pivot_text_tokens", pivot_text_tokens)
+    counts = {
+        "retain": retain,
+        "pivot_image_tokens": pivot_image_tokens,
+        "pivot_text_tokens": pivot_text_tokens,
+    }
+    check_arguments(hidden, keys, vision_mask, valid_mask, **counts)
     vision_tokens = _read_vision_tokens(vision_mask, valid_mask, retain)
     keep_idx: Tensor = torch.ops.dartfx.select_tokens(
         hidden,
@@ -60,57 +62,6 @@ def select_tokens(
     return keep_idx
 
 
-def _fail(name: str, problem: str) -> SelectionError:
-    return SelectionError(f"dartfx.select_tokens: {name} {problem}")
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise _fail(name, f"must be an int, got {type(value).__name__}")
-    if value < 0:
-        raise _fail(name, f"must be at least 0, got {value}")
-
-
-def _check_tensors(
-    hidden: Tensor, keys: Tensor, vision_mask: Tensor, valid_mask: Tensor | None
-) -> None:
-    _check_tensor("hidden", hidden, "[B, S, D]", 3)
-    _check_tensor("keys", keys, "[B, H, S, Dh]", 4)
-    batch, sequence = hidden.shape[:2]
-    if batch == 0:
-        raise _fail("hidden", f"must hold at least one row, got shape {tuple(hidden.shape)}")
-    if (keys.shape[0], keys.shape[2]) != (batch, sequence):
-        raise _fail(
-            "keys",
-            f"must be [B, H, S, Dh] with B = {batch} and S = {sequence} as in hidden, "
-            f"got shape {tuple(keys.shape)}",
-        )
-    for name, mask in (("vision_mask", vision_mask), ("valid_mask", valid_mask)):
-        if mask is None and name == "valid_mask":
-            continue
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise _fail(name, f"must be a bool tensor, got {kind}; compare or call .bool() first")
-        if mask.shape != hidden.shape[:2]:
-            raise _fail(
-                name,
-                f"must be [B, S] = {tuple(hidden.shape[:2])} as in hidden, "
-                f"got shape {tuple(mask.shape)}",
-            )
-    for name, tensor in (("keys", keys), ("vision_mask", vision_mask), ("valid_mask", valid_mask)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise _fail(name, f"is on {tensor.device}, but hidden is on {hidden.device}")
-
-
-def _check_tensor(name: str, tensor: object, shape: str, rank: int) -> None:
-    if not isinstance(tensor, Tensor):
-        raise _fail(name, f"must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise _fail(name, f"must be a floating-point tensor, got {tensor.dtype}")
-    if tensor.dim() != rank:
-        raise _fail(name, f"must be {shape}, got shape {tuple(tensor.shape)}")
-
-
 def _read_vision_tokens(vision_mask: Tensor, valid_mask: Tensor | None, retain: int) -> int:
     """N, with what only the masks' values can tell checked; the host read of ``select_tokens``."""
     valid = torch.ones_like(vision_mask) if valid_mask is None else valid_mask
@@ -118,18 +69,18 @@ def _read_vision_tokens(vision_mask: Tensor, valid_mask: Tensor | None, retain: 
     vision, invalid, text = torch.stack([mask.sum(1) for mask in counts]).tolist()
     for row, count in enumerate(invalid):
         if count:
-            raise _fail(
+            raise fail(
                 "valid_mask", f"is False at {count} vision tokens of row {row}; pads are not vision"
             )
     batch, sequence = vision_mask.shape
     if not any(vision):
-        raise _fail("vision_mask", "marks no vision token in the whole batch; nothing to select")
+        raise fail("vision_mask", "marks no vision token in the whole batch; nothing to select")
     vision_tokens = sum(vision) // batch
     length = sequence - vision_tokens + min(retain, vision_tokens)
     for row in range(batch):
         budget = min(vision[row], max(retain, vision[row] + length - sequence))
         if text[row] + budget > length:
-            raise _fail(
+            raise fail(
                 "vision_mask",
                 f"leaves no room for the text of row {row}: {text[row]} valid text positions and "
                 f"{budget} kept vision tokens exceed the {length} positions that every row "

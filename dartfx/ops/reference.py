@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-__all__ = ["dart", "positions_of", "stable_order", "take_first", "take_in_turn"]
+__all__ = ["EPS", "dart", "positions_of", "stable_order", "take_first", "take_in_turn"]
 
-_EPS = 1e-8  # torch.nn.functional.cosine_similarity clamps each norm on its own at this value
+EPS = 1e-8  # torch.nn.functional.cosine_similarity clamps each norm on its own at this value
 
 
 def dart(
@@ -166,7 +166,7 @@ def _cosines(hidden: Tensor, pivots: Tensor) -> Tensor:
     # Products and sums rather than a matrix product: they ignore the user's TF32 and autocast
     # settings, sum each position in the same way whatever B and S are (a padded row then selects
     # what it selects alone), and fuse into one pass over the hidden states.
-    norms = (hidden * hidden).sum(-1).sqrt().clamp(min=_EPS)
+    norms = (hidden * hidden).sum(-1).sqrt().clamp(min=EPS)
     rows = []
     for j in range(pivots.shape[1]):
         at = pivots[:, j, None]

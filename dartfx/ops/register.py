@@ -1,7 +1,8 @@
 """``torch.ops.dartfx.select_tokens``: the selection as one operator of a graph.
 
 It stays one node under ``make_fx`` and fake tensors. AOTAutograd replaces it by the plain ATen of
-``reference.py``, which the compiler then fuses; in eager it runs that same code directly.
+``reference.py``, which the compiler then fuses, or by the Triton kernels of ``kernels.py``, which
+the compiler launches as part of its own graph; in eager it runs that same code directly.
 ``custom_op`` with a FunctionalTensorMode rule does what ``torch.library.triton_op`` does, but
 keeps the integer arguments of the schema apart from the symbolic sizes and does not warn at
 import where Triton is missing.
@@ -9,7 +10,8 @@ import where Triton is missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,7 @@ from torch.library import custom_op
 
 from dartfx import selectors
 from dartfx.errors import ConfigError, KernelUnavailableError, SelectionError
+from dartfx.ops import checks, launch
 from dartfx.ops.batch import (
     Size,
     enforce_budget,
@@ -72,20 +75,27 @@ def _require_rows_fake(value: Tensor, ok: Tensor, message: str) -> Tensor:
     return torch.empty_like(value)
 
 
-def choose_kernel(kernel: str, device: torch.device) -> Literal["torch"]:
-    """Which implementation runs on ``device``: the one place where a Triton path joins.
+def choose_kernel(
+    kernel: str, device: torch.device, unsupported: Callable[[], str] = str
+) -> Literal["torch", "triton"]:
+    """Which implementation runs on ``device``: Triton's wherever "auto" finds that it can.
 
-    Raises ConfigError for an unknown name and KernelUnavailableError for "triton".
+    unsupported: says what about the inputs the kernels do not serve, or returns an empty string.
+    Raises ConfigError for an unknown name and KernelUnavailableError for "triton" where it cannot.
     """
     if kernel not in KERNELS:
         names = ", ".join(map(repr, KERNELS))
         raise ConfigError(f"unknown kernel {kernel!r}; valid names: {names}")
-    if kernel == "triton":
+    # Interpreted kernels run on a CPU, but nobody wants them who did not name them.
+    if kernel == "torch" or (kernel == "auto" and device.type != "cuda"):
+        return "torch"
+    reason = launch.unavailable(device) or unsupported()
+    if reason and kernel == "triton":
         raise KernelUnavailableError(
-            f"kernel='triton' is not available for {device.type} tensors: this version of dartfx "
-            "has no Triton kernel; use kernel='auto' or 'torch', which Inductor compiles"
+            f"kernel='triton' cannot run here: {reason}; use kernel='auto' or 'torch', which "
+            "Inductor compiles"
         )
-    return "torch"
+    return "torch" if reason else "triton"
 
 
 def _select(
@@ -99,18 +109,22 @@ def _select(
     pivot_text_tokens: int,
     selector: str,
     kernel: str,
+    *,
+    traced: bool = False,
 ) -> Tensor:
-    choose_kernel(kernel, hidden.device)
+    pivots = {"pivot_image_tokens": pivot_image_tokens, "pivot_text_tokens": pivot_text_tokens}
+    checks.check_arguments(hidden, keys, vision_mask, valid_mask, retain=retain, **pivots)
+    unsupported = functools.partial(launch.unsupported, hidden, keys, selector, **pivots)
+    if choose_kernel(kernel, hidden.device, unsupported) == "triton":
+        kept, fits = launch.select(
+            hidden, keys, vision_mask, valid_mask, vision_tokens, retain, traced=traced, **pivots
+        )
+        keep_idx: Tensor = torch.ops.dartfx.require_rows(kept, fits, _TEXT_LOST)
+        return keep_idx
     plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
     budget = torch.ops.dartfx.require_rows(plan.budget, plan.pads_kept >= 0, _TEXT_LOST)
     kept = selectors.get_selector(selector)(
-        hidden,
-        keys,
-        vision_mask,
-        plan.text_after,
-        budget,
-        pivot_image_tokens=pivot_image_tokens,
-        pivot_text_tokens=pivot_text_tokens,
+        hidden, keys, vision_mask, plan.text_after, budget, **pivots
     )
     if not selectors.is_exact(selector):
         kept = _checked(kept, vision_mask, budget, selector)
@@ -165,7 +179,7 @@ def _decompose(
     kwargs: Mapping[str, Any],
 ) -> Tensor:
     with mode:
-        return _select(*args, **kwargs)
+        return _select(*args, **kwargs, traced=True)
 
 
 _select_tokens.register_torch_dispatch(FunctionalTensorMode, _decompose)

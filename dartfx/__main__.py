@@ -1,0 +1,7 @@
+"""``python -m dartfx``."""
+
+import sys
+
+from dartfx.cli import main
+
+sys.exit(main())

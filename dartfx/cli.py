@@ -1,0 +1,34 @@
+"""The command line: ``python -m dartfx COMMAND``.
+
+Each command is a module with ``HELP``, ``configure(parser)`` and ``run(arguments) -> exit status``,
+imported only when it is asked for, so that no command pays for what another needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "bench": ("dartfx.bench", "time what dartfx does on this machine"),
+    "families": ("dartfx.zoo.command", "prune every model family and hold it against the oracle"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status, 2 for a wrong call as argparse does."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m dartfx", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name in argv[:1]:
+            chosen = import_module(module)
+            chosen.configure(command)
+            command.set_defaults(run=chosen.run)
+    arguments = parser.parse_args(argv)
+    return int(arguments.run(arguments))

@@ -1,0 +1,72 @@
+"""Which implementation runs where; that Triton may be missing; that editing a kernel is noticed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from dartfx import fingerprint
+from dartfx.errors import KernelUnavailableError
+from dartfx.ops import launch
+from dartfx.ops.register import choose_kernel
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_is_triton_on_cuda_and_torch_elsewhere() -> None:
+    pytest.importorskip("triton")
+    assert choose_kernel("auto", CUDA) == "triton"
+    assert choose_kernel("auto", CUDA, lambda: "hidden is too long") == "torch"
+    assert choose_kernel("torch", CUDA) == "torch"
+    assert choose_kernel("auto", CPU) == choose_kernel("auto", torch.device("xpu")) == "torch"
+
+
+def test_triton_by_name_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    assert choose_kernel("triton", CUDA) == "triton"
+    with pytest.raises(KernelUnavailableError, match="serves CUDA and ROCm devices, not cpu"):
+        choose_kernel("triton", CPU)
+    with pytest.raises(KernelUnavailableError, match="hidden is too long; use kernel='auto'"):
+        choose_kernel("triton", CUDA, lambda: "hidden is too long")
+    monkeypatch.setattr(launch, "_triton_installed", lambda: False)
+    assert choose_kernel("auto", CUDA) == "torch"
+    with pytest.raises(KernelUnavailableError, match="Triton is not installed"):
+        choose_kernel("triton", CUDA)
+
+
+def test_auto_is_torch_where_triton_cannot_be_imported() -> None:
+    code = """
+        import sys, torch
+        class Block:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "triton":
+                    raise ImportError("no triton here")
+        for name in [n for n in sys.modules if n.partition(".")[0] == "triton"]:
+            del sys.modules[name]
+        sys.meta_path.insert(0, Block())
+        from dartfx.ops.register import choose_kernel
+        assert choose_kernel("auto", torch.device("cuda")) == "torch"
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_edited_kernel_changes_what_compile_caches_are_keyed_by(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = Path(fingerprint.__file__).parent
+    copy = shutil.copytree(package, tmp_path / "dartfx", ignore=shutil.ignore_patterns("*.pyc"))
+    read = fingerprint.source_digest.__wrapped__
+    monkeypatch.setattr(fingerprint, "__file__", str(copy / "fingerprint.py"))
+    before = read()
+    kernels = copy / "ops" / "kernels.py"
+    kernels.write_text(kernels.read_text().replace("tl.abs(", "(", 1))
+    assert read() != before
