@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,8 +59,20 @@ def _reset() -> None:
 dart.reset = _reset  # type: ignore[attr-defined]
 
 
-def request_of(config: DartConfig) -> Request:
-    """The part of the options that the passes need."""
+@dataclass(frozen=True)
+class Host:
+    """What the caller of compiled code does beyond calling it; torch.compile does nothing.
+
+    may_break: compiles the same call in several graphs when NeedsGraphBreaks is raised;
+    recounts: sets the token counts of sliding-window caches after each call.
+    """
+
+    may_break: bool = False
+    recounts: bool = False
+
+
+def request_of(config: DartConfig, host: Host) -> Request:
+    """What the passes need of the options, and of who calls the compiled code."""
     pivots = config.pivot_image_tokens, config.pivot_text_tokens
     return Request(
         layer=config.layer,
@@ -67,12 +80,19 @@ def request_of(config: DartConfig) -> Request:
         operator=torch.ops.dartfx.select_tokens.default,
         operator_args=(*pivots, config.selector, config.kernel),
         kv_layout=config.kv_layout,
+        recounts=host.recounts,
     )
 
 
-def compile_graph(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
+class NeedsGraphBreaks(Exception):
+    """The whole call in one graph cannot be pruned, but its parts may be."""
+
+
+def compile_graph(
+    config: DartConfig, module: GraphModule, inputs: Sequence[Any], host: Host = Host()
+) -> Compiled:
     """Compile one dynamo graph: pruned where vision tokens enter a decoder, else unchanged."""
-    graph = GraphCompiler(config, module)
+    graph = GraphCompiler(config, module, host)
     try:
         if writes_rows(module.graph):
             compiled = graph.with_merge(inputs)
@@ -88,8 +108,8 @@ def compile_graph(config: DartConfig, module: GraphModule, inputs: Sequence[Any]
 class GraphCompiler:
     """One graph on its way through the backend: what is announced, dumped and compiled."""
 
-    def __init__(self, config: DartConfig, module: GraphModule) -> None:
-        self.config, self.module = config, module
+    def __init__(self, config: DartConfig, module: GraphModule, host: Host) -> None:
+        self.config, self.module, self.host = config, module, host
         self.nodes = len(module.graph.nodes)
         self.reported: list[Report] = []
         self.dump = Dump(config.dump)
@@ -103,7 +123,7 @@ class GraphCompiler:
             self.announce(refusal.declined)
             return lower(self.config, self.module, inputs)
         self.dump("normalise", rewritten)
-        outcome = prune(rewritten, request_of(self.config), observe=self.dump)
+        outcome = prune(rewritten, request_of(self.config, self.host), observe=self.dump)
         if outcome is not None:
             self.announce(outcome)
             chosen = rewritten if isinstance(outcome, Pruned) else self.module
@@ -121,17 +141,29 @@ class GraphCompiler:
     def without_merge(self, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph whose vision tokens, if any, were merged elsewhere."""
         taker = TakesMask(
-            self.config, self.module, request_of(self.config), self.announce, self.dump
+            self.config, self.module, request_of(self.config, self.host), self.announce, self.dump
         )
         arrival = taker.arrival(inputs)
         could_come = holds_layers(self.module.graph) and taker.may_take_masks
         if could_come or arrival is not None:
             if arrival is None:
-                self.announce(Untouched("no vision tokens came with this call"))
+                self.announce(self._no_mask(taker, "no vision tokens came with this call"))
             taker.prepare(inputs)
             return taker
-        self.announce(Untouched("no vision tokens enter this graph"))
+        # One decoder layer on its own has no index, but takes embeddings and attends causally.
+        self.announce(self._no_mask(taker, "no vision tokens enter this graph"))
         return lower(self.config, self.module, inputs)
+
+    def _no_mask(self, taker: TakesMask, otherwise: str) -> Untouched:
+        floats = taker.unexplained_inputs()
+        if not floats:
+            return Untouched(otherwise)
+        return Untouched(
+            f"a prompt came with {', '.join(floats)} and no vision mask. If it holds vision "
+            "tokens, they were merged outside of dynamo's graphs: use dartfx.compile, or say where "
+            "they are with dartfx.vision_tokens",
+            unsure=True,
+        )
 
     def withdraw(self) -> None:
         """Take back what was reported of this graph."""
@@ -140,30 +172,37 @@ class GraphCompiler:
 
     def announce(self, outcome: Outcome) -> None:
         """Report, log and dump what became of the graph; a refusal as loudly as asked for."""
+        if self.host.may_break and isinstance(outcome, Declined) and outcome.broken_may_do:
+            raise NeedsGraphBreaks(outcome.because)
         report = record(self.nodes, outcome)
         self.reported.append(report)
         self.dump.finish(report)
         if isinstance(outcome, Pruned):
             log.info("%s", _one_line(report, outcome))
         elif isinstance(outcome, Declined):
-            self._refuse(outcome)
+            refuse(self.config, outcome)
         else:
             level = logging.WARNING if _is_news(outcome) else logging.INFO
             log.log(level, "graph %d: %s", report.graph, outcome.because)
 
-    def _refuse(self, declined: Declined) -> None:
-        if self.config.on_unsupported == "error":
-            raise UnsupportedGraphError(
-                because=declined.because, where=declined.where, advice=declined.advice
-            )
-        if self.config.on_unsupported == "warn":
-            # Python shows a warning once per text, so once per reason.
-            warnings.warn(f"dartfx left a graph unpruned: {declined}", PruningWarning, stacklevel=2)
-        log.info("not pruned: %s", declined)
+
+def refuse(config: DartConfig, declined: Declined) -> None:
+    """Say that something stays unpruned, as loudly as ``on_unsupported`` asks.
+
+    Raises UnsupportedGraphError when that is "error".
+    """
+    if config.on_unsupported == "error":
+        raise UnsupportedGraphError(
+            because=declined.because, where=declined.where, advice=declined.advice
+        )
+    if config.on_unsupported == "warn":
+        # Python shows a warning once per text, so once per reason.
+        warnings.warn(f"dartfx left a graph unpruned: {declined}", PruningWarning, stacklevel=2)
+    log.info("not pruned: %s", declined)
 
 
 def _is_news(outcome: Outcome) -> bool:
-    return isinstance(outcome, Untouched) and outcome.all_retained
+    return isinstance(outcome, Untouched) and (outcome.all_retained or outcome.unsure)
 
 
 def _one_line(report: Report, pruned: Pruned) -> str:

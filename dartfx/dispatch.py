@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from dartfx import vision
 from dartfx.config import DartConfig
 from dartfx.lowering import lower
 from dartfx.passes import locate
 from dartfx.passes.attention import attends_causally
-from dartfx.passes.facts import Outcome, Pruned, Refusal, Request, Untouched, Vision
-from dartfx.passes.graph import is_one
+from dartfx.passes.facts import NoDecoder, Outcome, Pruned, Request, Untouched, Vision
+from dartfx.passes.graph import is_one, module_paths, split_index
 from dartfx.passes.normalise import example_values, fresh_size, independent, normalise
 from dartfx.passes.pipeline import Observer, internal_error, prune
+from dartfx.passes.screen import masks_attention
 
 __all__ = ["NotesMask", "TakesMask", "prompts"]
 
@@ -75,6 +76,21 @@ class TakesMask:
         """Whether a later call could bring a mask; a decode step's graph never does."""
         return bool(self._embeds or self._ids)
 
+    def unexplained_inputs(self) -> list[str]:
+        """Floating inputs that could bring vision tokens, as ``float32 [1, 630, 4096]``.
+
+        A text prompt comes as token ids; embeddings, pixels or features may hold more than text.
+        Empty for a graph whose attention hides nothing: a vision tower's.
+        """
+        if not self.may_take_masks or not masks_attention(self._module.graph):
+            return []
+        return [
+            f"{str(value.dtype).removeprefix('torch.')} {[str(s) for s in value.shape]}"
+            for node in self._module.graph.nodes
+            if node.op == "placeholder" and isinstance(value := node.meta["example_value"], Tensor)
+            if value.is_floating_point() and value.ndim > 2 and not _is_state(node)
+        ]
+
     def prepare(self, inputs: Sequence[Any]) -> None:
         """Build now what the call that is being compiled is going to need.
 
@@ -116,7 +132,7 @@ class TakesMask:
             if arrival.embeds not in self._pruned:
                 outcome, module = self._rewrite(arrival)
                 self._announce(outcome)
-                if isinstance(outcome, Untouched):
+                if isinstance(outcome, Untouched) and outcome.all_retained:
                     self._all_retained.add(size)
                 else:
                     compiled = self._compile(module) if isinstance(outcome, Pruned) else None
@@ -152,6 +168,14 @@ class TakesMask:
         return torch.compile(run, backend=partial(lower, self._config), fullgraph=True)
 
 
+def _is_state(node: Node) -> bool:
+    """Whether a dynamo input is a parameter, a buffer, or a layer's KV cache."""
+    if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+        return True
+    in_layers = all(any(map(split_index, module_paths(user))) for user in node.users)
+    return node.meta["example_value"].ndim == 4 and in_layers
+
+
 def prompts(module: GraphModule) -> tuple[list[int], list[int]]:
     """Inputs that may be a prompt: embeddings [B, S, D] and token ids [B, S], S > 1."""
     embeds, ids = [], []
@@ -173,11 +197,9 @@ def _entering(arrival: Arrival, module: GraphModule) -> Vision:
     else:
         stacks = locate.find_stacks(module.graph)
         if not stacks:
-            raise Refusal(
-                "the graph holds no whole decoder stack", advice="fullgraph=True or dartfx.compile"
-            )
+            raise NoDecoder("the graph holds no whole decoder stack")
         # A given mask fits any graph of the prompt's shape; a vision tower is no decoder.
         if not attends_causally(stacks[-1]):
-            raise Refusal(f"{stacks[-1].path} attends without a mask, so it is no decoder")
+            raise NoDecoder(f"{stacks[-1].path} attends without a mask, so it is no decoder")
         embeds = locate.entry(module.graph, stacks[-1])
     return Vision(embeds, (mask,), (), arrival.found.how, carrier)

@@ -68,6 +68,7 @@ def _pruned_lines(p: Pruned) -> list[str]:
 _LOCK = threading.Lock()
 _REPORTS: list[Report] = []
 _sink: ContextVar[list[Report] | None] = ContextVar("dartfx_reports", default=None)
+_watching: ContextVar[list[Report] | None] = ContextVar("dartfx_watched", default=None)
 
 
 def record(nodes: int, outcome: Outcome) -> Report:
@@ -76,15 +77,17 @@ def record(nodes: int, outcome: Outcome) -> Report:
     with _LOCK:
         report = Report(len(kept), nodes, outcome)
         kept.append(report)
+        if (watched := _watching.get()) is not None:
+            watched.append(report)
     return report
 
 
 def discard(report: Report) -> None:
     """Take one report back, if it is still there."""
-    kept = _kept()
     with _LOCK:
-        if report in kept:
-            kept.remove(report)
+        for kept in (_kept(), _watching.get() or []):
+            if report in kept:
+                kept.remove(report)
 
 
 def _kept() -> list[Report]:
@@ -101,6 +104,17 @@ def collecting() -> Iterator[list[Report]]:
         yield collected
     finally:
         _sink.reset(token)
+
+
+@contextmanager
+def watching() -> Iterator[list[Report]]:
+    """The reports made in this context, which are kept where they would be kept anyway."""
+    watched: list[Report] = []
+    token = _watching.set(watched)
+    try:
+        yield watched
+    finally:
+        _watching.reset(token)
 
 
 def reports() -> list[Report]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Found", "find", "forget", "given", "note", "vision_tokens"]
+__all__ = ["Found", "find", "forget", "given", "note", "noting", "vision_tokens"]
 
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,21 @@ class Found:
     taken: threading.Event = field(default_factory=threading.Event, compare=False)
 
 
+LOST = (
+    "vision tokens were merged in one graph, but no compiled decoder took the merged embeddings as "
+    "they were, so that call ran unpruned"
+)
+LOST_ADVICE = (
+    "fullgraph=True, dartfx.compile, or model.generate; or say where the tokens are with "
+    "dartfx.vision_tokens"
+)
+
 _LOCK = threading.Lock()
 # Keyed by the tensor object itself: two threads, streams or prompts never share a note, and a note
 # dies with its embeddings.
 _notes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _given: ContextVar[Found | None] = ContextVar("dartfx_vision_tokens", default=None)
+_noting: ContextVar[list[Found] | None] = ContextVar("dartfx_noted", default=None)
 
 
 def note(embeds: Tensor, mask: Tensor, rows: int) -> None:
@@ -54,6 +64,8 @@ def note(embeds: Tensor, mask: Tensor, rows: int) -> None:
     found = Found(mask, rows, "merge in an earlier graph", _version(embeds))
     with _LOCK:
         _notes[embeds] = found
+    if (noted := _noting.get()) is not None:
+        noted.append(found)
     weakref.finalize(embeds, _report_lost, found.taken).atexit = False
 
 
@@ -67,13 +79,20 @@ def find(embeds: Tensor) -> Found | None:
     return found
 
 
+@contextmanager
+def noting() -> Iterator[list[Found]]:
+    """The notes made in this context, so that whoever opened it can see which nobody took."""
+    noted: list[Found] = []
+    token = _noting.set(noted)
+    try:
+        yield noted
+    finally:
+        _noting.reset(token)
+
+
 def _report_lost(taken: threading.Event) -> None:
     if not taken.is_set():
-        log.warning(
-            "vision tokens were merged in one graph, but no compiled decoder took the merged "
-            "embeddings as they were, so that call ran unpruned; try fullgraph=True or "
-            "dartfx.compile, or say where the tokens are with dartfx.vision_tokens"
-        )
+        log.warning("%s; try %s", LOST, LOST_ADVICE)
 
 
 def given() -> Found | None:

@@ -14,9 +14,9 @@ from .graph import argument, aten, is_one, packet, same_size, sizes, tensor
 
 _SDPA = aten.scaled_dot_product_attention
 _SOFTMAX = {aten.softmax, aten._softmax, aten._safe_softmax}
-_PRODUCTS = {aten.matmul, aten.bmm}
-_MASKING = {aten.add, aten.masked_fill, aten.where}
-_ELEMENTWISE = {aten.to, aten._to_copy, aten.masked_fill, aten.where, aten.dropout}
+_PRODUCTS = {aten.matmul, aten.bmm, aten.einsum}
+_MASKING = {aten.add, aten.add_, aten.masked_fill, aten.masked_fill_, aten.where}
+_ELEMENTWISE = {*_MASKING, aten.to, aten._to_copy, aten.dropout, aten.mul_, aten.div_}
 _VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.clone, aten.contiguous}
 
 
@@ -42,6 +42,8 @@ def _product_above(node: Node, depth: int = 8) -> Node | None:
     """The matrix product that a value is an elementwise function of."""
     if packet(node) in _PRODUCTS:
         return node
+    if depth and packet(node) in _VIEWS:
+        return _product_above(node.all_input_nodes[0], depth - 1)
     if depth == 0 or not _is_elementwise(node):
         return None
     shape = sizes(node)
@@ -102,25 +104,50 @@ def _eager_attention(softmax: Node) -> tuple[Node, Mask]:
                 raise Refusal("attention scores meet a tensor that is no mask we know", node)
             mask = Mask(other, hides=_hides(node, scores))
         node = scores
-    transposed = node.all_input_nodes[-1]
-    if not _swaps_last(transposed):
-        raise Refusal("the keys of the query-key product are not a transposed [B, H, S, Dh]", node)
-    return transposed.all_input_nodes[0], mask
+    return _keys(node), mask
+
+
+def _keys(product: Node) -> Node:
+    """The keys [B, H, S, Dh] of a query-key product."""
+    if packet(product) is aten.einsum:
+        found = _einsum_keys(product)
+    else:
+        transposed = _through(product.all_input_nodes[-1], _VIEWS)
+        found = transposed.all_input_nodes[0] if _swaps_last(transposed) else None
+    keys = found if found is None or len(sizes(found)) == 4 else _through(found, _VIEWS)
+    if keys is None or found is None or not all(map(same_size, sizes(keys)[2:], sizes(found)[-2:])):
+        raise Refusal(
+            "the keys of the query-key product are not a transposed [B, H, S, Dh]", product
+        )
+    return keys
+
+
+def _einsum_keys(product: Node) -> Node | None:
+    """The second operand of ``...qd,...kd->...qk``."""
+    operands, letters = argument(product, "tensors"), str(product.args[0]).replace(" ", "")
+    inputs, _, result = letters.partition("->")
+    queries, _, keys = inputs.partition(",")
+    if len(operands) != 2 or not result or "." in letters:
+        return None
+    fits = keys[-2:] == result[-1] + queries[-1] and keys[:-2] == queries[:-2] == result[:-2]
+    return operands[1] if fits else None
 
 
 def _hides(node: Node, scores: Node) -> bool:
     """Whether True in this masking call's mask takes a score away."""
     if packet(node) is aten.where:
         return argument(node, "other") is scores
-    return packet(node) is aten.masked_fill
+    return packet(node) in (aten.masked_fill, aten.masked_fill_)
 
 
 def _swaps_last(node: Node) -> bool:
-    """Whether a 4-D value is another one with its last two dims swapped."""
+    """Whether a value is another one with its last two dims swapped."""
+    rank = len(sizes(node))
     if packet(node) in (aten.transpose, aten.swapaxes):
-        return {d % 4 for d in node.args[1:3]} == {2, 3}  # type: ignore[operator]
+        return {d % rank for d in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[operator]
     if packet(node) is aten.permute:
-        return [d % 4 for d in argument(node, "dims")] == [0, 1, 3, 2]
+        order = [d % rank for d in argument(node, "dims")]
+        return order == [*range(rank - 2), rank - 1, rank - 2]
     return packet(node) is aten.mT
 
 

@@ -1,21 +1,22 @@
 """Which dimensions are the token axis: type inference by unification.  Read-only.
 
-Every dimension of every value is a variable; each operator's rule (rules.py) unifies those that
+Every dimension of every value is a variable; each operator's rule (rules/) unifies those that
 must be equal.  Sizes are never compared to decide what is a token axis, so a model whose hidden
 size, head count or batch equals the sequence length infers the same as any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from networkx.utils import UnionFind
 from torch.fx import Graph, Node
 
-from .facts import Site
+from .facts import Site, Size
 from .graph import is_one, same_size, sizes, tensor
 
 Var = tuple[Node, int]
+Factor = Var | int
 
 
 class Axes:
@@ -30,8 +31,9 @@ class Axes:
 
         self._value: UnionFind = UnionFind()
         self._place: UnionFind = UnionFind()
-        self._factors: dict[Var, tuple[Var, ...]] = {}
+        self._factors: dict[Var, tuple[Factor, ...]] = {}
         self._handled: set[tuple[Node, Var]] = set()
+        self._counted: dict[Node, Node] = {}
         for node in graph.nodes:
             relate(self, node)
 
@@ -61,23 +63,39 @@ class Axes:
         """``user`` treats this operand dim in a way that survives dropping tokens."""
         self._handled.add((user, _positive(var)))
 
-    def product(self, var: Var, factors: tuple[Var, ...]) -> None:
-        """The dim is the product of these, in memory order (``B * S``)."""
+    def counted_anew(self, user: Node, operand: Node) -> None:
+        """``operand`` names or counts positions for ``user``: right only if made after the cut."""
+        self._counted[user] = operand
+
+    def stale(self, nodes: Collection[Node]) -> tuple[Node, Node] | None:
+        """The first (user, operand) among ``nodes`` whose positions are counted outside of them."""
+        for user in nodes:
+            operand = self._counted.get(user)
+            if operand is not None and operand not in nodes:
+                return user, operand
+        return None
+
+    def product(self, var: Var, factors: tuple[Factor, ...]) -> None:
+        """The dim is the product of these dims and numbers, in memory order (``B * S``)."""
         known = self.factors(var)
         self._unify_factors(known, factors)
         if not known:
             self._factors[self._value[var]] = factors
 
-    def _unify_factors(self, one: tuple[Var, ...], other: tuple[Var, ...]) -> None:
+    def _unify_factors(self, one: tuple[Factor, ...], other: tuple[Factor, ...]) -> None:
         """One product split twice the same way; split another way, the parts have no relation."""
-        shapes = [[sizes(n)[d] for n, d in factors] for factors in (one, other)]
-        if len(one) == len(other) and all(map(same_size, *shapes)):
+        lengths = [[length(f) for f in factors] for factors in (one, other)]
+        if len(one) == len(other) and all(map(same_size, *lengths)):
             for left, right in zip(one, other, strict=True):
-                self.unify(left, right)
+                if isinstance(left, tuple) and isinstance(right, tuple):
+                    self.unify(left, right)
 
-    def factors(self, var: Var) -> tuple[Var, ...]:
-        """The factors of a product dim, or ()."""
-        return self._factors.get(self._value[_positive(var)], ())
+    def factors(self, var: Factor) -> tuple[Factor, ...]:
+        """The factors of a product dim, which are no products themselves, or ()."""
+        if not isinstance(var, tuple):
+            return ()
+        known = self._factors.get(self._value[_positive(var)], ())
+        return tuple(f for factor in known for f in self.factors(factor) or (factor,))
 
     def same(self, a: Var, b: Var) -> bool:
         """Whether two dims are one axis."""
@@ -95,6 +113,11 @@ class Axes:
 def _positive(var: Var) -> Var:
     node, dim = var
     return (node, dim % len(sizes(node))) if dim < 0 else var
+
+
+def length(factor: Factor) -> Size:
+    """The size of a product's factor."""
+    return sizes(factor[0])[factor[1]] if isinstance(factor, tuple) else factor
 
 
 class TokenAxes:
@@ -115,10 +138,18 @@ class TokenAxes:
             return ()
         return tuple(d for d in range(len(sizes(node))) if self.is_token(node, d))
 
-    def factors(self, node: Node, dim: int) -> tuple[Var, ...]:
+    def is_token_factor(self, factor: Factor) -> bool:
+        """Whether a product's factor is the token axis."""
+        return isinstance(factor, tuple) and self.is_token(*factor)
+
+    def is_batch_factor(self, factor: Factor) -> bool:
+        """Whether a product's factor is the batch."""
+        return isinstance(factor, tuple) and self.axes.same(factor, self.batch)
+
+    def factors(self, node: Node, dim: int) -> tuple[Factor, ...]:
         """The factors of a product dim that has the token axis among them, else ()."""
         factors = self.axes.factors((node, dim))
-        return factors if any(self.is_token(*f) for f in factors) else ()
+        return factors if any(map(self.is_token_factor, factors)) else ()
 
     def flat_dims(self, node: object) -> tuple[int, ...]:
         """The product dims (``B * S``) of a value that hold the token axis."""
@@ -139,11 +170,11 @@ class TokenAxes:
                 return dim
         return None
 
-    def opaque(self, nodes: Iterable[Node]) -> tuple[Node, Node] | None:
+    def opaque(self, nodes: Collection[Node]) -> tuple[Node, Node] | None:
         """The first (user, operand) whose token axis the user's rule does not account for."""
         for node in nodes:
             for operand in node.all_input_nodes:
                 dims = (*self.dims(operand), *self.flat_dims(operand))
                 if any(not self.axes.was_handled(node, (operand, d)) for d in dims):
                     return node, operand
-        return None
+        return self.axes.stale(nodes)

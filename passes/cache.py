@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx import Node
 
 from .axes import TokenAxes
-from .facts import Refusal, Site
+from .facts import Refusal, Request, Site, Size
 from .gather import Gatherer
-from .graph import is_one, sizes
+from .graph import argument, aten, hint, is_one, packet, sizes
 
 
 def cached(site: Site, output: Node, axes: TokenAxes) -> dict[Node, int]:
@@ -20,6 +22,43 @@ def cached(site: Site, output: Node, axes: TokenAxes) -> dict[Node, int]:
         for node in output.all_input_nodes
         if node in site.stack.layer_of and axes.dims(node) == (2,) and len(sizes(node)) == 4
     }
+
+
+def tails(site: Site, output: Node, axes: TokenAxes) -> list[Node]:
+    """Sliding-window caches that the graph returns: ``keys[:, :, -window + 1:]`` of all keys."""
+    return [n for n in output.all_input_nodes if _is_tail(n, site, axes)]
+
+
+def _is_tail(node: Node, site: Site, axes: TokenAxes) -> bool:
+    if packet(node) is not aten.slice or node not in site.stack.layer_of:
+        return False
+    keys, start = argument(node, "self"), argument(node, "start")
+    return axes.dims(keys) == (2,) and len(sizes(keys)) == 4 and type(start) is int and start < 0
+
+
+def window(tails: Sequence[Node]) -> int | None:
+    """The most tokens that a sliding-window cache keeps; None without such caches."""
+    return max((-argument(n, "start") for n in tails), default=None)
+
+
+def return_whole(tails: Sequence[Node], output: Node, kept: Size, request: Request) -> None:
+    """Return all S' tokens of sliding caches whose window they do not fill.
+
+    transformers counts the tokens of a sliding cache in a Python number, which dynamo fixed while
+    tracing.  Once a window is full the number no longer matters; before, decode reads caches of
+    all layers by it.  Raises Refusal where the caller does not set it right after the call.
+    """
+    if not request.recounts or request.kv_layout == "layered":
+        raise Refusal(
+            f"{hint(kept)} tokens would be left for sliding-window caches of {window(tails)}, and "
+            "decode counts on as many as the prompt had",
+            advice='dartfx.compile, which counts them anew, with kv_layout="auto"; or '
+            "use_cache=False to decode nothing",
+        )
+    for tail in tails:
+        output.replace_input_with(tail, argument(tail, "self"))
+        if not tail.users:
+            tail.graph.erase_node(tail)
 
 
 def choose_layout(site: Site, wanted: str, caches: dict[Node, int]) -> str:

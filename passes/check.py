@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import sympy
 from torch.fx import Graph, Node
 
-from .axes import TokenAxes
+from .axes import TokenAxes, length
 from .facts import Refusal, Size
 from .graph import evaluate, expr, fake_mode, sizes, tensor
 
@@ -27,8 +27,8 @@ def _length(node: Node, dim: int, axes: TokenAxes, kept: Size) -> sympy.Expr:
         return expr(kept)
     product = sympy.Integer(1)
     factors = axes.factors(node, dim)
-    for owner, at in factors:
-        product = product * (expr(kept) if axes.is_token(owner, at) else expr(sizes(owner)[at]))
+    for factor in factors:
+        product = product * expr(kept if axes.is_token_factor(factor) else length(factor))
     return product if factors else expr(sizes(node)[dim])
 
 

@@ -16,11 +16,13 @@ class Declined:
     """The graph holds vision tokens but cannot be pruned; nothing was changed.
 
     ``where`` is the user's own source line of the node that stopped us, or "".
+    ``broken_may_do``: several smaller graphs of the same call may be prunable.
     """
 
     because: str
     where: str = ""
     advice: str = ""
+    broken_may_do: bool = False
 
     def __str__(self) -> str:
         parts = [self.because]
@@ -34,22 +36,35 @@ class Declined:
 class Refusal(Exception):
     """Carries a :class:`Declined` out of a pass to the pipeline, which returns it as a value."""
 
-    def __init__(self, because: str, node: Node | None = None, advice: str = "") -> None:
+    def __init__(
+        self,
+        because: str,
+        node: Node | None = None,
+        advice: str = "",
+        broken_may_do: bool = False,
+    ) -> None:
         from .graph import source_line
 
-        self.declined = Declined(because, source_line(node) if node is not None else "", advice)
+        where = source_line(node) if node is not None else ""
+        self.declined = Declined(because, where, advice, broken_may_do)
         super().__init__(str(self.declined))
+
+
+class NoDecoder(Refusal):
+    """The graph is none of ours: a mask given for a whole call comes by every graph of it."""
 
 
 @dataclass(frozen=True)
 class Untouched:
     """The graph is right as it is: it holds no vision tokens, or all of them are retained.
 
-    all_retained: the second case, where a person who asked for pruning should hear of it.
+    all_retained: the second case; unsure: vision tokens may enter in a way that is not seen here.
+    In both a person who asked for pruning should hear of it.
     """
 
     because: str
     all_retained: bool = False
+    unsure: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +113,8 @@ class Vision:
 class Site:
     """Where to cut.
 
-    hidden: output of layer K-1 [B, S, D]; keys: post-RoPE keys of layer K-1 [B, H, S, Dh];
+    hidden: what layer K takes from layer K-1 [B, S, D];
+    keys: post-RoPE keys of layer K-1 [B, H, S, Dh];
     attention_mask: the mask layer K-1 attends with, [*, *, Q, S], or None;
     mask_hides: whether its True means a hidden key;
     norm: the nodes from the last layer's output to the final norm's output, in order;
@@ -124,7 +140,8 @@ class Request:
     retain: N -> R, for int and SymInt alike;
     operator, operator_args: the selection, called as operator(hidden, keys, vision_mask,
     valid_mask, N, R, *operator_args);
-    kv_layout: "auto", "layered" or "uniform".
+    kv_layout: "auto", "layered" or "uniform";
+    recounts: the caller sets each sliding cache's own token count from its keys after the call.
     """
 
     layer: int
@@ -132,6 +149,7 @@ class Request:
     operator: torch._ops.OpOverload
     operator_args: tuple[object, ...]
     kv_layout: str = "auto"
+    recounts: bool = False
 
 
 @dataclass(frozen=True)

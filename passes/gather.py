@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from .axes import TokenAxes
@@ -20,19 +21,19 @@ class Gatherer:
         self.done: dict[Node, Node] = {}
         self.replayed: dict[Node, Node] = {}
         self._flat: Node | None = None
+        self._flat_rows: Node | None = None
 
     def __call__(self, value: Node, anchor: Node) -> Node:
         """``value`` with its token dims gathered before ``anchor``; itself when it has none."""
         if value in self.done or value in self.replayed:
             return self.done.get(value) or self.replayed[value]
-        if self.axes.flat_dims(value):
-            raise Refusal(
-                "a value that flattens batch and tokens crosses the cut", value, "batch size 1"
-            )
-        dims = self.axes.dims(value)
-        if not dims:
+        dims, flat = self.axes.dims(value), self.axes.flat_dims(value)
+        if not dims and not flat:
             return value
         emit = Emitter(anchor)
+        if flat:
+            self.done[value] = self._by_flat_index(emit, value, flat)
+            return self.done[value]
         if packet(value) in _REPLAYED:
             # One table (cos, sin) viewed anew by every layer: gather the table, repeat the view.
             source = value.all_input_nodes[0]
@@ -52,6 +53,24 @@ class Gatherer:
             self._flat = after(aten.select.int, self.keep, 0, 0)
         for dim in dims:
             value = emit(aten.index_select.default, value, dim, self._flat)
+        return value
+
+    def _by_flat_index(self, emit: Emitter, value: Node, flat: tuple[int, ...]) -> Node:
+        """Batch and tokens in one dim: row b keeps positions b * S + keep_idx[b]."""
+        if self._flat_rows is None:
+            after = Emitter(self.keep.next)
+            rows = after(aten.arange.default, after.size(self.keep, 0), device=_device(self.keep))
+            starts = after(aten.mul.Tensor, rows, after.size(self.axes.token[0], 1))
+            places = after(aten.add.Tensor, self.keep, after(aten.unsqueeze.default, starts, 1))
+            self._flat_rows = after(aten.view.default, places, [-1])
+        for dim in flat:
+            factors = self.axes.factors(value, dim)
+            is_rows = len(factors) == 2 and self.axes.is_batch_factor(factors[0])
+            if not is_rows or not self.axes.is_token_factor(factors[1]) or self.axes.dims(value):
+                raise Refusal(
+                    "a value that flattens tokens together with other dims crosses the cut", value
+                )
+            value = emit(aten.index_select.default, value, dim, self._flat_rows)
         return value
 
     def _by_row(self, emit: Emitter, value: Node, dims: tuple[int, ...]) -> Node:
@@ -75,6 +94,11 @@ class Gatherer:
         return value
 
 
+def _device(node: Node) -> torch.device:
+    device: torch.device = node.meta["val"].device
+    return device
+
+
 def gather_frontier(region: list[Node], gather: Gatherer) -> None:
     """Gather every operand that enters ``region`` (in graph order) from outside it.
 
@@ -88,10 +112,10 @@ def gather_frontier(region: list[Node], gather: Gatherer) -> None:
         for written in mutated_operands(node):
             if any(b not in inside and gather.axes.dims(b) for b in bases(written)):
                 raise Refusal(
-                    "a decoder layer after the cut writes in place to a value from before it "
-                    "(a static cache does)",
+                    "a decoder layer after the cut writes in place to a value from before it, as "
+                    "a static cache's update or `x += y` on the layer's input does",
                     node,
-                    advice="the default DynamicCache",
+                    advice="the default DynamicCache, or `x = x + y`",
                 )
         for operand in node.all_input_nodes:
             if operand not in inside:

@@ -58,10 +58,14 @@ def hint(size: Size) -> int:
     """The size in the traced example; installs no guard."""
     if type(size) is int:
         return size
-    node = size.node  # type: ignore[union-attr]
-    if node.hint is None:
+    if depends_on_data(size):
         raise ValueError(f"size {size} depends on data and has no example value")
-    return int(node.hint)
+    return int(size.node.hint)  # type: ignore[union-attr]
+
+
+def depends_on_data(size: Size) -> bool:
+    """Whether a size is known only once the graph has run (``nonzero``, a bool index)."""
+    return type(size) is not int and size.node.hint is None  # type: ignore[union-attr]
 
 
 def source_line(node: Node) -> str:
@@ -134,6 +138,11 @@ def _viewed(node: Node) -> Node | None:
         return None
     first = node.args[0] if node.args else None
     return first if isinstance(first, Node) else None
+
+
+def is_view(node: Node) -> bool:
+    """Whether the node's result shares memory with an operand."""
+    return _viewed(node) is not None
 
 
 def bases(node: Node) -> list[Node]:

@@ -10,7 +10,17 @@ from torch.fx import Node
 
 from .axes import TokenAxes
 from .facts import Refusal, Request, Site, Vision
-from .graph import Emitter, aten, downstream, is_one, same_size, sizes, tensor, value_of
+from .graph import (
+    Emitter,
+    aten,
+    depends_on_data,
+    downstream,
+    is_one,
+    same_size,
+    sizes,
+    tensor,
+    value_of,
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,15 @@ class Budget:
 
     vision_tokens: int | Node
     retain: int | Node
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What decode will read.  uniform: caches of all layers cut to S' tokens are returned;
+    window: the tokens that sliding-window caches keep, None without such."""
+
+    uniform: bool
+    window: int | None
 
 
 def vision_rows(emit: Emitter, vision: Vision) -> int | Node:
@@ -40,14 +59,28 @@ def plan(emit: Emitter, site: Site, request: Request) -> Budget:
     """N per sample (feature rows / batch) and R."""
     rows = vision_rows(emit, site.vision)
     tokens = emit.arithmetic(operator.floordiv, rows, emit.size(site.vision.embeds, 0))
+    if depends_on_data(value_of(tokens)):
+        raise Refusal(
+            "the number of vision tokens is not known before this graph runs",
+            site.vision.features[0] if site.vision.features else site.vision.embeds,
+            advice="model.generate, which computes image features outside the decoder's graph, or "
+            "torch.compile without fullgraph",
+            broken_may_do=True,
+        )
     return Budget(tokens, emit.arithmetic(request.retain, tokens))
 
 
+_HIDING = -1e8
 _PADS_DROPPED = (
     "row {row} of this batch does not hold its share of the batch's vision tokens, so its pads "
     "would no longer be where the decode mask expects them, and decode would hide its text. Give "
     "every row as many vision tokens, run such rows apart, or pass use_cache=False if nothing is "
     "to be decoded"
+)
+_PADS_IN_WINDOW = (
+    "row {row} of this batch has so few tokens left that its sliding-window caches would hold "
+    "pads, and decode would attend to them. Run short rows apart, retain more tokens, or pass "
+    "use_cache=False if nothing is to be decoded"
 )
 
 
@@ -57,12 +90,11 @@ def insert(
     axes: TokenAxes,
     request: Request,
     budget: Budget,
-    rows_alike: bool = False,
+    caches: Caches,
 ) -> Node:
-    """Emit mask, validity, final norm and selection; returns keep_idx int64 [B, S'].
+    """Emit mask, validity, final norm, selection and what the caches need checked at run time.
 
-    rows_alike: check at run time that every row holds N vision tokens, for caches that decode
-    reads with the mask of the unpruned prompt.
+    Returns keep_idx int64 [B, S'].
     """
     if not axes.is_token(site.vision.embeds, 1):
         raise Refusal(
@@ -76,20 +108,25 @@ def insert(
             advice="the default DynamicCache and a prompt that starts a new cache",
         )
     mask = vision_mask(emit, site.vision)
+    valid = _valid_mask(emit, site, axes)
     keep = emit(
         request.operator,
         _normed(emit, site),
         site.keys,
         mask,
-        _valid_mask(emit, site, axes),
+        valid,
         budget.vision_tokens,
         budget.retain,
         *request.operator_args,
     )
-    if not rows_alike or is_one(sizes(site.hidden)[0]):
-        return keep
-    alike = emit(aten.eq.Scalar, emit(aten.sum.dim_IntList, mask, [1]), budget.vision_tokens)
-    return emit(torch.ops.dartfx.require_rows.default, keep, alike, _PADS_DROPPED)
+    if caches.uniform and not is_one(sizes(site.hidden)[0]):
+        alike = emit(aten.eq.Scalar, emit(aten.sum.dim_IntList, mask, [1]), budget.vision_tokens)
+        keep = emit(torch.ops.dartfx.require_rows.default, keep, alike, _PADS_DROPPED)
+    if caches.window is not None and valid is not None:
+        left = emit(aten.sum.dim_IntList, emit(aten.gather.default, valid, 1, keep), [1])
+        enough = emit(aten.ge.Scalar, left, caches.window)
+        keep = emit(torch.ops.dartfx.require_rows.default, keep, enough, _PADS_IN_WINDOW)
+    return keep
 
 
 def vision_mask(emit: Emitter, vision: Vision) -> Node:
@@ -98,6 +135,8 @@ def vision_mask(emit: Emitter, vision: Vision) -> Node:
     shape = [emit.size(embeds, 0), emit.size(embeds, 1)]
     united: Node | None = None
     for mask in vision.masks:
+        if len(sizes(mask)) < 3 and not same_size(sizes(mask)[-1], sizes(embeds)[1]):
+            mask = _mask_of_rows(emit, mask, shape)
         rank = len(sizes(mask))
         if rank not in (2, 3) or not same_size(sizes(mask)[1], sizes(embeds)[1]):
             raise Refusal("the vision mask is not one bool per position of the sequence", mask)
@@ -110,6 +149,16 @@ def vision_mask(emit: Emitter, vision: Vision) -> Node:
     return united
 
 
+def _mask_of_rows(emit: Emitter, mask: Node, shape: list[int | Node]) -> Node:
+    """[B, S] of a mask over rows: [B * S], or [B * S, 1 or D]."""
+    if len(sizes(mask)) == 2:
+        mask = emit(aten.select.int, mask, 1, 0)
+    batch, tokens = (value_of(s) for s in shape)
+    if not same_size(sizes(mask)[0], batch * tokens):
+        raise Refusal("the vision mask is not one bool per position of the sequence", mask)
+    return emit(aten.view.default, mask, shape)
+
+
 def _valid_mask(emit: Emitter, site: Site, axes: TokenAxes) -> Node | None:
     """Which positions any query of layer K-1 may see, bool [B, S]; None without a mask."""
     mask = site.attention_mask
@@ -117,11 +166,15 @@ def _valid_mask(emit: Emitter, site: Site, axes: TokenAxes) -> Node | None:
         return None
     value = tensor(mask)
     assert value is not None
-    if value.ndim != 4 or 3 not in axes.dims(mask):
+    by_row = value.ndim == 3 and not is_one(sizes(mask)[0])  # of batch times heads, perhaps
+    if not 2 <= value.ndim <= 4 or by_row or value.ndim - 1 not in axes.dims(mask):
         raise Refusal("the attention mask before the cut is not [*, *, Q, S]", mask)
+    while len(sizes(mask)) < 4:
+        mask = emit(aten.unsqueeze.default, mask, 0)
     if value.dtype != torch.bool:
-        # Additive masks hide a key with -inf or the dtype's lowest value.
-        mask = emit(aten.gt.Scalar, mask, torch.finfo(value.dtype).min / 2)
+        # Additive masks hide a key with -inf, the dtype's lowest value, or -1e9; a bias by distance
+        # stays far above.
+        mask = emit(aten.gt.Scalar, mask, max(torch.finfo(value.dtype).min / 2, _HIDING))
     elif site.mask_hides:
         mask = emit(aten.logical_not.default, mask)
     seen = emit(aten.any.dim, emit(aten.any.dim, mask, 2), 1)

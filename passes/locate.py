@@ -13,11 +13,12 @@ import torch
 from torch.fx import Graph, Node
 
 from .attention import is_attention, keys_and_mask
-from .facts import Merge, Refusal, Site, Stack, Vision
+from .facts import Merge, Refusal, Site, Size, Stack, Vision
 from .graph import (
     argument,
     aten,
     downstream,
+    is_one,
     module_paths,
     packet,
     same_size,
@@ -27,12 +28,15 @@ from .graph import (
 )
 
 _SCATTERS = {aten.masked_scatter, aten.masked_scatter_}
+_REGROUPS = {aten.view, aten.reshape, aten._unsafe_view, aten.unflatten, aten.view_as}
 
 
-def find_merges(graph: Graph) -> list[Merge]:
-    """Every masked write of rows into a floating [B, S, D] tensor, in graph order.
+def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
+    """Every masked write of rows into floating embeddings [B, S, D], in graph order.
 
-    Covers ``masked_scatter`` and ``index_put`` with one bool mask, in place or not.
+    Covers ``masked_scatter`` and ``index_put`` with one bool mask, in place or not, into [B, S, D]
+    or into its rows [B * S, D].  spread: those that spread rows over zeros (canonical.py), which
+    are added to embeddings rather than put in their place; they are left out otherwise.
     """
     merges = []
     for node in graph.nodes:
@@ -48,10 +52,24 @@ def find_merges(graph: Graph) -> list[Merge]:
         if value is None or chosen is None or rows is None or chosen.dtype != torch.bool:
             continue
         # One row for many positions is no feature: a mask token, pads set to zero.
-        whole = rows.ndim >= 2 and same_size(rows.shape[-1], value.shape[-1])
-        if value.is_floating_point() and value.ndim == 3 and (whole or kind in _SCATTERS):
-            merges.append(Merge(node, mask, features))
+        whole = rows.ndim >= 2 and not is_one(rows.shape[-2]) and not is_one(rows.shape[-1])
+        embeds = _as_embeddings(node)
+        onto_zeros = packet(argument(node, "self")) is aten.new_zeros
+        if embeds is not None and onto_zeros == spread and (whole or kind in _SCATTERS):
+            merges.append(Merge(embeds, mask, features))
     return merges
+
+
+def _as_embeddings(node: Node) -> Node | None:
+    """A write's result as [B, S, D]: itself, or the one view of its rows that has three dims."""
+    value = tensor(node)
+    if value is None or not value.is_floating_point():
+        return None
+    if value.ndim == 3:
+        return node
+    views = [u for u in node.users if packet(u) in _REGROUPS and len(sizes(u)) == 3]
+    same = len(views) == 1 and same_size(sizes(views[0])[-1], value.shape[-1])
+    return views[0] if value.ndim == 2 and same else None
 
 
 def find_stacks(graph: Graph) -> list[Stack]:
@@ -77,20 +95,16 @@ def find_vision(graph: Graph, stacks: Sequence[Stack]) -> tuple[Vision, Stack] |
 
     Merges inside the stack (features added between layers) are not the entry of the tokens.
     """
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    feeding: dict[str, list[Merge]] = defaultdict(list)
     by_path = {s.path: s for s in stacks}
-    for merge in find_merges(graph):
-        reached = set(downstream(graph, [merge.node]))
-        entered = [
-            (min(order[n] for n in first), s.path)
-            for s in stacks
-            if merge.node not in s.layer_of and (first := reached.intersection(s.nodes(0)))
-        ]
-        if entered:
-            feeding[min(entered)[1]].append(merge)
+    # Features may also be added to placeholder embeddings; one place of several shows where.
+    feeding = _feeding(graph, stacks, find_merges(graph)) or {
+        path: merges[:1]
+        for path, merges in _feeding(graph, stacks, find_merges(graph, spread=True)).items()
+    }
     if not feeding:
+        _refuse_unknown_layers(graph, stacks)
         return None
+    order = {n: i for i, n in enumerate(graph.nodes)}
     path = min(feeding, key=lambda p: order[by_path[p].nodes(0)[0]])
     merges = feeding[path]
     last = merges[-1]
@@ -106,6 +120,45 @@ def find_vision(graph: Graph, stacks: Sequence[Stack]) -> tuple[Vision, Stack] |
     return vision, by_path[path]
 
 
+def _feeding(
+    graph: Graph, stacks: Sequence[Stack], merges: Sequence[Merge]
+) -> dict[str, list[Merge]]:
+    """The merges by the path of the first stack that each enters at its first layer."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    feeding: dict[str, list[Merge]] = defaultdict(list)
+    for merge in merges:
+        reached = set(downstream(graph, [merge.node]))
+        entered = [
+            (min(order[n] for n in first), s.path)
+            for s in stacks
+            if merge.node not in s.layer_of and (first := reached.intersection(s.nodes(0)))
+        ]
+        if entered:
+            feeding[min(entered)[1]].append(merge)
+    return feeding
+
+
+def _refuse_unknown_layers(graph: Graph, stacks: Sequence[Stack]) -> None:
+    """Raise Refusal where vision tokens enter a run of modules that hold no attention we know.
+
+    Handing their mask on would be in vain: the decoder is here.
+    """
+    known = {s.path for s in stacks}
+    for merge in find_merges(graph):
+        runs: dict[str, set[int]] = defaultdict(set)
+        for node in downstream(graph, [merge.node]):
+            for container, index in filter(None, map(split_index, module_paths(node))):
+                runs[container].add(index)
+        for path, layers in runs.items():
+            if len(layers) > 1 and not any(path.startswith(k) for k in known):
+                raise Refusal(
+                    f"vision tokens enter {path}, whose modules hold no attention that is "
+                    "recognised (scaled_dot_product_attention, or a softmax of query-key products)",
+                    merge.node,
+                    advice='attn_implementation="sdpa"',
+                )
+
+
 def entered_stack(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> Stack:
     """The first decoder stack that these embeddings reach.  Raises Refusal without one."""
     reached = set(downstream(graph, [embeds]))
@@ -115,7 +168,8 @@ def entered_stack(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> Stack:
     raise Refusal(
         "the merged embeddings enter a graph that holds no whole decoder stack "
         "(dynamo compiled the layers one by one, or broke the graph between them)",
-        advice="fullgraph=True or dartfx.compile",
+        advice="fullgraph=True, dartfx.compile, or model.generate, which computes image features "
+        "before the model's graph",
     )
 
 
@@ -148,26 +202,53 @@ def locate(graph: Graph, layer: int, vision: Vision, stack: Stack) -> Site:
             f"layer={layer}, but the decoder stack {stack.path} has {stack.layers} layers here",
             advice=f"a layer from 1 to {stack.layers - 1}",
         )
-    hidden = _layer_output(stack, layer - 1, vision)
-    last = _layer_output(stack, stack.layers - 1, vision)
+    hidden = _entering(graph, stack, layer, vision)
+    last = _leaving(stack, stack.layers - 1, vision)
     keys, mask = keys_and_mask(stack, layer - 1)
     norm = _final_norm(graph, stack, last)
     return Site(vision, stack, layer, hidden, keys, mask.node, mask.hides, norm, last)
 
 
-def _layer_output(stack: Stack, index: int, vision: Vision) -> Node:
-    """The one hidden-state-shaped value that leaves a layer for later computation."""
+def _entering(graph: Graph, stack: Stack, index: int, vision: Vision) -> Node:
+    """The one hidden-state-shaped value that a layer takes from the layer before it.
+
+    What a model adds between two layers (visual features, at every level) is in it.
+    """
     shape = sizes(vision.embeds)
-    found = []
-    for node in stack.nodes(index):
-        value = tensor(node)
-        if value is None or value.ndim != len(shape) or not value.is_floating_point():
-            continue
-        if not all(map(same_size, value.shape, shape)):
-            continue
-        users = [u for u in node.users if u.op != "output"]
-        if any(stack.layer_of.get(u, stack.layers) > index for u in users):
-            found.append(node)
+    inside, before = set(stack.nodes(index)), set(downstream(graph, stack.nodes(index - 1)))
+    found = [
+        node
+        for node in graph.nodes
+        if node in before
+        and node not in inside
+        and not inside.isdisjoint(node.users)
+        and _is_like(node, shape)
+        and same_size(sizes(node)[1], shape[1])
+    ]
+    return _only(found, stack, index - 1, shape)
+
+
+def _leaving(stack: Stack, index: int, vision: Vision) -> Node:
+    """The one hidden-state-shaped value that leaves the last layer: of every token, or of some."""
+    shape = sizes(vision.embeds)
+    found = [
+        node
+        for node in stack.nodes(index)
+        if _is_like(node, shape)
+        and any(u.op != "output" and stack.layer_of.get(u) != index for u in node.users)
+    ]
+    return _only(found, stack, index, shape)
+
+
+def _is_like(node: Node, shape: Sequence[Size]) -> bool:
+    """Whether a value is [B, any, D] and floating."""
+    value = tensor(node)
+    if value is None or value.ndim != len(shape) or not value.is_floating_point():
+        return False
+    return same_size(value.shape[0], shape[0]) and same_size(value.shape[-1], shape[-1])
+
+
+def _only(found: list[Node], stack: Stack, index: int, shape: Sequence[Size]) -> Node:
     if len(found) != 1:
         names = ", ".join(n.name for n in found) or "none"
         raise Refusal(

@@ -16,8 +16,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from .canonical import canonicalise
 from .facts import Refusal
 from .graph import argument, aten, expr, hint, packet, tensor
+from .vmap import expand_vmap
 
 
 def normalise(
@@ -37,11 +39,12 @@ def normalise(
 
     def run(*args: Any) -> Any:
         with torch.fx.traceback.preserve_node_meta():
-            return torch.fx.Interpreter(module).run(*args[len(extra) :])
+            return torch.fx.Interpreter(source).run(*args[len(extra) :])
 
     start = time.perf_counter()
     try:
         with mode, torch.no_grad(), _fresh_symbols_ignored(mode):
+            source = expand_vmap(module, examples)
             traced = make_fx(run, pre_dispatch=True)(*extra, *examples)
     except Exception as error:  # any operator may fail here, each in its own way
         raise Refusal(
@@ -49,6 +52,7 @@ def normalise(
             advice="please report it with the dump of this graph (option dump=...)",
         ) from error
     _drop_aliases(traced.graph)
+    canonicalise(traced.graph)
     traced.recompile()
     traced.meta["seconds"] = time.perf_counter() - start
     return traced
@@ -61,7 +65,7 @@ def _drop_aliases(graph: Graph) -> None:
     a hidden state would seem to come from the norm that reads it.
     """
     for node in list(graph.nodes):
-        source = node.args[0] if packet(node) is aten.to and node.args else None
+        source = node.args[0] if packet(node) in (aten.to, aten.type_as) and node.args else None
         if not isinstance(source, Node) or argument(node, "copy"):
             continue
         old, new = tensor(source), tensor(node)

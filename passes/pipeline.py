@@ -15,7 +15,19 @@ from torch.fx import GraphModule, Node
 
 from . import cache, check, gather, insert, locate
 from .axes import Axes, TokenAxes
-from .facts import Crossing, Declined, Outcome, Pruned, Refusal, Request, Site, Untouched, Vision
+from .facts import (
+    Crossing,
+    Declined,
+    NoDecoder,
+    Outcome,
+    Pruned,
+    Refusal,
+    Request,
+    Site,
+    Size,
+    Untouched,
+    Vision,
+)
 from .flops import bytes_of, flops
 from .graph import Emitter, bases, downstream, hint, mutated_operands, sizes, source_line, value_of
 from .shrink import reroute_sizes, shrink
@@ -61,12 +73,14 @@ def prune(
         return internal_error(clock.current, error)
 
 
-def internal_error(name: str, error: Exception) -> Declined:
+def internal_error(name: str, error: Exception) -> Declined | Untouched:
     """A bug of our own in pass ``name``, as a refusal: called while handling ``error``.
 
     Were it to escape, dynamo would take some kinds of error for a graph break of the model's and
     go on unpruned without a word.
     """
+    if isinstance(error, NoDecoder):
+        return Untouched(error.declined.because)
     if isinstance(error, Refusal):
         return error.declined
     log.debug("pass %r failed", name, exc_info=True)
@@ -93,17 +107,23 @@ def _prune(
         _refuse_opaque(region, axes)
     with clock("insert"):
         output = next(n for n in graph.nodes if n.op == "output")
-        caches = cache.cached(site, output, axes)
-        layout = cache.choose_layout(site, request.kv_layout, caches)
-        before = flops(site.stack.layer_of), bytes_of(caches)
-        length, tokens = hint(sizes(site.hidden)[1]), [n for n in region if n.op != "output"]
         emit = Emitter(region[0])
         budget = insert.plan(emit, site, request)
         if insert.nothing_to_drop(budget):
             return _all_retained(budget)
-        keep = insert.insert(
-            emit, site, axes, request, budget, rows_alike=bool(caches) and layout == "uniform"
-        )
+        wanted, tails = request.kv_layout, cache.tails(site, output, axes)
+        window = cache.window(tails)
+        left = _tokens_left(site, budget)
+        if window is not None and not bool(left >= window):
+            cache.return_whole(tails, output, left, request)
+            window, wanted = None, "uniform"
+            region = _region(module, site)
+        caches = cache.cached(site, output, axes)
+        layout = cache.choose_layout(site, wanted, caches)
+        before = flops(site.stack.layer_of), bytes_of(caches)
+        length, tokens = hint(sizes(site.hidden)[1]), [n for n in region if n.op != "output"]
+        needs = insert.Caches(uniform=bool(caches) and layout == "uniform", window=window)
+        keep = insert.insert(emit, site, axes, request, budget, needs)
         kept = emit.size(keep, 1)
     with clock("gather"):
         shapes = check.expected(tokens, axes, value_of(kept))
@@ -136,6 +156,12 @@ def _prune(
     )
 
 
+def _tokens_left(site: Site, budget: insert.Budget) -> Size:
+    """S' = S - N + R, where R < N."""
+    left: Size = sizes(site.hidden)[1] - value_of(budget.vision_tokens) + value_of(budget.retain)
+    return left
+
+
 def _all_retained(budget: insert.Budget) -> Untouched:
     asked, present = hint(value_of(budget.retain)), hint(value_of(budget.vision_tokens))
     return Untouched(f"nothing to drop: {asked} tokens to retain of {present}", all_retained=True)
@@ -159,7 +185,8 @@ def _region(module: GraphModule, site: Site) -> list[Node]:
 
 
 def _refuse_opaque(region: list[Node], axes: TokenAxes) -> None:
-    found = axes.opaque(n for n in region if n.op != "output")
+    # A dict keeps the order and answers what is inside quickly.
+    found = axes.opaque(dict.fromkeys(n for n in region if n.op != "output"))
     if found is not None:
         node, operand = found
         if any(base not in region for w in mutated_operands(node) for base in bases(w)):

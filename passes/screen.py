@@ -23,5 +23,14 @@ def holds_layers(graph: Graph) -> bool:
     return any(split_index(p) is not None for n in graph.nodes for p in module_paths(n))
 
 
+def masks_attention(graph: Graph) -> bool:
+    """Whether fused attention here hides some keys, as a decoder's prefill does."""
+    return any(
+        _name(n) == "scaled_dot_product_attention"
+        and (n.kwargs.get("is_causal") or n.kwargs.get("attn_mask") is not None)
+        for n in graph.nodes
+    )
+
+
 def _name(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -6,7 +6,7 @@ import operator
 
 from torch.fx import Node
 
-from .axes import TokenAxes
+from .axes import Factor, TokenAxes
 from .graph import Emitter, argument, aten, packet, set_argument, sizes, tensor
 
 # Operators whose size argument lists the output's dims one by one, and that argument's name.
@@ -36,8 +36,17 @@ def shrink(region: list[Node], axes: TokenAxes, kept: int | Node) -> None:
             new = [_argument(node, d, size, axes, kept) for d, size in enumerate(old)]
             if new != list(old):
                 set_argument(node, name, new)
+        elif packet(node) is aten.unflatten:
+            _unflatten(node, axes, kept)
         elif packet(node) is aten.slice:
             _open_end(node, axes)
+
+
+def _unflatten(node: Node, axes: TokenAxes, kept: int | Node) -> None:
+    first = argument(node, "dim") % len(sizes(argument(node, "self")))
+    old = argument(node, "sizes")
+    new = [_argument(node, first + d, size, axes, kept) for d, size in enumerate(old)]
+    set_argument(node, "sizes", new)
 
 
 def _argument(
@@ -52,10 +61,14 @@ def _argument(
         return size
     emit = Emitter(node)
     product: int | Node = 1
-    for owner, at in factors:
-        part = kept if axes.is_token(owner, at) else emit.size(owner, at)
+    for factor in factors:
+        part = kept if axes.is_token_factor(factor) else _size(emit, factor)
         product = emit.arithmetic(operator.mul, product, part)
     return product
+
+
+def _size(emit: Emitter, factor: Factor) -> int | Node:
+    return emit.size(*factor) if isinstance(factor, tuple) else factor
 
 
 def _open_end(node: Node, axes: TokenAxes) -> None:

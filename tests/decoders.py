@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from spellings import Attention, Context, Mlp, Sizes, Style, make_norm, take
+from spellings import Attention, Context, Mlp, Sizes, Style, make_norm
 from torch import Tensor, nn
 
 import dartfx
@@ -129,6 +129,20 @@ class Decoder(nn.Module):
         context.add("mask", mask, mask.ndim - 2, mask.ndim - 1)
 
 
+# final-normed hidden, keys, vision, valid (or None), N, R -> kept positions [B, S']
+Select = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int], Tensor]
+
+
+def by_operator(
+    hidden: Tensor, keys: Tensor, vision: Tensor, valid: Tensor | None, per_row: int, retain: int
+) -> Tensor:
+    """What the operator selects with the default options."""
+    selected: Tensor = torch.ops.dartfx.select_tokens(
+        hidden, keys, vision, valid, per_row, retain, 4, 4, "dart", "auto"
+    )
+    return selected
+
+
 def pruned_by_hand(
     model: Decoder,
     inputs: Inputs,
@@ -137,44 +151,47 @@ def pruned_by_hand(
     *,
     known_valid: bool = False,
     uniform: bool = False,
+    select: Select = by_operator,
 ) -> Any:
     """The model's outputs with ``retain`` vision tokens kept from decoder layer ``layer`` on.
 
     known_valid: whether the mask of the layer before the cut tells which tokens are valid;
-    uniform: whether the caches of the layers before the cut are trimmed, too.
+    uniform: whether the caches of the layers before the cut are trimmed, too.  From the cut on
+    every row runs by itself, so a value shared by the rows needs no batch dim to be pruned.
     """
     valid = inputs.get("valid")
     x, vision = model.merge(inputs["ids"], inputs["features"])
     context, outputs, hidden = model.context(x, valid), [], [x]
-    if known_valid and valid is None:
-        valid = torch.ones_like(vision)
-    for index, block in enumerate(model.layers):
-        if index == layer:
-            per_row = inputs["features"].numel() // model.z.hidden // x.shape[0]
-            keep = torch.ops.dartfx.select_tokens(
-                model.norm(x),
-                outputs[-2],
-                vision,
-                valid if known_valid else None,
-                per_row,
-                retain,
-                4,
-                4,
-                "dart",
-                "auto",
-            )
-            x, context = take_rows(x, keep), context.pruned(keep)
+    for block in model.layers[:layer]:
         x, k, v = block(x, context)
         outputs += [k, v]
         hidden.append(x)
+    if known_valid and valid is None:
+        valid = torch.ones_like(vision)
+    per_row = inputs["features"].numel() // model.z.hidden // x.shape[0]
+    keep = select(
+        model.norm(x), outputs[-2], vision, valid if known_valid else None, per_row, retain
+    )
     if uniform:
-        outputs[: 2 * layer] = [take(c, keep, (2,)) for c in outputs[: 2 * layer]]
+        outputs = [_kept(cache, keep) for cache in outputs]
+    after: list[list[Tensor]] = []
+    for index in range(x.shape[0]):
+        row = x[index : index + 1].index_select(1, keep[index])
+        kept, found = context.row(index, keep[index : index + 1]), []
+        for block in model.layers[layer:]:
+            row, k, v = block(row, kept)
+            found += [row, k, v]
+        after.append(found)
+    joined = [torch.cat(values) for values in zip(*after, strict=True)]
+    for x, k, v in zip(joined[::3], joined[1::3], joined[2::3], strict=True):
+        outputs += [k, v]
+        hidden.append(x)
     return model.finish(x, outputs, hidden)
 
 
-def take_rows(x: Tensor, keep: Tensor) -> Tensor:
-    """Hidden states [B, S, D] at keep [B, S']."""
-    return torch.stack([row[places] for row, places in zip(x, keep, strict=True)])
+def _kept(cache: Tensor, keep: Tensor) -> Tensor:
+    """A cache [B, H, S, Dh] at each row's kept positions [B, S']."""
+    return torch.stack([c.index_select(1, k) for c, k in zip(cache, keep, strict=True)])
 
 
 def prompt(z: Sizes, pads: tuple[int, ...] = ()) -> Inputs:
@@ -192,19 +209,23 @@ def prompt(z: Sizes, pads: tuple[int, ...] = ()) -> Inputs:
     return {**inputs, "valid": valid} if pads else inputs
 
 
-def run(
-    model: nn.Module, inputs: Inputs, *, dynamic: bool | None = None, **options: object
-) -> tuple[Any, Outcome]:
-    """Compile with the dart backend, call once; the outputs and what became of the last graph."""
-    compiled = torch.compile(
+def compiled(model: nn.Module, *, dynamic: bool | None = None, **options: object) -> Any:
+    """The model compiled by the dart backend, without Inductor."""
+    return torch.compile(
         model,
         backend="dart",
         fullgraph=True,
         dynamic=dynamic,
         options={"lowering": "eager", "on_unsupported": "ignore"} | options,
     )
+
+
+def run(
+    model: nn.Module, inputs: Inputs, *, dynamic: bool | None = None, **options: object
+) -> tuple[Any, Outcome]:
+    """Compile with the dart backend, call once; the outputs and what became of the last graph."""
     with torch.no_grad():
-        outputs = compiled(**inputs)
+        outputs = compiled(model, dynamic=dynamic, **options)(**inputs)
     return outputs, dartfx.reports()[-1].outcome
 
 
@@ -222,5 +243,5 @@ def assert_same(one: Any, other: Any, **tolerance: float) -> None:
         torch.testing.assert_close(a, b, **({"rtol": 1e-5, "atol": 1e-5} | tolerance))
 
 
-__all__ = ["IMAGE", "Decoder", "Layer", "Sizes", "Style", "assert_same", "changed", "flat",
-           "prompt", "pruned_by_hand", "replace", "run", "take_rows"]  # fmt: skip
+__all__ = ["IMAGE", "Decoder", "Inputs", "Layer", "Sizes", "Style", "assert_same", "changed",
+           "compiled", "flat", "prompt", "pruned_by_hand", "replace", "run"]  # fmt: skip

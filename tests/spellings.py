@@ -58,23 +58,18 @@ class Context:
     def get(self, name: str) -> Tensor | None:
         return self.tensors.get(name)
 
-    def pruned(self, keep: Tensor) -> Context:
-        """The same values for the kept tokens only."""
-        tensors = {n: take(t, keep, self.dims[n]) for n, t in self.tensors.items()}
+    def row(self, index: int, keep: Tensor) -> Context:
+        """The same values for the kept tokens [1, S'] of one row of the batch."""
+        tensors = {n: self._row(n, index, keep[0]) for n in self.tensors}
         return Context(tensors, self.dims, keep)
 
-
-def take(value: Tensor, keep: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """``value`` at the kept positions: one row at a time, where dim 0 is the batch."""
-    if keep.shape[0] == 1:
+    def _row(self, name: str, index: int, keep: Tensor) -> Tensor:
+        value, dims = self.tensors[name], self.dims[name]
+        if 0 not in dims and value.shape[0] > 1:
+            value = value[index : index + 1]
         for dim in dims:
-            value = value.index_select(dim, keep[0])
+            value = value.index_select(dim, keep)
         return value
-    value = value.expand(keep.shape[0], *value.shape[1:])
-    rows = [
-        take(row, k[None], tuple(d - 1 for d in dims)) for row, k in zip(value, keep, strict=True)
-    ]
-    return torch.stack(rows)
 
 
 # --- spellings of one block -----------------------------------------------------------------

@@ -6,22 +6,23 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import hooked
 import pytest
 import torch
-from models import BUILDERS, Family
 from torch import nn
 
 import dartfx
 from dartfx.passes.facts import Declined, Pruned
 from dartfx.report import as_json
+from dartfx.zoo import hooked
+from dartfx.zoo.family import Family
+from dartfx.zoo.registry import load
 
 RETAIN = 6
 
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    return BUILDERS["llava"]()
+    return load("llava")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def test_compile_serves_calls_and_generate(llava: Family) -> None:
 
 def test_compile_on_a_model_that_never_ran_and_breaks() -> None:
     """A cold model whose forward dynamo cannot hold in one graph."""
-    family = BUILDERS["llava_next"]()
+    family = load("llava_next")
     inputs = family.make_inputs()
     model = dartfx.compile(family.model, retain_tokens=RETAIN, lowering="eager")
     logits = model(**inputs).logits
@@ -126,6 +127,7 @@ def test_reports_as_json() -> None:
         "because": "because",
         "where": "here",
         "advice": "that",
+        "broken_may_do": False,
     }
 
 

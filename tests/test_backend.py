@@ -9,16 +9,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import hooked
 import pytest
 import torch
-from models import BUILDERS, Family
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 import dartfx
 from dartfx import vision
 from dartfx.passes.facts import Declined, Pruned, Untouched
+from dartfx.zoo import hooked
+from dartfx.zoo.family import Family
+from dartfx.zoo.registry import load
 
 RETAIN = 6
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -27,12 +28,12 @@ EAGER: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    return BUILDERS["llava"]()
+    return load("llava")
 
 
 @pytest.fixture(scope="module")
 def qwen() -> Family:
-    return BUILDERS["qwen2_5_vl"]()
+    return load("qwen2_5_vl")
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +235,7 @@ def test_a_note_lives_and_dies_with_its_embeddings() -> None:
 
 
 def test_two_models_in_one_process(llava: Family) -> None:
-    other = BUILDERS["llava"](seed=5, layers=5)
+    other = load("llava", seed=5, layers=5)
     expected = [
         hooked.pruned_forward(f.model, f.make_inputs(), retain=r, kv_layout="uniform").logits
         for f, r in ((llava, RETAIN), (other, 9))
@@ -274,7 +275,7 @@ def test_another_selector(llava: Family) -> None:
     ids=["hidden", "vocabulary", "head", "heads"],
 )
 def test_sizes_that_coincide_with_the_sequence(sizes: dict[str, int], length: int) -> None:
-    family = BUILDERS["llava"](**sizes)
+    family = load("llava", **sizes)
     inputs = family.make_inputs(length=length)
     assert inputs["input_ids"].shape[1] == length
     oracle = hooked.pruned_forward(family.model, inputs, retain=RETAIN, kv_layout="uniform")
@@ -282,7 +283,7 @@ def test_sizes_that_coincide_with_the_sequence(sizes: dict[str, int], length: in
 
 
 def test_batch_times_tokens_coincides_with_the_hidden_size() -> None:
-    family = BUILDERS["llava"](hidden_size=64, num_attention_heads=4)
+    family = load("llava", hidden_size=64, num_attention_heads=4)
     inputs = family.make_inputs("pad2", length=32)
     oracle = hooked.pruned_forward(family.model, inputs, retain=RETAIN, kv_layout="uniform")
     torch.testing.assert_close(compiled(family)(**inputs).logits, oracle.logits, **CLOSE)

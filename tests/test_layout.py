@@ -30,6 +30,9 @@ FOUNDATIONS = [
 ]
 FOUNDATIONS_MUST_NOT_IMPORT = {"dartfx.backend", "dartfx.passes"}
 
+# Tiny models of many families, for tests and one command; the only place that may name models.
+ZOO = "dartfx.zoo"
+
 # The product must serve models nobody listed, so no code may ask which model it has.
 MODEL_NAMES = [
     "aria",
@@ -150,10 +153,28 @@ def test_foundations_do_not_import_what_stands_on_them() -> None:
     assert wrong == []
 
 
+def product() -> Iterator[Path]:
+    """Every Python file of dartfx and its passes but those of the zoo."""
+    for path in sources("dartfx", "passes"):
+        if not within(module_of(path), {ZOO}):
+            yield path
+
+
+def test_only_the_zoo_imports_the_zoo() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in product()
+        for line, name in imported(path.read_text(), module_of(path))
+        if within(name, {ZOO})
+    ]
+    assert wrong == []
+    assert any(path.is_relative_to(ROOT / "dartfx" / "zoo") for path in sources("dartfx"))
+
+
 def test_no_code_names_a_model() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{line} says {name!r}"
-        for path in sources("dartfx", "passes")
+        for path in product()
         for line, name in model_names(path.read_text())
     ]
     assert wrong == []

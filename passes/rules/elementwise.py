@@ -1,0 +1,83 @@
+"""One value to one value of the same shape: every dim is kept, token by token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from dartfx.passes.graph import (
+    sizes,
+)
+
+from .table import align, named, only_asked, rule
+
+if TYPE_CHECKING:
+    from dartfx.passes.axes import Axes
+
+
+@rule(
+    *named(
+        "add",
+        "__and__",
+        "__or__",
+        "__xor__",
+        "dropout",
+        "masked_fill",
+        "where",
+        "copy_",
+        "rsub",
+        "floor_divide",
+        "polar",
+        "complex",
+    )
+)
+def broadcast(axes: Axes, node: Node, out: Node) -> None:
+    """Pointwise: dims align from the right."""
+    for operand in node.all_input_nodes:
+        align(axes, node, operand, out)
+
+
+@rule(
+    *named(
+        "to", "_to_copy", "alias", "detach", "detach_", "clone", "contiguous",
+        "lift_fresh", "lift_fresh_copy", "zeros_like", "ones_like", "full_like", "empty_like",
+        "rand_like", "randn_like", "softmax", "_softmax", "_safe_softmax", "log_softmax",
+        "_log_softmax", "fill_", "zero_", "bernoulli", "bernoulli_",
+    )
+)  # fmt: skip
+def same_shape(axes: Axes, node: Node, out: Node) -> None:
+    """The first operand's dims, unchanged.  Softmax weighs tokens but does not order them."""
+    first = node.all_input_nodes[0]
+    for dim in range(len(sizes(out))):
+        axes.tie(node, (first, dim), (out, dim))
+
+
+@rule(*named("type_as"))
+def type_as(axes: Axes, node: Node, out: Node) -> None:
+    """The first operand's dims; the second is asked for its dtype only."""
+    same_shape(axes, node, out)
+    only_asked(axes, node, node.all_input_nodes[-1])
+
+
+@rule(*named("new_zeros", "new_ones", "new_empty", "new_full"))
+def new(axes: Axes, node: Node, out: Node) -> None:
+    """The operand is asked for its dtype and device only; what is written later ties the dims."""
+    only_asked(axes, node, node.all_input_nodes[0])
+
+
+@rule(*named("view_as_complex", "view_as_real", "one_hot"))
+def leading_dims(axes: Axes, node: Node, out: Node) -> None:
+    """The dims that both sides have; the last one appears or goes."""
+    first = node.all_input_nodes[0]
+    for dim in range(min(len(sizes(first)), len(sizes(out)))):
+        axes.tie(node, (first, dim), (out, dim))
+
+
+@rule(*named("layer_norm", "rms_norm", "native_layer_norm"))
+def normalise_last(axes: Axes, node: Node, out: Node) -> None:
+    """Normalised over trailing dims; weights align with them."""
+    first, *rest = node.all_input_nodes
+    if len(sizes(out)) == len(sizes(first)):
+        for operand in (first, *rest):
+            align(axes, node, operand, out)

@@ -1,0 +1,80 @@
+"""Operators that read where a value stands along a dim."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from dartfx.passes.graph import (
+    argument,
+    aten,
+    packet,
+    sizes,
+)
+
+from .table import named, rule
+
+if TYPE_CHECKING:
+    from dartfx.passes.axes import Axes
+
+
+@rule(*named("cumsum", "cumprod", "cummax", "logcumsumexp", "flip", "roll"))
+def ordered(axes: Axes, node: Node, out: Node) -> None:
+    """Keeps its shape but reads positions along some dims: those stay opaque."""
+    first = node.all_input_nodes[0]
+    dims = argument(node, "dim", argument(node, "dims", -1))
+    if packet(node) is aten.roll and not argument(node, "dims"):
+        return  # rolls the flattened tensor
+    reading = {d % len(sizes(out)) for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    for dim in range(len(sizes(out))):
+        if dim in reading:
+            axes.unify((first, dim), (out, dim))
+        else:
+            axes.tie(node, (first, dim), (out, dim))
+
+
+@rule(*named("sort", "argsort"))
+def sort(axes: Axes, node: Node, out: Node) -> None:
+    """Opaque along its dim, unless the order only groups rows that are put back as they were."""
+    first = node.all_input_nodes[0]
+    at = argument(node, "dim", -1) % len(sizes(out))
+    for dim in range(len(sizes(out))):
+        if dim != at or _only_routes(node):
+            axes.tie(node, (first, dim), (out, dim))
+        else:
+            axes.unify((first, dim), (out, dim))
+
+
+_PASSED_ON = {operator.getitem, *named("to", "_to_copy", "clone", "contiguous", "floor_divide")}
+_COUNTED = set(named("histc", "bincount"))
+
+
+def _only_routes(node: Node) -> bool:
+    """Whether values and positions of a sort are only counted, or index rows, as routing does.
+
+    Anything else could take a rank for a place: the third smallest of all is another one when
+    tokens are dropped.
+    """
+    for user in node.users:
+        kind = packet(user)
+        if kind in _COUNTED or user.target is aten.sym_size.int:
+            continue
+        if kind is aten.index and node is not argument(user, "self"):
+            continue
+        if (kind is aten.argsort or kind in _PASSED_ON) and _only_routes(user):
+            continue
+        return False
+    return True
+
+
+@rule(*named("tril", "triu"))
+def triangle(axes: Axes, node: Node, out: Node) -> None:
+    """Reads positions of the last two dims."""
+    first = node.all_input_nodes[0]
+    for dim in range(len(sizes(out))):
+        if dim < len(sizes(out)) - 2:
+            axes.tie(node, (first, dim), (out, dim))
+        else:
+            axes.unify((first, dim), (out, dim))

@@ -1,0 +1,155 @@
+"""Sums over dims: reductions, matrix products, attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from dartfx.passes.graph import (
+    argument,
+    aten,
+    packet,
+    sizes,
+)
+
+from .elementwise import broadcast
+from .table import align, named, only_asked, rule
+
+if TYPE_CHECKING:
+    from dartfx.passes.axes import Axes
+
+
+@rule(*named("mean", "sum", "amax", "amin", "any", "all", "var", "std", "logsumexp", "norm",
+              "linalg_vector_norm", "max", "min", "topk"))  # fmt: skip
+def reduce(axes: Axes, node: Node, out: Node) -> None:
+    """Dims summed away do not depend on token order; which index won does, so it stays opaque."""
+    first = node.all_input_nodes[0]
+    rank = len(sizes(first))
+    if packet(node) in (aten.max, aten.min) and len(node.all_input_nodes) == 2:
+        broadcast(axes, node, out)
+        return
+    dims = argument(node, "dim")
+    if dims is None:
+        dims = [-1] if packet(node) is aten.topk else range(rank)
+    reduced = {d % rank for d in (dims if isinstance(dims, list | range) else [dims])}
+    kept = len(sizes(out)) == rank
+    to = 0
+    for dim in range(rank):
+        if dim not in reduced:
+            axes.tie(node, (first, dim), (out, dim if kept else to))
+            to += 1
+        elif out is node:
+            axes.handle(node, (first, dim))
+
+
+@rule(*named("histc", "bincount"))
+def count(axes: Axes, node: Node, out: Node) -> None:
+    """How many values fall into each bin, whatever their order."""
+    only_asked(axes, node, node.all_input_nodes[0])
+
+
+@rule(*named("cross_entropy_loss", "nll_loss", "nll_loss_nd"))
+def loss(axes: Axes, node: Node, out: Node) -> None:
+    """Scores [P, C] against targets [P], summed or averaged; unreduced, the rows stay."""
+    scores, targets = argument(node, "self"), argument(node, "target")
+    if len(sizes(scores)) == 2 and len(sizes(targets)) == 1:
+        axes.tie(node, (scores, 0), (targets, 0))
+        if len(sizes(out)) == 1:
+            axes.tie(node, (scores, 0), (out, 0))
+
+
+@rule(*named("linear"))
+def linear(axes: Axes, node: Node, out: Node) -> None:
+    """x [.., I] @ weight [O, I].T; a weight along the token axis would mix positions: opaque."""
+    x, weight = argument(node, "input"), argument(node, "weight")
+    for dim in range(len(sizes(out)) - 1):
+        axes.tie(node, (x, dim), (out, dim))
+    axes.unify((x, -1), (weight, -1))
+    if len(sizes(weight)) == 2:
+        axes.unify((weight, 0), (out, -1))
+
+
+@rule(*named("matmul", "bmm", "mm"))
+def matmul(axes: Axes, node: Node, out: Node) -> None:
+    """[.., M, C] @ [.., C, N]: the contracted dim is a sum over tokens when it is the axis."""
+    a, b = node.args[:2]
+    assert isinstance(a, Node) and isinstance(b, Node)
+    if min(len(sizes(a)), len(sizes(b))) < 2:
+        return
+    _contract(axes, node, (a, -1), (b, -2))
+    axes.tie(node, (a, -2), (out, -2))
+    axes.tie(node, (b, -1), (out, -1))
+    for operand in (a, b):
+        for back in range(3, len(sizes(operand)) + 1):
+            axes.tie(node, (operand, -back), (out, -back))
+
+
+def _contract(axes: Axes, node: Node, a: tuple[Node, int], b: tuple[Node, int]) -> None:
+    # A parameter as long as the sequence weighs fixed positions: not a sum over tokens.
+    if a[0].op == "placeholder" or b[0].op == "placeholder":
+        axes.unify(a, b)
+    else:
+        axes.tie(node, a, b)
+
+
+@rule(*named("addmm", "baddbmm"))
+def addmm(axes: Axes, node: Node, out: Node) -> None:
+    """bias + a [.., M, C] @ b [.., C, N]."""
+    bias, a, b = node.args[:3]
+    assert isinstance(bias, Node) and isinstance(a, Node) and isinstance(b, Node)
+    align(axes, node, bias, out)
+    _contract(axes, node, (a, -1), (b, -2))
+    for back in range(2, len(sizes(out)) + 1):
+        axes.tie(node, (a, -back), (out, -back))
+    axes.tie(node, (b, -1), (out, -1))
+    if len(sizes(b)) == 3:
+        axes.tie(node, (b, 0), (out, 0))
+
+
+@rule(*named("_grouped_mm"), "transformers::grouped_mm_fallback")
+def grouped_mm(axes: Axes, node: Node, out: Node) -> None:
+    """Rows [P, C] in order of their group, each group times its own [C, N] of [G, C, N].
+
+    Where groups end must be counted from the rows that are left.
+    """
+    rows, weights, ends = node.args[:3]
+    assert isinstance(rows, Node) and isinstance(weights, Node)
+    if isinstance(ends, Node) and len(sizes(rows)) == 2 and len(sizes(weights)) == 3:
+        axes.tie(node, (rows, 0), (out, 0))
+        axes.unify((rows, 1), (weights, 1))
+        axes.unify((weights, 2), (out, 1))
+        axes.counted_anew(node, ends)
+
+
+@rule(*named("einsum"))
+def einsum(axes: Axes, node: Node, out: Node) -> None:
+    """Letters are the dims; an ellipsis is left opaque."""
+    equation = str(node.args[0]).replace(" ", "")
+    if "." in equation or "->" not in equation:
+        return
+    left, right = equation.split("->")
+    seen: dict[str, tuple[Node, int]] = {c: (out, i) for i, c in enumerate(right)}
+    operands = argument(node, "tensors")
+    for operand, letters in zip(operands, left.split(","), strict=True):
+        for dim, letter in enumerate(letters):
+            axes.tie(node, (operand, dim), seen.setdefault(letter, (operand, dim)))
+
+
+@rule(*named("scaled_dot_product_attention"))
+def attention(axes: Axes, node: Node, out: Node) -> None:
+    """q [.., Q, D], k [.., K, D], v [.., K, E], mask [.., Q, K] -> [.., Q, E]."""
+    query, key, value = (argument(node, n) for n in ("query", "key", "value"))
+    mask = argument(node, "attn_mask")
+    axes.tie(node, (query, -2), (out, -2))
+    axes.tie(node, (key, -2), (value, -2))
+    axes.unify((query, -1), (key, -1))
+    axes.unify((value, -1), (out, -1))
+    for back in range(3, len(sizes(out)) + 1):
+        axes.tie(node, (query, -back), (out, -back))
+        axes.tie(node, (key, -back), (value, -back))
+    if mask is not None:
+        axes.tie(node, (mask, -2), (query, -2))
+        axes.tie(node, (mask, -1), (key, -2))
+        for back in range(3, len(sizes(mask)) + 1):
+            axes.tie(node, (mask, -back), (out, -back))

@@ -1,0 +1,95 @@
+"""How each ATen operator relates its dims: the table behind axis inference.
+
+A rule gets ``(axes, node, out)``.  ``out`` is ``node``, or one ``getitem`` of a multi-output
+call.  It ties dims that the operator keeps one to one, and *handles* dims that it sums away in a
+way that does not depend on token order.  A dim that a rule leaves alone is opaque: if the token
+axis reaches it after the cut, the graph is declined and the operator named.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import Node
+
+from dartfx.passes.graph import aten, packet, sizes, tensor
+
+if TYPE_CHECKING:
+    from dartfx.passes.axes import Axes
+
+Rule = Callable[["Axes", Node, Node], None]
+RULES: dict[object, Rule] = {}
+
+
+def rule(*operators: object) -> Callable[[Rule], Rule]:
+    """Register a rule for operator packets, or for qualified names of libraries' operators."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operators, function))
+        return function
+
+    return register
+
+
+def named(*names: str) -> tuple[object, ...]:
+    """ATen packets by name; those this torch does not have are left out."""
+    return tuple(getattr(aten, n) for n in names if hasattr(aten, n))
+
+
+_MANY = set(
+    named(
+        "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "topk", "max", "min",
+        "sort", "cummax", "native_layer_norm",
+    )
+)  # fmt: skip
+
+
+def relate(axes: Axes, node: Node) -> None:
+    """Apply the rule of ``node``'s operator, if there is one."""
+    if node.op != "call_function":
+        return
+    if node.target is operator.getitem:
+        source = node.args[0]
+        if isinstance(source, Node) and tensor(node) is not None and packet(source) in _MANY:
+            _apply(axes, source, node)
+    elif tensor(node) is not None:
+        _apply(axes, node, node)
+
+
+def _apply(axes: Axes, node: Node, out: Node) -> None:
+    found = rule_of(node)
+    if found is not None:
+        found(axes, node, out)
+
+
+def rule_of(node: Node) -> Rule | None:
+    """The rule of a call's operator; an in-place call shares that of the functional one."""
+    kind, name = packet(node), _qualified_name(node)
+    if kind in RULES or name in RULES:
+        return RULES.get(kind) or RULES[name]
+    functional = getattr(aten, name.removeprefix("aten::").rstrip("_"), None)
+    if functional in RULES:
+        return RULES[functional]
+    calls = (node.target, getattr(functional, getattr(node.target, "_overloadname", ""), None))
+    pointwise = any(torch.Tag.pointwise in getattr(call, "tags", ()) for call in calls)
+    return RULES[aten.add] if pointwise else None
+
+
+def _qualified_name(node: Node) -> str:
+    return getattr(packet(node), "_qualified_op_name", "")
+
+
+def align(axes: Axes, node: Node, operand: Node, out: Node) -> None:
+    """The operand's dims are those of the result, counted from the right."""
+    if tensor(operand) is not None:
+        for back in range(1, min(len(sizes(operand)), len(sizes(out))) + 1):
+            axes.tie(node, (operand, -back), (out, -back))
+
+
+def only_asked(axes: Axes, node: Node, operand: Node) -> None:
+    """The operand is asked for its shape, dtype or device; its values are not read."""
+    for dim in range(len(sizes(operand))):
+        axes.handle(node, (operand, dim))
