@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hooked import (
+from torch import Tensor
+
+from dartfx.zoo.family import VARIANTS, Family
+from dartfx.zoo.hooked import (
     Evidence,
     Inputs,
     KvLayout,
@@ -20,11 +23,10 @@ from hooked import (
     unpruned_forward,
     unpruned_generate,
 )
-from models import BUILDERS, VARIANTS, Family
-from torch import Tensor
+from dartfx.zoo.registry import load
 
 RETAIN, STEPS = 6, 5
-NAMES = list(BUILDERS)
+NAMES = ["llava", "llava_next", "qwen2_5_vl"]
 LAYOUTS: list[KvLayout] = ["layered", "uniform"]
 
 
@@ -39,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def family(name: str, **overrides: Any) -> Family:
-    return BUILDERS[name](**overrides)
+    return load(name, **overrides)
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
@@ -300,7 +302,7 @@ def test_eager_attention_prunes_the_same(name: str) -> None:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_that_coincide_change_nothing(name: str, sizes: dict[str, int]) -> None:
-    fam = BUILDERS[name](**sizes)
+    fam = load(name, **sizes)
     for length in {sizes.get("hidden_size", 64), 48}:
         inputs = fam.make_inputs("one", length=max(length, 40))
         ours = pruned_forward(fam.model, inputs, retain=RETAIN)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import hooked
 import pytest
 import torch
-from models import BUILDERS, Family
 from torch import Tensor
 
 import dartfx
 from dartfx.passes.facts import Pruned
+from dartfx.zoo import hooked
+from dartfx.zoo.family import Family
+from dartfx.zoo.registry import load
 
 RETAIN = 6
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.fixture(scope="module", params=sorted(BUILDERS))
+@pytest.fixture(scope="module", params=["llava", "llava_next", "qwen2_5_vl"])
 def family(request: pytest.FixtureRequest) -> Family:
-    return BUILDERS[request.param]()
+    return load(request.param)
 
 
 @pytest.fixture(autouse=True)
