@@ -24,6 +24,7 @@ from dartfx.passes.normalise import normalise
 from dartfx.passes.pipeline import internal_error, prune
 from dartfx.passes.screen import holds_layers, writes_rows
 from dartfx.report import Report, discard, record
+from dartfx.symbolic_text import keep_sizes_symbolic
 
 __all__ = ["compile_graph", "dart"]
 
@@ -103,6 +104,16 @@ def compile_graph(
         # Dynamo traces the frame again and comes back with the graph that counts.
         graph.withdraw()
         raise
+
+
+def _calls_us(backend: object) -> bool:
+    """Whether dynamo's wrapping of a backend ends in :func:`compile_graph` or :func:`dart`."""
+    backend = getattr(backend, "_torchdynamo_orig_backend", backend)
+    backend = getattr(backend, "compiler_fn", backend)
+    return getattr(backend, "func", backend) in (compile_graph, dart)
+
+
+keep_sizes_symbolic(_calls_us)
 
 
 class GraphCompiler:
