@@ -102,7 +102,8 @@ def find_vision(graph: Graph, stacks: Sequence[Stack]) -> tuple[Vision, Stack] |
         for path, merges in _feeding(graph, stacks, find_merges(graph, spread=True)).items()
     }
     if not feeding:
-        _refuse_unknown_layers(graph, stacks)
+        for merge in find_merges(graph):
+            _refuse_unknown_layers(graph, stacks, merge.node)
         return None
     order = {n: i for i, n in enumerate(graph.nodes)}
     path = min(feeding, key=lambda p: order[by_path[p].nodes(0)[0]])
@@ -138,25 +139,24 @@ def _feeding(
     return feeding
 
 
-def _refuse_unknown_layers(graph: Graph, stacks: Sequence[Stack]) -> None:
+def _refuse_unknown_layers(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> None:
     """Raise Refusal where vision tokens enter a run of modules that hold no attention we know.
 
     Handing their mask on would be in vain: the decoder is here.
     """
     known = {s.path for s in stacks}
-    for merge in find_merges(graph):
-        runs: dict[str, set[int]] = defaultdict(set)
-        for node in downstream(graph, [merge.node]):
-            for container, index in filter(None, map(split_index, module_paths(node))):
-                runs[container].add(index)
-        for path, layers in runs.items():
-            if len(layers) > 1 and not any(path.startswith(k) for k in known):
-                raise Refusal(
-                    f"vision tokens enter {path}, whose modules hold no attention that is "
-                    "recognised (scaled_dot_product_attention, or a softmax of query-key products)",
-                    merge.node,
-                    advice='attn_implementation="sdpa"',
-                )
+    runs: dict[str, set[int]] = defaultdict(set)
+    for node in downstream(graph, [embeds]):
+        for container, index in filter(None, map(split_index, module_paths(node))):
+            runs[container].add(index)
+    for path, layers in runs.items():
+        if len(layers) > 1 and not any(path.startswith(k) for k in known):
+            raise Refusal(
+                f"vision tokens enter {path}, whose modules hold no attention that is "
+                "recognised (scaled_dot_product_attention, or a softmax of query-key products)",
+                embeds,
+                advice='attn_implementation="sdpa"',
+            )
 
 
 def entered_stack(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> Stack:
@@ -165,6 +165,7 @@ def entered_stack(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> Stack:
     for stack in stacks:
         if reached.intersection(stack.nodes(0)):
             return stack
+    _refuse_unknown_layers(graph, stacks, embeds)
     raise Refusal(
         "the merged embeddings enter a graph that holds no whole decoder stack "
         "(dynamo compiled the layers one by one, or broke the graph between them)",
