@@ -17,7 +17,6 @@ from dartfx.config import DartConfig
 from dartfx.dispatch import NotesMask, TakesMask
 from dartfx.dump import Dump
 from dartfx.errors import PruningWarning, UnsupportedGraphError
-from dartfx.lowering import lower
 from dartfx.passes.facts import Declined, HandsOn, Outcome, Pruned, Refusal, Request, Untouched
 from dartfx.passes.hand_on import hand_on
 from dartfx.passes.normalise import normalise
@@ -123,8 +122,7 @@ class GraphCompiler:
         self.config, self.module, self.host = config, module, host
         self.nodes = len(module.graph.nodes)
         self.reported: list[Report] = []
-        self.dump = Dump(config.dump)
-        self.dump("dynamo", module)
+        self.dump = Dump(config, module, (host.may_break, host.recounts))
 
     def with_merge(self, inputs: Sequence[Any]) -> Compiled | None:
         """Compile a graph that may merge vision tokens; None when it turns out not to."""
@@ -132,13 +130,13 @@ class GraphCompiler:
             rewritten = normalise(self.module)
         except Refusal as refusal:
             self.announce(refusal.declined)
-            return lower(self.config, self.module, inputs)
+            return self.dump.lower(self.config, self.module, inputs)
         self.dump("normalise", rewritten)
         outcome = prune(rewritten, request_of(self.config, self.host), observe=self.dump)
         if outcome is not None:
             self.announce(outcome)
             chosen = rewritten if isinstance(outcome, Pruned) else self.module
-            return lower(self.config, chosen, inputs)
+            return self.dump.lower(self.config, chosen, inputs)
         try:
             place = hand_on(rewritten)
         except Exception as error:
@@ -147,12 +145,13 @@ class GraphCompiler:
         if place is None:
             return None
         self.announce(HandsOn("merges vision tokens and hands their mask on to a later graph"))
-        return NotesMask(lower(self.config, rewritten, inputs), place)
+        return NotesMask(self.dump.lower(self.config, rewritten, inputs), place)
 
     def without_merge(self, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph whose vision tokens, if any, were merged elsewhere."""
+        request = request_of(self.config, self.host)
         taker = TakesMask(
-            self.config, self.module, request_of(self.config, self.host), self.announce, self.dump
+            self.config, self.module, request, self.announce, self.dump, self.dump.lower
         )
         arrival = taker.arrival(inputs)
         could_come = holds_layers(self.module.graph) and taker.may_take_masks
@@ -163,7 +162,7 @@ class GraphCompiler:
             return taker
         # One decoder layer on its own has no index, but takes embeddings and attends causally.
         self.announce(self._no_mask(taker, "no vision tokens enter this graph"))
-        return lower(self.config, self.module, inputs)
+        return self.dump.lower(self.config, self.module, inputs)
 
     def _no_mask(self, taker: TakesMask, otherwise: str) -> Untouched:
         floats = taker.unexplained_inputs()
@@ -218,7 +217,10 @@ def _is_news(outcome: Outcome) -> bool:
 
 def _one_line(report: Report, pruned: Pruned) -> str:
     before, after = pruned.sequence
+    flops = pruned.flops[0] / max(pruned.flops[1], 1)
     return (
         f"graph {report.graph}: {pruned.stack}.{pruned.layer}: {before} -> {after} tokens "
-        f"({pruned.vision_tokens} -> {pruned.retained} vision tokens per sample, {pruned.how})"
+        f"({pruned.vision_tokens} -> {pruned.retained} vision tokens per sample, {pruned.how}), "
+        f"{flops:.2f}x fewer decoder FLOPs, KV cache {pruned.kv_layout}, "
+        f"passes {sum(pruned.seconds.values()):.2f} s"
     )

@@ -13,7 +13,6 @@ from torch.fx import GraphModule, Node
 
 from dartfx import vision
 from dartfx.config import DartConfig
-from dartfx.lowering import lower
 from dartfx.passes import locate
 from dartfx.passes.attention import attends_causally
 from dartfx.passes.facts import NoDecoder, Outcome, Pruned, Request, Untouched, Vision
@@ -25,6 +24,7 @@ from dartfx.passes.screen import masks_attention
 __all__ = ["NotesMask", "TakesMask", "prompts"]
 
 Compiled = Callable[..., Any]
+Lower = Callable[[DartConfig, GraphModule, Sequence[Any]], Compiled]
 
 
 class NotesMask:
@@ -62,9 +62,10 @@ class TakesMask:
         request: Request,
         announce: Callable[[Outcome], None],
         observe: Observer,
+        lower: Lower,
     ) -> None:
         self._config, self._module, self._request = config, module, request
-        self._announce, self._observe = announce, observe
+        self._announce, self._observe, self._lower = announce, observe, lower
         self._embeds, self._ids = prompts(module)
         self._plain: Compiled | None = None
         self._pruned: dict[int | None, Compiled | None] = {}
@@ -98,7 +99,7 @@ class TakesMask:
         """
         arrival = self.arrival(inputs)
         if arrival is None or self._pruned_for(arrival) is None:
-            self._plain = lower(self._config, self._module, inputs)
+            self._plain = self._lower(self._config, self._module, inputs)
 
     def __call__(self, *args: Any) -> Any:
         arrival = self.arrival(args)
@@ -165,7 +166,7 @@ class TakesMask:
 
         # Dynamo counts recompilations per code object; every graph gets one of its own.
         run.__code__ = run.__code__.replace(co_name=f"run_{id(module):x}")
-        return torch.compile(run, backend=partial(lower, self._config), fullgraph=True)
+        return torch.compile(run, backend=partial(self._lower, self._config), fullgraph=True)
 
 
 def _is_state(node: Node) -> bool:

@@ -1,37 +1,122 @@
-"""Graph dumps: one folder per graph, a numbered file after every pass, and a report."""
+"""Graph dumps: one folder per graph, a numbered file after every pass, a report and a repro."""
 
 from __future__ import annotations
 
 import itertools
-import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
-from dartfx.passes.graph import render
+from dartfx import repro
+from dartfx.config import DartConfig
+from dartfx.lowering import lower
+from dartfx.passes.facts import Site
+from dartfx.passes.graph import hint, render, sizes
 from dartfx.report import Report, as_json
 
 __all__ = ["Dump"]
 
+# tlparse shows the graph before the first pass and after the last one.
+_TRACED = {"normalise": "dartfx_graph_before", "check": "dartfx_graph_after"}
+
 
 class Dump:
-    """Writes one graph's stages under ``directory``; writes nothing when that is None."""
+    """Writes one graph's stages where ``dump`` and TORCH_TRACE ask for them; else nothing.
 
-    def __init__(self, directory: str | os.PathLike[str] | None) -> None:
-        self._folder = None if directory is None else _new_folder(Path(directory))
+    host: whether the caller may break the graph, and recounts caches; ``repro.py`` repeats it.
+    """
+
+    def __init__(
+        self, config: DartConfig, module: GraphModule, host: tuple[bool, bool] = (False, False)
+    ) -> None:
+        self._config, self._module, self._host = config, module, host
+        self._folder = None if config.dump is None else _new_folder(Path(config.dump))
         self._step = itertools.count()
+        self._arrival: repro.Arrival | None = None
+        self._report: Report | None = None
+        self._output_code: list[str] = []
+        self("dynamo", module)
 
-    def __call__(self, name: str, module: GraphModule) -> None:
-        """The graph after the pass ``name``."""
-        if self._folder is not None:
-            file = f"{next(self._step):02d}_{name.replace(' ', '_')}.txt"
-            (self._folder / file).write_text(render(module))
+    def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None:
+        """The graph after the pass ``name``; site: where it is cut, once that is known."""
+        if name in _TRACED:
+            _trace(_TRACED[name], "string", lambda: render(module))
+        if self._folder is None:
+            return
+        file = f"{next(self._step):02d}_{name.replace(' ', '_')}.txt"
+        (self._folder / file).write_text(render(module))
+        if name == "normalise" or site is not None:
+            self._arrival = _arrival(self._module, module, site) or self._arrival
 
     def finish(self, report: Report) -> None:
         """What became of the graph, for people (``report.txt``) and programs (``report.json``)."""
-        if self._folder is not None:
-            (self._folder / "report.txt").write_text(f"{report}\n")
-            (self._folder / "report.json").write_text(as_json(report))
+        _trace("dartfx_report", "json", lambda: as_json(report))
+        self._report = report
+        if self._folder is None:
+            return
+        written = repro.script(self._config, self._module, self._host, self._arrival)
+        (self._folder / "repro.py").write_text(written)
+        self._write_report()
+
+    def lower(
+        self, config: DartConfig, module: GraphModule, inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        """:func:`dartfx.lowering.lower`, with the path of Inductor's code added to the report."""
+        if self._folder is None or config.lowering != "inductor":
+            return lower(config, module, inputs)
+        from torch._inductor.codecache import PyCodeCache
+
+        before = len(PyCodeCache.modules)
+        compiled = lower(config, module, inputs)
+        # Kernels are modules of their own; the code that calls them has a function ``call``.
+        loaded = [m for m in PyCodeCache.modules[before:] if hasattr(m, "call")]
+        self._output_code += [str(m.__file__) for m in loaded]
+        self._write_report()
+        return compiled
+
+    def _write_report(self) -> None:
+        if self._folder is None or self._report is None:
+            return
+        code = "".join(f"Inductor's code: {path}\n" for path in self._output_code)
+        (self._folder / "report.txt").write_text(f"{self._report}\n{code}")
+        written = as_json(self._report, output_code=self._output_code)
+        (self._folder / "report.json").write_text(written)
+
+
+def _trace(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+        # A graph that waits for its mask is rewritten at run time, when nothing is being compiled.
+        expect_trace_id=False,
+    )
+
+
+def _arrival(
+    dynamo: GraphModule, normalised: GraphModule, site: Site | None
+) -> repro.Arrival | None:
+    """How a vision mask came to the graph: with the two inputs put in front of dynamo's own."""
+    inputs = [n for n in normalised.graph.nodes if n.op == "placeholder"]
+    own = sum(n.op == "placeholder" for n in dynamo.graph.nodes)
+    if len(inputs) != own + 2:
+        return None
+    mask, carrier = inputs[:2]
+    rows = hint(sizes(carrier)[0])
+    if site is not None and site.vision.how != "given":
+        return inputs.index(site.vision.embeds) - 2, rows, False
+    shape = [hint(s) for s in sizes(mask)]
+    fitting = [
+        place
+        for place, node in enumerate(inputs[2:])
+        if isinstance(value := node.meta["val"], torch.Tensor) and value.ndim in (2, 3)
+        if [hint(s) for s in value.shape[:2]] == shape
+    ]
+    return (fitting[0], rows, True) if fitting else None
 
 
 def _new_folder(directory: Path) -> Path:

@@ -129,13 +129,14 @@ def clear() -> None:
         _REPORTS.clear()
 
 
-def as_json(report: Report) -> str:
-    """The report as JSON: its fields, with the outcome's kind under ``kind``."""
+def as_json(report: Report, **more: object) -> str:
+    """The report as JSON: its fields, with the outcome's kind under ``kind``, and ``more``."""
     outcome = {f.name: getattr(report.outcome, f.name) for f in fields(report.outcome)}
     shown = {
         "graph": report.graph,
         "nodes": report.nodes,
         "kind": type(report.outcome).__name__.lower(),
         **outcome,
+        **more,
     }
     return json.dumps(shown, indent=2, default=asdict) + "\n"

@@ -68,13 +68,19 @@ def depends_on_data(size: Size) -> bool:
     return type(size) is not int and size.node.hint is None  # type: ignore[union-attr]
 
 
-def source_line(node: Node) -> str:
-    """``file:line in function: code`` of the innermost user frame, or ""."""
+def frame(node: Node) -> tuple[str, int, str, str] | None:
+    """File, line, function and code of the innermost user frame, or None."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
-        return ""
+        return None
     file, line, function, code = frames[-1]
-    return f"{file}:{line} in {function}: {code.strip()}"
+    return file, int(line), function, code.strip()
+
+
+def source_line(node: Node) -> str:
+    """``file:line in function: code`` of the innermost user frame, or ""."""
+    found = frame(node)
+    return "{}:{} in {}: {}".format(*found) if found else ""
 
 
 def module_paths(node: Node) -> list[str]:

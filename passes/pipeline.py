@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from torch.fx import GraphModule, Node
 
@@ -34,24 +35,35 @@ from .shrink import reroute_sizes, shrink
 
 log = logging.getLogger(__name__)
 
-Observer = Callable[[str, GraphModule], None]
+
+class Observer(Protocol):
+    """Is told of the graph after each pass, and of the place of the cut once it is known."""
+
+    def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None: ...
 
 
 class Clock:
-    """Seconds per pass; also tells an observer when each pass has run."""
+    """Seconds per pass; also tells an observer and the log when each pass has run."""
 
     def __init__(self, module: GraphModule, observe: Observer | None = None) -> None:
         self.seconds: dict[str, float] = {"normalise": module.meta.get("seconds", 0.0)}
         self._module, self._observe = module, observe
         self.current = ""
+        self.site: Site | None = None
+        self._log("normalise")
+
+    def _log(self, name: str) -> None:
+        nodes = len(self._module.graph.nodes)
+        log.debug("pass %s: %.3f s, %d nodes", name, self.seconds[name], nodes)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self.current, start = name, time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
+        self._log(name)
         if self._observe is not None:
-            self._observe(name, self._module)
+            self._observe(name, self._module, self.site)
 
 
 def prune(
@@ -98,7 +110,7 @@ def _prune(
 ) -> Outcome | None:
     graph = module.graph
     with clock("locate"):
-        site = _site(module, request, vision)
+        clock.site = site = _site(module, request, vision)
         if site is None:
             return None
     with clock("axes"):

@@ -59,6 +59,7 @@ def test_every_stage_and_the_report(
     assert (folder / "report.txt").read_text() == f"{report}\n"
     read = json.loads((folder / "report.json").read_text())
     expected = {"graph": report.graph, "nodes": report.nodes, "kind": "pruned", **asdict(outcome)}
+    expected["output_code"] = []
     assert read == json.loads(json.dumps(expected))
     assert read["sequence"] == [LENGTH, KEPT]
 
@@ -98,3 +99,11 @@ def test_nothing_is_written_unasked(
     monkeypatch.chdir(tmp_path)
     run(Decoder(), inputs, retain_tokens=5)
     assert not list(tmp_path.iterdir())
+
+
+def test_where_inductors_code_is(tmp_path: Path) -> None:
+    run(torch.nn.ReLU(), {"input": torch.ones(5)}, dump=tmp_path, lowering="inductor")
+    folder = tmp_path / "graph_000"
+    (path,) = json.loads((folder / "report.json").read_text())["output_code"]
+    assert "def call(" in Path(path).read_text()
+    assert f"Inductor's code: {path}" in (folder / "report.txt").read_text()
