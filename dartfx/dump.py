@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from dartfx import repro
 from dartfx.config import DartConfig
 from dartfx.lowering import lower
+from dartfx.page import Page
 from dartfx.passes.facts import Site
 from dartfx.passes.graph import hint, render, sizes
 from dartfx.report import Report, as_json
@@ -35,6 +36,7 @@ class Dump:
     ) -> None:
         self._config, self._module, self._host = config, module, host
         self._folder = None if config.dump is None else _new_folder(Path(config.dump))
+        self._page = Page()
         self._step = itertools.count()
         self._arrival: repro.Arrival | None = None
         self._report: Report | None = None
@@ -49,6 +51,7 @@ class Dump:
             return
         file = f"{next(self._step):02d}_{name.replace(' ', '_')}.txt"
         (self._folder / file).write_text(render(module))
+        self._page(name, module, site)
         if name == "normalise" or site is not None:
             self._arrival = _arrival(self._module, module, site) or self._arrival
 
@@ -85,6 +88,9 @@ class Dump:
         (self._folder / "report.txt").write_text(f"{self._report}\n{code}")
         written = as_json(self._report, output_code=self._output_code)
         (self._folder / "report.json").write_text(written)
+        files = sorted(f.name for f in self._folder.iterdir() if f.name != "report.html")
+        page = self._page.html(self._report, files, self._output_code)
+        (self._folder / "report.html").write_text(page)
 
 
 def _trace(name: str, encoding: str, payload: Callable[[], str]) -> None:
