@@ -37,11 +37,11 @@ class Lane:
 class Drawing:
     """The picture of one graph.
 
-    way: the main path; found: all parts; order: which feeds which; cut: the first pruned part.
+    way: the main path; found: all parts; order: which feeds which; cut: path of the first pruned part.
     """
 
     def __init__(
-        self, way: Sequence[Part], found: Mapping[str, Part], order: nx.DiGraph, cut: str
+        self, way: Sequence[Part], found: Mapping[str, Part], order: nx.DiGraph, cut: str | None
     ) -> None:
         self.step = max(9.0, min(44.0, (WIDTH - LEFT) / max(len(way), 1)))
         self.longest = max((max(p.length) for p in way), default=0) or 1

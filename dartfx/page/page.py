@@ -65,7 +65,7 @@ class Page:
         order = quotient(self._before, found)
         way = main_path(order, found)
         layer = report.outcome.layer if isinstance(report.outcome, Pruned) else -1
-        cut = f"{self._stack}.{layer}" if layer >= 0 else ""
+        cut = f"{self._stack}.{layer}" if layer >= 0 else None
         environment = Environment(
             loader=PackageLoader("dartfx.page"),
             autoescape=True,
