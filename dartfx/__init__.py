@@ -14,7 +14,9 @@ from dartfx.errors import (
     SelectionError,
     UnsupportedGraphError,
 )
+from dartfx.kept import kept_tokens
 from dartfx.ops import select_tokens
+from dartfx.picture import overlay, overlay_html
 from dartfx.report import Report, reports
 from dartfx.selectors import register_selector
 from dartfx.vision import vision_tokens
@@ -32,6 +34,9 @@ __all__ = [
     "UnsupportedGraphError",
     "compile",
     "explain",
+    "kept_tokens",
+    "overlay",
+    "overlay_html",
     "register_selector",
     "reports",
     "reset",

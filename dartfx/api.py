@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from dartfx import report, vision
+from dartfx import kept, report, vision
 from dartfx.backend import compile_graph
 from dartfx.config import DartConfig
 from dartfx.forward import Forward, compiled_forward, watch_generate
+from dartfx.kept import KeptTokens, kept_tokens
 from dartfx.passes.facts import Declined, HandsOn
 from dartfx.report import Report
 
@@ -63,9 +64,13 @@ def _install_capturing_hooks(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the backend would do with each graph of one call; prints as text."""
+    """What the backend would do with each graph of one call; prints as text.
+
+    tokens: which vision tokens the call kept, per image, where that was asked for.
+    """
 
     reports: tuple[Report, ...]
+    tokens: tuple[KeptTokens, ...] = ()
 
     @property
     def pruned(self) -> bool:
@@ -82,21 +87,22 @@ class Explanation:
             lines.append("dynamo made no graph of this call, so nothing can be pruned")
         elif not told:
             lines.append("nothing to prune: this call carries no vision tokens")
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.tokens)])
 
 
 def explain(
     target: nn.Module | Call,
     *args: Any,
     options: Mapping[str, object] | None = None,
+    tokens: bool = False,
     **kwargs: Any,
 ) -> Explanation:
     """What would be pruned, and why or why not, for one call; compiles nothing.
 
     target: a model, or its bound ``generate``; it is called with args and kwargs, its graphs run
     eagerly.  options: as in ``torch.compile``; default: those the model was compiled with by
-    :func:`dartfx.compile`, else the defaults.  Raises what the call raises; TypeError when target
-    belongs to no module.
+    :func:`dartfx.compile`, else the defaults.  tokens: also tell which vision tokens are kept.
+    Raises what the call raises; TypeError when target belongs to no module.
     """
     if isinstance(target, nn.Module):
         target = getattr(target, "_orig_mod", target)  # what torch.compile(model) wraps
@@ -108,7 +114,7 @@ def explain(
     if options is not None:
         config = DartConfig.from_options(options)
     config = dataclasses.replace(
-        config, lowering="eager", inductor={}, mode=None, on_unsupported="ignore"
+        config, lowering="eager", inductor={}, mode=None, on_unsupported="ignore", tokens=tokens
     )
     with report.collecting() as collected, _many_compilations():
         if isinstance(current, Forward):
@@ -121,7 +127,8 @@ def explain(
                 target(*args, **kwargs)
         finally:
             owner._compiled_call_impl = current
-    return Explanation(tuple(collected))
+    pruned = any(made.pruned for made in collected)
+    return Explanation(tuple(collected), tuple(kept_tokens()) if tokens and pruned else ())
 
 
 @contextmanager
@@ -132,6 +139,7 @@ def _many_compilations() -> Iterator[None]:
 
 
 def reset() -> None:
-    """Forget all reports and noted vision masks.  Compiled code stays: see torch._dynamo.reset."""
+    """Forget reports, vision masks and kept tokens.  Compiled code stays: torch._dynamo.reset."""
     report.clear()
+    kept.forget()
     vision.forget()

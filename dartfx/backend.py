@@ -17,6 +17,7 @@ from dartfx.config import DartConfig
 from dartfx.dispatch import NotesMask, TakesMask
 from dartfx.dump import Dump
 from dartfx.errors import PruningWarning, UnsupportedGraphError
+from dartfx.kept import recording
 from dartfx.passes.facts import Declined, HandsOn, Outcome, Pruned, Refusal, Request, Untouched
 from dartfx.passes.hand_on import hand_on
 from dartfx.passes.normalise import normalise
@@ -135,8 +136,11 @@ class GraphCompiler:
         outcome = prune(rewritten, request_of(self.config, self.host), observe=self.dump)
         if outcome is not None:
             self.announce(outcome)
-            chosen = rewritten if isinstance(outcome, Pruned) else self.module
-            return self.dump.lower(self.config, chosen, inputs)
+            if not isinstance(outcome, Pruned):
+                return self.dump.lower(self.config, self.module, inputs)
+            return recording(
+                self.config, rewritten, lambda m: self.dump.lower(self.config, m, inputs)
+            )
         try:
             place = hand_on(rewritten)
         except Exception as error:

@@ -44,6 +44,7 @@ class DartConfig:
         ``options=``.
     on_unsupported: "warn", "error" or "ignore" when vision tokens cannot be pruned.
     dump: directory for graph dumps.
+    tokens: record which tokens each pruned call keeps, for :func:`dartfx.kept_tokens`.
     """
 
     retain_tokens: int | None = None
@@ -59,6 +60,7 @@ class DartConfig:
     mode: str | None = None
     on_unsupported: str = "warn"
     dump: str | os.PathLike[str] | None = None
+    tokens: bool = False
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():

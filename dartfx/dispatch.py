@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from dartfx import vision
 from dartfx.config import DartConfig
+from dartfx.kept import recording
 from dartfx.passes import locate
 from dartfx.passes.attention import attends_causally
 from dartfx.passes.facts import NoDecoder, Outcome, Pruned, Request, Untouched, Vision
@@ -136,8 +137,10 @@ class TakesMask:
                 if isinstance(outcome, Untouched) and outcome.all_retained:
                     self._all_retained.add(size)
                 else:
-                    compiled = self._compile(module) if isinstance(outcome, Pruned) else None
-                    self._pruned[arrival.embeds] = compiled
+                    pruned = isinstance(outcome, Pruned)
+                    self._pruned[arrival.embeds] = (
+                        recording(self._config, module, self._compile) if pruned else None
+                    )
             return self._pruned.get(arrival.embeds)
 
     def _rewrite(self, arrival: Arrival) -> tuple[Outcome, GraphModule]:

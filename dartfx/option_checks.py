@@ -129,6 +129,12 @@ def _path(name: str, value: object) -> object:
     return path
 
 
+def _flag(name: str, value: object) -> object:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {describe(value)}")
+    return value
+
+
 CHECKS: dict[str, Check] = {
     "retain_tokens": _integer(0, optional=True),
     "reduction_ratio": _ratio,
@@ -144,4 +150,5 @@ CHECKS: dict[str, Check] = {
     "mode": _choice(_modes, optional=True),
     "on_unsupported": _choice(lambda: ("warn", "error", "ignore")),
     "dump": _path,
+    "tokens": _flag,
 }

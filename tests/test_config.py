@@ -47,6 +47,7 @@ def test_every_option_arrives(tmp_path: Path) -> None:
         "mode": "reduce-overhead",
         "on_unsupported": "error",
         "dump": tmp_path,
+        "tokens": True,
     }
     config = DartConfig.from_options(options)
     assert {name: getattr(config, name) for name in options} == options | {"dump": str(tmp_path)}
@@ -120,6 +121,8 @@ def test_options_that_are_no_dict_are_refused() -> None:
         ("dump", 1),
         ("dump", ""),
         ("dump", b"/tmp"),
+        ("tokens", 1),
+        ("tokens", None),
     ],
 )
 def test_wrong_type_or_range_names_key_and_value(name: str, value: object) -> None:

@@ -8,13 +8,23 @@ by a compiler.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-__all__ = ["EPS", "dart", "positions_of", "stable_order", "take_first", "take_in_turn"]
+__all__ = [
+    "EPS",
+    "Turns",
+    "cosines",
+    "dart",
+    "plan_turns",
+    "positions_of",
+    "stable_order",
+    "take_first",
+    "take_in_turn",
+]
 
 EPS = 1e-8  # torch.nn.functional.cosine_similarity clamps each norm on its own at this value
 
@@ -40,6 +50,36 @@ def dart(
     those of lowest cosine similarity to it.  Source: DART (arXiv 2502.11494) section 3, with an
     exact budget, a fixed pivot order and a fixed tie rule in place of the published code's.
     """
+    turns = plan_turns(keys, vision_mask, text_mask, budget, pivot_image_tokens, pivot_text_tokens)
+    if turns.pivots.shape[1] == 0:
+        return turns.image_pivots
+    similarity_order = stable_order(cosines(hidden, turns.pivots))
+    rest = vision_mask & ~turns.image_pivots
+    return turns.image_pivots | _take_in_turn(similarity_order, rest, turns.quota)
+
+
+class Turns(NamedTuple):
+    """Which positions are pivots, and how many tokens each may take.
+
+    image_pivots, text_pivots: [B, S] bool.  pivots: [B, P] int64, ascending positions of both,
+    S - 1 in slots that a row does not need.  quota: [B, P] int64, 0 in such slots.
+    """
+
+    image_pivots: Tensor
+    text_pivots: Tensor
+    pivots: Tensor
+    quota: Tensor
+
+
+def plan_turns(
+    keys: Tensor,
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    budget: Tensor,
+    pivot_image_tokens: int,
+    pivot_text_tokens: int,
+) -> Turns:
+    """The pivots of :func:`dart` and their shares of the budget; arguments as there."""
     slots = pivot_image_tokens + pivot_text_tokens
     n_text = text_mask.sum(1).clamp(max=pivot_text_tokens)
     n_image = budget.clamp(max=pivot_image_tokens)
@@ -53,7 +93,8 @@ def dart(
         torch.cat([n_image, n_text])[:, None],
     ).chunk(2)
     if slots == 0:
-        return image_pivots
+        none = budget.new_empty((budget.shape[0], 0))
+        return Turns(image_pivots, text_pivots, none, none)
     pivots = positions_of(image_pivots | text_pivots, slots)
 
     n_pivots = (n_image + n_text)[:, None]
@@ -61,8 +102,7 @@ def dart(
     slot = torch.arange(slots, device=budget.device)
     quota = rest // n_pivots.clamp(min=1) + (slot < rest % n_pivots.clamp(min=1))
     quota = torch.where(slot < n_pivots, quota, 0)
-    similarity_order = stable_order(_cosines(hidden, pivots))
-    return image_pivots | _take_in_turn(similarity_order, vision_mask & ~image_pivots, quota)
+    return Turns(image_pivots, text_pivots, pivots, quota)
 
 
 def take_in_turn(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
@@ -157,7 +197,7 @@ def _key_norms(keys: Tensor) -> Tensor:
     return keys.abs().sum((1, 3), dtype=_accumulation_dtype(keys))
 
 
-def _cosines(hidden: Tensor, pivots: Tensor) -> Tensor:
+def cosines(hidden: Tensor, pivots: Tensor) -> Tensor:
     """Cosine similarity of every position to every pivot.
 
     hidden: [B, S, D] float.  pivots: [B, P] int64.  Returns [B, P, S].

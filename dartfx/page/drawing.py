@@ -37,7 +37,8 @@ class Lane:
 class Drawing:
     """The picture of one graph.
 
-    way: the main path; found: all parts; order: which feeds which; cut: path of the first pruned part.
+    way: the main path; found: all parts; order: which feeds which; cut: path of the first pruned
+    part, if any.
     """
 
     def __init__(
