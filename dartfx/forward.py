@@ -88,6 +88,7 @@ class Forward:
             try:
                 return self._whole(*args, **kwargs)
             except BackendCompilerFailed as failed:
+                _raise_ours(failed)
                 if not isinstance(failed.inner_exception, NeedsGraphBreaks):
                     raise
                 log.info("%s", failed.inner_exception)
@@ -99,6 +100,9 @@ class Forward:
         try:
             return self._broken(*args, **kwargs)
         except DartfxError:
+            raise
+        except BackendCompilerFailed as failed:
+            _raise_ours(failed)
             raise
         except Exception as error:
             pruned = [made for made in compiled if made.pruned]
@@ -124,6 +128,12 @@ class Forward:
                 "holds vision tokens",
             )
             self.refuse(declined)
+
+
+def _raise_ours(failed: BackendCompilerFailed) -> None:
+    """Raise an error of dartfx's own out of dynamo's wrapping."""
+    if isinstance(failed.inner_exception, DartfxError):
+        raise failed.inner_exception from failed
 
 
 def _failed_shortened(error: Exception) -> Declined:
