@@ -15,6 +15,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "bench": ("dartfx.bench", "time what dartfx does on this machine"),
+    "eval": ("dartfx.evaluate", "measure what pruning costs in answers"),
     "families": ("dartfx.zoo.command", "prune every model family and hold it against the oracle"),
 }
 
