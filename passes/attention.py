@@ -12,6 +12,8 @@ from torch.fx import Node
 from .facts import Refusal, Stack
 from .graph import argument, aten, is_one, packet, same_size, sizes, tensor
 
+# An addend that takes a key from a query: e^-1000 is no weight at all in any dtype.
+HIDING = -1e3
 _SDPA = aten.scaled_dot_product_attention
 _SOFTMAX = {aten.softmax, aten._softmax, aten._safe_softmax}
 _PRODUCTS = {aten.matmul, aten.bmm, aten.einsum}
@@ -85,6 +87,7 @@ def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Mask]:
         keys, mask = argument(core, "key"), Mask(argument(core, "attn_mask"))
     else:
         keys, mask = _eager_attention(core)
+        _require_whole_weights(core)
     keys = _unrepeated(keys)
     if len(sizes(keys)) != 4:
         raise Refusal("attention keys are not [B, H, S, Dh]", core)
@@ -100,11 +103,30 @@ def _eager_attention(softmax: Node) -> tuple[Node, Mask]:
         for other in operands:
             if other is scores or all(map(is_one, sizes(other))):
                 continue
-            if mask.node is not None or packet(node) not in _MASKING:
+            unknown = packet(node) not in _MASKING or argument(node, "alpha", 1) != 1
+            if mask.node is not None or unknown or _product_above(other) is not None:
                 raise Refusal("attention scores meet a tensor that is no mask we know", node)
-            mask = Mask(other, hides=_hides(node, scores))
+            if not _fills_with_a_score(node):
+                mask = Mask(other, hides=_hides(node, scores))
         node = scores
     return _keys(node), mask
+
+
+def _fills_with_a_score(node: Node) -> bool:
+    """Whether a masking call puts a number in the place of scores that still leaves a weight."""
+    fills = (argument(node, name) for name in ("value", "self", "other"))
+    return any(isinstance(f, int | float) and f > HIDING for f in fills)
+
+
+def _require_whole_weights(weights: Node) -> None:
+    """Raise Refusal where keys are hidden after the softmax: then no mask tells which."""
+    for user in weights.users:
+        if packet(user) in {*_VIEWS, aten.to, aten._to_copy, aten.dropout}:
+            _require_whole_weights(user)
+        elif _is_elementwise(user):
+            others = [n for n in user.all_input_nodes if n is not weights and tensor(n) is not None]
+            if not all(is_one(sizes(n)[-1]) for n in others if sizes(n)):
+                raise Refusal("attention weights meet a tensor that may hide keys", user)
 
 
 def _keys(product: Node) -> Node:

@@ -7,13 +7,14 @@ size, head count or batch equals the sequence length infers the same as any othe
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection
 
 from networkx.utils import UnionFind
 from torch.fx import Graph, Node
 
 from .facts import Site, Size
-from .graph import is_one, same_size, sizes, tensor
+from .graph import bases, is_one, mutated_operands, same_size, sizes, tensor
 
 Var = tuple[Node, int]
 Factor = Var | int
@@ -33,16 +34,27 @@ class Axes:
         self._place: UnionFind = UnionFind()
         self._factors: dict[Var, tuple[Factor, ...]] = {}
         self._handled: set[tuple[Node, Var]] = set()
-        self._counted: dict[Node, Node] = {}
+        self._counted: dict[Node, tuple[Node, ...]] = {}
+        self._onward: dict[Var, set[Var]] = defaultdict(set)
         for node in graph.nodes:
             relate(self, node)
+        for node in graph.nodes:
+            self._follow_write(node)
 
     def tie(self, user: Node, a: Var, b: Var) -> None:
         """Two dims that ``user`` makes one; its operands' dims among them count as handled."""
-        a, b = _positive(a), _positive(b)
         self.handle(user, a)
         self.handle(user, b)
+        self.stay(user, a, b)
+
+    def stay(self, user: Node, a: Var, b: Var) -> None:
+        """Two dims that are equal position by position, though ``user`` may read positions."""
+        a, b = _positive(a), _positive(b)
         self.unify(a, b)
+        for source, result in ((a, b), (b, a)):
+            # a part of a call with several results hangs on the call
+            if result[0] is user or user in result[0].all_input_nodes:
+                self._onward[source].add(result)
 
     def unify(self, a: Var, b: Var) -> None:
         """Two dims that are equal, without saying that the operator treats them token by token."""
@@ -63,21 +75,24 @@ class Axes:
         """``user`` treats this operand dim in a way that survives dropping tokens."""
         self._handled.add((user, _positive(var)))
 
-    def counted_anew(self, user: Node, operand: Node) -> None:
-        """``operand`` names or counts positions for ``user``: right only if made after the cut."""
-        self._counted[user] = operand
+    def counted_anew(self, user: Node, *operands: Node) -> None:
+        """``operands`` name or count positions for ``user``: right only if made after the cut."""
+        self._counted[user] = operands
 
     def stale(self, nodes: Collection[Node]) -> tuple[Node, Node] | None:
         """The first (user, operand) among ``nodes`` whose positions are counted outside of them."""
         for user in nodes:
-            operand = self._counted.get(user)
-            if operand is not None and operand not in nodes:
-                return user, operand
+            for operand in self._counted.get(user, ()):
+                if operand not in nodes:
+                    return user, operand
         return None
 
     def product(self, var: Var, factors: tuple[Factor, ...]) -> None:
         """The dim is the product of these dims and numbers, in memory order (``B * S``)."""
-        known = self.factors(var)
+        known, var = self.factors(var), _positive(var)
+        for part in (_positive(f) for f in factors if isinstance(f, tuple)):
+            self._onward[part].add(var)
+            self._onward[var].add(part)
         self._unify_factors(known, factors)
         if not known:
             self._factors[self._value[var]] = factors
@@ -97,6 +112,23 @@ class Axes:
         known = self._factors.get(self._value[_positive(var)], ())
         return tuple(f for factor in known for f in self.factors(factor) or (factor,))
 
+    def _follow_write(self, node: Node) -> None:
+        """What an in-place call writes is found in its operand, and in what that is a view of."""
+        for base in (b for written in mutated_operands(node) for b in bases(written)):
+            for dim in range(len(sizes(node)) if tensor(node) is not None else 0):
+                for other in range(len(sizes(base)) if tensor(base) is not None else 0):
+                    if self.same((node, dim), (base, other)):
+                        self._onward[node, dim].add((base, other))
+
+    def leads(self, start: Var, end: Var) -> bool:
+        """Whether positions along one dim reach the other in their order, by some way at least."""
+        seen, ahead = {start}, [start]
+        while ahead and end not in seen:
+            new = self._onward[ahead.pop()] - seen
+            seen |= new
+            ahead += new
+        return end in seen
+
     def same(self, a: Var, b: Var) -> bool:
         """Whether two dims are one axis."""
         return bool(self._value[_positive(a)] == self._value[_positive(b)])
@@ -104,6 +136,14 @@ class Axes:
     def aligned(self, a: Var, b: Var) -> bool:
         """Whether two dims stand in one place, size-1 broadcasts included."""
         return bool(self._place[_positive(a)] == self._place[_positive(b)])
+
+    def alone(self, var: Var) -> bool:
+        """Whether no other axis stands anywhere in the place of this dim.
+
+        A ``[1, 1, 1]`` parameter used in two places makes one of them.
+        """
+        place = next(group for group in self._place.to_sets() if var in group)
+        return all(is_one(sizes(n)[d]) or self.same((n, d), var) for n, d in place)
 
     def was_handled(self, user: Node, var: Var) -> bool:
         """Whether ``user``'s rule accounts for this operand dim."""
@@ -164,9 +204,11 @@ class TokenAxes:
         for dim in range(len(sizes(node))):
             if dim in tokens:
                 continue
-            # Only a size-1 dim needs its place to tell; a parameter may align anything with it.
-            is_batch = self.axes.aligned if is_one(sizes(node)[dim]) else self.axes.same
-            if is_batch((node, dim), self.batch):
+            # Only a size-1 dim needs its place to tell.
+            if not is_one(sizes(node)[dim]):
+                if self.axes.same((node, dim), self.batch):
+                    return dim
+            elif self.axes.aligned((node, dim), self.batch) and self.axes.alone(self.batch):
                 return dim
         return None
 

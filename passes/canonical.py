@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .graph import Emitter, argument, aten, is_one, is_view, packet, same_size, sizes, tensor
+from .graph import (
+    Emitter,
+    argument,
+    aten,
+    bases,
+    is_one,
+    is_view,
+    mutated_operands,
+    packet,
+    same_size,
+    sizes,
+    tensor,
+)
 
 _ASSERTS = {
     aten._assert_scalar,
@@ -21,7 +33,8 @@ _ASSERTS = {
     aten.sym_constrain_range,
     aten.sym_constrain_range_for_size,
 }
-_PER_ROW = {aten.to, aten._to_copy, aten.clone}
+# Of all that is row by row, what gives no NaN for any row, nor in its gradient.
+_PER_ROW = {aten.to, aten._to_copy, aten.clone, aten.add, aten.sub, aten.mul, aten.neg}
 _SCATTERS = {aten.masked_scatter, aten.masked_scatter_}
 _BROADCASTS = {aten.squeeze, aten.unsqueeze, aten.expand, aten.expand_as}
 
@@ -44,8 +57,12 @@ def _inverse_permutation(node: Node) -> None:
     target, indices, values = (argument(node, n) for n in ("self", "indices", "values"))
     if len(indices) != 1 or argument(node, "accumulate") or not _written_alone(target, node):
         return
-    order = indices[0]
-    if is_sort_order(order) and _counts_up(values) and same_size(*_lengths(values, order)):
+    order, places = indices[0], tensor(target)
+    if places is None or places.dtype != torch.int64 or places.ndim != 1:
+        return
+    if not is_sort_order(order) or not _counts_up(values):
+        return
+    if same_size(*_lengths(values, order)) and same_size(*_lengths(target, order)):
         emit = Emitter(node)
         inverse = emit(aten.argsort.default, order)
         node.replace_all_uses_with(inverse)
@@ -100,7 +117,8 @@ def _unpack(index: Node) -> None:
     mask: Node = chosen[0]
     packed = _packed(index)
     writes = [n for n in packed if _write_mask(n, packed) is not None]
-    if writes and all(_puts_back(n, mask, packed) for n in writes):
+    put_back = writes and all(_puts_back(n, mask, packed) for n in writes)
+    if put_back and not _changes_meanwhile(source, index, packed):
         _rewrite(index, mask, packed)
 
 
@@ -128,16 +146,28 @@ def _packed(index: Node) -> dict[Node, None]:
             continue
         if _write_mask(node, found) is not None:
             written.add(node)
-        elif not (_row_by_row(node) or _flattened(node) or _about_sizes(node)):
+        elif not (_row_by_row(node, found) or _flattened(node) or _about_sizes(node)):
             return {}
         found[node] = None
     return found
 
 
-def _row_by_row(node: Node) -> bool:
+def _row_by_row(node: Node, packed: Container[Node]) -> bool:
     value = tensor(node)
-    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return value is not None and value.ndim == 2 and (pointwise or packet(node) in _PER_ROW)
+    by_number = any(i in packed and tensor(i) is None for i in node.all_input_nodes)
+    return value is not None and value.ndim == 2 and packet(node) in _PER_ROW and not by_number
+
+
+def _changes_meanwhile(source: Node, index: Node, packed: dict[Node, None]) -> bool:
+    """Whether ``source`` is written to between the picking of rows and their last use."""
+    nodes = list(index.graph.nodes)
+    between = nodes[nodes.index(index) : nodes.index(next(reversed(packed)))]
+    return any(
+        bases(written)[-1] is bases(source)[-1]
+        for node in between
+        if node not in packed
+        for written in mutated_operands(node)
+    )
 
 
 def _flattened(node: Node) -> bool:
@@ -175,12 +205,12 @@ def _rewrite(index: Node, mask: Node, packed: dict[Node, None]) -> None:
     spread: dict[Node, Node] = {index: argument(index, "self")}
     chosen = Emitter(index)(aten.unsqueeze.default, mask, 2)
 
-    def dense(operand: Node) -> Node:
+    def dense(operand: Node, user: Node) -> Node:
         """[B, S, D] for packed rows [P, D]; anything that broadcasts over rows, as it is."""
         if operand not in spread and tensor(operand) is not None:
             shape = sizes(operand)
             if len(shape) == 2 and not is_one(shape[0]):
-                emit = Emitter(index)
+                emit = Emitter(user)
                 full = [emit.size(mask, 0), emit.size(mask, 1), emit.size(operand, 1)]
                 empty = emit(aten.new_zeros.default, operand, full)
                 spread[operand] = emit(aten.masked_scatter.default, empty, chosen, operand)
@@ -190,12 +220,14 @@ def _rewrite(index: Node, mask: Node, packed: dict[Node, None]) -> None:
         if node is index or _about_sizes(node):
             continue
         if _write_mask(node, packed) is not None:
-            rows = dense(argument(node, "source" if packet(node) in _SCATTERS else "values"))
+            rows = dense(argument(node, "source" if packet(node) in _SCATTERS else "values"), node)
             emit = Emitter(node)
             node.replace_all_uses_with(emit(aten.where.self, chosen, rows, argument(node, "self")))
         elif _flattened(node):
-            spread[node] = dense(argument(node, "self"))
+            spread[node] = dense(argument(node, "self"), node)
         else:
-            spread[node] = Emitter(node).copy(node, {i: dense(i) for i in node.all_input_nodes})
+            spread[node] = Emitter(node).copy(
+                node, {i: dense(i, node) for i in node.all_input_nodes}
+            )
     for node in reversed(packed):
         index.graph.erase_node(node)

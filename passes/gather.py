@@ -7,44 +7,80 @@ from torch.fx import Node
 
 from .axes import TokenAxes
 from .facts import Refusal
-from .graph import Emitter, aten, bases, is_one, mutated_operands, packet, sizes
+from .graph import (
+    Emitter,
+    aten,
+    bases,
+    is_one,
+    mutated_operands,
+    packet,
+    sizes,
+    without_gradient,
+)
 
 _REPLAYED = {aten.unsqueeze, aten.transpose}
+State = tuple[Node | None, Node | None]
 
 
 class Gatherer:
-    """Gathers values along their token dims by keep_idx [B, S'], remembering each."""
+    """Gathers values along their token dims by keep_idx [B, S'], remembering each.
+
+    A value is gathered anew after something was written to it, and once more where gradients are
+    off: what is gathered there hands on none.
+    """
 
     def __init__(self, axes: TokenAxes, keep: Node) -> None:
         self.axes = axes
         self.keep = keep
-        self.done: dict[Node, Node] = {}
-        self.replayed: dict[Node, Node] = {}
+        self.done: dict[tuple[Node, State], Node] = {}
         self._flat: Node | None = None
         self._flat_rows: Node | None = None
+        nodes = list(keep.graph.nodes)
+        self._order = {n: i for i, n in enumerate(nodes)}
+        self._writes = [(n, bases(w)[-1]) for n in nodes for w in mutated_operands(n)]
+        self._off: dict[Node, Node | None] = {}
+        off: Node | None = None
+        for node in nodes:
+            off = without_gradient(node, off)
+            self._off[node] = off
 
     def __call__(self, value: Node, anchor: Node) -> Node:
         """``value`` with its token dims gathered before ``anchor``; itself when it has none."""
-        if value in self.done or value in self.replayed:
-            return self.done.get(value) or self.replayed[value]
         dims, flat = self.axes.dims(value), self.axes.flat_dims(value)
         if not dims and not flat:
             return value
+        key = value, self._state(value, anchor)
+        if key not in self.done:
+            self.done[key] = self._gathered(value, anchor, dims, flat)
+        return self.done[key]
+
+    def crossed(self) -> dict[Node, Node]:
+        """Every value that was gathered, and what came of it; views made anew are left out."""
+        return {v: done for (v, _), done in self.done.items() if packet(done) not in _REPLAYED}
+
+    def crosses(self, value: Node) -> bool:
+        """Whether the value has a token axis, in a dim of its own or not."""
+        return bool(self.axes.dims(value) or self.axes.flat_dims(value))
+
+    def _state(self, value: Node, anchor: Node) -> State:
+        """The last write to the value before ``anchor``, and what turned gradients off there."""
+        now, base = self._order[anchor], bases(value)[-1]
+        written = (n for n, b in reversed(self._writes) if b is base and self._order[n] < now)
+        return next(written, None), self._off[anchor]
+
+    def _gathered(
+        self, value: Node, anchor: Node, dims: tuple[int, ...], flat: tuple[int, ...]
+    ) -> Node:
         emit = Emitter(anchor)
         if flat:
-            self.done[value] = self._by_flat_index(emit, value, flat)
-            return self.done[value]
+            return self._by_flat_index(emit, value, flat)
         if packet(value) in _REPLAYED:
             # One table (cos, sin) viewed anew by every layer: gather the table, repeat the view.
             source = value.all_input_nodes[0]
-            self.replayed[value] = emit.copy(value, {source: self(source, anchor)})
-            return self.replayed[value]
+            return emit.copy(value, {source: self(source, anchor)})
         if is_one(sizes(self.keep)[0]):
-            gathered = self._by_index(emit, value, dims)
-        else:
-            gathered = self._by_row(emit, value, dims)
-        self.done[value] = gathered
-        return gathered
+            return self._by_index(emit, value, dims)
+        return self._by_row(emit, value, dims)
 
     def _by_index(self, emit: Emitter, value: Node, dims: tuple[int, ...]) -> Node:
         """One row: the same positions for the whole tensor."""
@@ -102,7 +138,7 @@ def _device(node: Node) -> torch.device:
 def gather_frontier(region: list[Node], gather: Gatherer) -> None:
     """Gather every operand that enters ``region`` (in graph order) from outside it.
 
-    Each gather stands at its first use, after any in-place write the value received before.
+    Each gather stands at a use, after any in-place write the value received before.
     Raises Refusal when the region itself writes to a token-axis value from outside.
     """
     inside = set(region)
@@ -110,7 +146,7 @@ def gather_frontier(region: list[Node], gather: Gatherer) -> None:
         if node.op == "output":
             continue
         for written in mutated_operands(node):
-            if any(b not in inside and gather.axes.dims(b) for b in bases(written)):
+            if any(b not in inside and gather.crosses(b) for b in bases(written)):
                 raise Refusal(
                     "a decoder layer after the cut writes in place to a value from before it, as "
                     "a static cache's update or `x += y` on the layer's input does",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -134,15 +135,18 @@ def mutated_operands(node: Node) -> list[Node]:
     written = [
         a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
     ]
-    return [n for name in written if isinstance(n := argument(node, name), Node)]
+    values = [argument(node, name) for name in written]
+    return [n for v in values for n in (v if isinstance(v, list) else [v]) if isinstance(n, Node)]
 
 
 def _viewed(node: Node) -> Node | None:
     """The operand that the node's result is a view of."""
+    first = node.args[0] if node.args else None
+    if node.target is operator.getitem and isinstance(first, Node):
+        return _viewed(first)  # one of several views, as ``chunk`` gives
     schema = getattr(node.target, "_schema", None)
     if schema is None or not any(r.alias_info is not None for r in schema.returns):
         return None
-    first = node.args[0] if node.args else None
     return first if isinstance(first, Node) else None
 
 
@@ -178,6 +182,13 @@ def downstream(graph: Graph, starts: Iterable[Node]) -> list[Node]:
         for written in mutated_operands(node):
             tainted.update(bases(written))
     return reached
+
+
+def without_gradient(node: Node, before: Node | None) -> Node | None:
+    """The call that turned gradients off for what follows ``node``, given that for ``node``."""
+    if node.target is not torch._C._set_grad_enabled:
+        return before
+    return None if node.args[0] else before or node
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:

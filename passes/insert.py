@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from .attention import HIDING
 from .axes import TokenAxes
 from .facts import Refusal, Request, Site, Vision
 from .graph import (
@@ -16,6 +17,7 @@ from .graph import (
     depends_on_data,
     downstream,
     is_one,
+    mutated_operands,
     same_size,
     sizes,
     tensor,
@@ -70,7 +72,6 @@ def plan(emit: Emitter, site: Site, request: Request) -> Budget:
     return Budget(tokens, emit.arithmetic(request.retain, tokens))
 
 
-_HIDING = -1e8
 _PADS_DROPPED = (
     "row {row} of this batch does not hold its share of the batch's vision tokens, so its pads "
     "would no longer be where the decode mask expects them, and decode would hide its text. Give "
@@ -96,11 +97,8 @@ def insert(
 
     Returns keep_idx int64 [B, S'].
     """
-    if not axes.is_token(site.vision.embeds, 1):
-        raise Refusal(
-            "the merged embeddings' token axis does not reach the cut", site.vision.embeds
-        )
-    if 2 not in axes.dims(site.keys):
+    _require_order(site, axes)
+    if axes.dims(site.keys) != (2,):
         raise Refusal(
             f"the keys of layer {site.layer - 1} are not one per token of this call: "
             "the cache is static, or already holds earlier tokens",
@@ -127,6 +125,24 @@ def insert(
         enough = emit(aten.ge.Scalar, left, caches.window)
         keep = emit(torch.ops.dartfx.require_rows.default, keep, enough, _PADS_IN_WINDOW)
     return keep
+
+
+def _require_order(site: Site, axes: TokenAxes) -> None:
+    """Raise Refusal unless the cut's rows and tokens are the merge's, in their order.
+
+    Elsewhere on its way the axis may be read in any order (``x + x.flip(1)``).
+    """
+    embeds, hidden = site.vision.embeds, site.hidden
+    if axes.dims(hidden) != (1,):
+        raise Refusal("tokens cannot be told from another dim of the hidden states", hidden)
+    for dim, name in ((0, "batch"), (1, "token axis")):
+        one = is_one(sizes(embeds)[dim])
+        if not one and not axes.axes.leads((embeds, dim), (hidden, dim)):
+            raise Refusal(
+                f"the merged embeddings' {name} does not reach the cut, or not in its order",
+                embeds,
+                advice="merging vision features into embeddings that are in their final order",
+            )
 
 
 def vision_mask(emit: Emitter, vision: Vision) -> Node:
@@ -172,9 +188,7 @@ def _valid_mask(emit: Emitter, site: Site, axes: TokenAxes) -> Node | None:
     while len(sizes(mask)) < 4:
         mask = emit(aten.unsqueeze.default, mask, 0)
     if value.dtype != torch.bool:
-        # Additive masks hide a key with -inf, the dtype's lowest value, or -1e9; a bias by distance
-        # stays far above.
-        mask = emit(aten.gt.Scalar, mask, max(torch.finfo(value.dtype).min / 2, _HIDING))
+        mask = emit(aten.gt.Scalar, mask, HIDING)
     elif site.mask_hides:
         mask = emit(aten.logical_not.default, mask)
     seen = emit(aten.any.dim, emit(aten.any.dim, mask, 2), 1)
@@ -188,7 +202,10 @@ def _normed(emit: Emitter, site: Site) -> Node:
     """The model's final norm applied to layer K-1's output: its own nodes, copied."""
     order = {n: i for i, n in enumerate(emit.graph.nodes)}
     computed = set(downstream(emit.graph, [site.norm_input]))
-    renamed: dict[Node, Node] = {site.norm_input: site.hidden}
+    hidden = site.hidden
+    if any(mutated_operands(n) for n in site.norm if n in computed):
+        hidden = emit(aten.clone.default, hidden)  # the norm may write to what it is given
+    renamed: dict[Node, Node] = {site.norm_input: hidden}
 
     def reach(node: Node) -> None:
         if node in renamed or order[node] < order[emit.anchor]:

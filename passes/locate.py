@@ -26,6 +26,7 @@ from .graph import (
     split_index,
     tensor,
 )
+from .norm import final_norm
 
 _SCATTERS = {aten.masked_scatter, aten.masked_scatter_}
 _REGROUPS = {aten.view, aten.reshape, aten._unsafe_view, aten.unflatten, aten.view_as}
@@ -206,7 +207,7 @@ def locate(graph: Graph, layer: int, vision: Vision, stack: Stack) -> Site:
     hidden = _entering(graph, stack, layer, vision)
     last = _leaving(stack, stack.layers - 1, vision)
     keys, mask = keys_and_mask(stack, layer - 1)
-    norm = _final_norm(graph, stack, last)
+    norm = final_norm(graph, stack, last)
     return Site(vision, stack, layer, hidden, keys, mask.node, mask.hides, norm, last)
 
 
@@ -259,27 +260,3 @@ def _only(found: list[Node], stack: Stack, index: int, shape: Sequence[Size]) ->
             advice="a whole decoder in one graph (fullgraph=True or dartfx.compile)",
         )
     return found[0]
-
-
-def _final_norm(graph: Graph, stack: Stack, last: Node) -> tuple[Node, ...]:
-    """Nodes of the sibling module that normalises the last layer's output, in graph order."""
-    parent = stack.path.rpartition(".")[0]
-    inside: dict[str, list[Node]] = defaultdict(list)
-    for node in graph.nodes:
-        for path in module_paths(node):
-            if path.rpartition(".")[0] == parent and path != stack.path:
-                inside[path].append(node)
-    after = set(downstream(graph, [last]))
-    for nodes in inside.values():
-        fed = [n for n in nodes if n in after]
-        outputs = [n for n in fed if n.op != "output" and any(u not in nodes for u in n.users)]
-        if not any(last in n.all_input_nodes for n in fed) or len(outputs) != 1:
-            continue
-        if all(map(same_size, sizes(outputs[0]), sizes(last))):
-            return tuple(nodes[: nodes.index(outputs[0]) + 1])
-    raise Refusal(
-        f"no norm module beside {stack.path} takes its last layer's output in this graph, "
-        "so the decoder is not whole here",
-        last,
-        advice="a whole decoder in one graph (fullgraph=True or dartfx.compile)",
-    )

@@ -36,6 +36,7 @@ def normalise(
     if examples is None:
         examples = example_values(module)
     mode = _fake_mode(examples)
+    _require_own_gradients(module.graph)
 
     def run(*args: Any) -> Any:
         with torch.fx.traceback.preserve_node_meta():
@@ -46,26 +47,45 @@ def normalise(
         with mode, torch.no_grad(), _fresh_symbols_ignored(mode):
             source = expand_vmap(module, examples)
             traced = make_fx(run, pre_dispatch=True)(*extra, *examples)
+        _drop_aliases(traced.graph)
+        canonicalise(traced.graph)
     except Exception as error:  # any operator may fail here, each in its own way
         raise Refusal(
             f"the graph could not be re-traced to ATen: {type(error).__name__}: {error}",
             advice="please report it with the dump of this graph (option dump=...)",
         ) from error
-    _drop_aliases(traced.graph)
-    canonicalise(traced.graph)
     traced.recompile()
     traced.meta["seconds"] = time.perf_counter() - start
     return traced
 
 
+def _require_own_gradients(graph: Graph) -> None:
+    """Raise Refusal for a function with a backward of its own, which a re-trace would lose.
+
+    Dynamo leaves it as a call only where gradients are asked for.
+    """
+    for node in graph.nodes:
+        if node.target is torch._functorch.autograd_function.autograd_function_apply:
+            raise Refusal(
+                "a torch.autograd.Function with its own backward is in a graph that computes "
+                "gradients",
+                node,
+                advice="torch.no_grad() or torch.inference_mode() around the call",
+            )
+
+
 def _drop_aliases(graph: Graph) -> None:
-    """Remove conversions that convert nothing.
+    """Remove conversions that convert nothing, and dropout where it drops nothing.
 
     They return their operand itself, so the tracer took each for the origin of every later use:
     a hidden state would seem to come from the norm that reads it.
     """
     for node in list(graph.nodes):
-        source = node.args[0] if packet(node) in (aten.to, aten.type_as) and node.args else None
+        kind = packet(node)
+        may_be = kind in (aten.to, aten.type_as) or (
+            kind is aten.dropout and not argument(node, "train")
+        )
+        source = node.args[0] if may_be and node.args else None
         if not isinstance(source, Node) or argument(node, "copy"):
             continue
         old, new = tensor(source), tensor(node)

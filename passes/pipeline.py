@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
 from torch.fx import GraphModule, Node
 
 from . import cache, check, gather, insert, locate
@@ -30,7 +31,17 @@ from .facts import (
     Vision,
 )
 from .flops import bytes_of, flops
-from .graph import Emitter, bases, downstream, hint, mutated_operands, sizes, source_line, value_of
+from .graph import (
+    Emitter,
+    bases,
+    downstream,
+    hint,
+    mutated_operands,
+    sizes,
+    source_line,
+    value_of,
+    without_gradient,
+)
 from .shrink import reroute_sizes, shrink
 
 log = logging.getLogger(__name__)
@@ -119,7 +130,7 @@ def _prune(
         _refuse_opaque(region, axes)
     with clock("insert"):
         output = next(n for n in graph.nodes if n.op == "output")
-        emit = Emitter(region[0])
+        emit = Emitter(_anchor(site, region[0]))
         budget = insert.plan(emit, site, request)
         if insert.nothing_to_drop(budget):
             return _all_retained(budget)
@@ -141,7 +152,7 @@ def _prune(
         shapes = check.expected(tokens, axes, value_of(kept))
         frontier = gather.Gatherer(axes, keep)
         gather.gather_frontier(tokens, frontier)
-        crossings = tuple(_crossing(n, axes) for n in frontier.done)
+        crossings = tuple(_crossing(n, axes) for n in frontier.crossed())
     with clock("shrink"):
         reroute_sizes(tokens, axes, site.hidden)
         shrink(tokens, axes, kept)
@@ -151,7 +162,8 @@ def _prune(
     with clock("check"):
         check.check(graph, tokens, shapes)
         module.recompile()
-    final = [frontier.done.get(n, n) if layout == "uniform" else n for n in caches]
+    crossed = frontier.crossed()
+    final = [crossed.get(n, n) if layout == "uniform" else n for n in caches]
     return Pruned(
         stack=site.stack.path,
         layer=site.layer,
@@ -194,6 +206,22 @@ def _site(
 def _region(module: GraphModule, site: Site) -> list[Node]:
     """Every node after the cut, in graph order: all that the hidden states at K reach."""
     return downstream(module.graph, [u for u in site.hidden.users if u.op != "output"])
+
+
+def _anchor(site: Site, first: Node) -> Node:
+    """Where to select: before ``first``, outside of what it turned on or off for itself."""
+    off: Node | None = None
+    casting: dict[object, Node] = {}
+    node = site.hidden
+    while node is not first:
+        off = without_gradient(node, off)
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            casting[node] = node
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            casting.pop(node.args[0], None)
+        node = node.next
+    order = {n: i for i, n in enumerate(first.graph.nodes)}
+    return min([first, *casting.values(), *([off] if off else [])], key=order.__getitem__)
 
 
 def _refuse_opaque(region: list[Node], axes: TokenAxes) -> None:

@@ -36,7 +36,7 @@ def index_put(axes: Axes, node: Node, out: Node) -> None:
     """Written at positions that the indices name: the shape stays, every dim is opaque."""
     first = argument(node, "self")
     for dim in range(len(sizes(out))):
-        axes.unify((first, dim), (out, dim))
+        axes.stay(node, (first, dim), (out, dim))
 
 
 @rule(*named("embedding"))
@@ -77,7 +77,8 @@ def _permute_rows(axes: Axes, node: Node, first: Node, indices: Node, out: Node)
         order = order.all_input_nodes[0]
     if is_sort_order(order) and same_size(sizes(first)[0] * repeats, sizes(indices)[0]):
         axes.handle(node, (first, 0))
-        axes.counted_anew(node, order)
+        # Rows from before the cut would be picked by their rank among the tokens that are left.
+        axes.counted_anew(node, order, first)
 
 
 _SAME_POSITIONS = set(named("floor_divide", "to", "_to_copy", "clone", "contiguous"))
@@ -112,7 +113,7 @@ def scatter(axes: Axes, node: Node, out: Node) -> None:
     at = argument(node, "dim") % len(sizes(out))
     for dim in range(len(sizes(out))):
         if dim == at:
-            axes.unify((first, dim), (out, dim))
+            axes.stay(node, (first, dim), (out, dim))
             continue
         axes.tie(node, (first, dim), (out, dim))
         for operand in node.all_input_nodes[1:]:

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 @rule(*named("cumsum", "cumprod", "cummax", "logcumsumexp", "flip", "roll"))
 def ordered(axes: Axes, node: Node, out: Node) -> None:
-    """Keeps its shape but reads positions along some dims: those stay opaque."""
+    """Keeps its shape but reads positions along some dims, or moves them: those stay opaque."""
     first = node.all_input_nodes[0]
     dims = argument(node, "dim", argument(node, "dims", -1))
     if packet(node) is aten.roll and not argument(node, "dims"):
         return  # rolls the flattened tensor
     reading = {d % len(sizes(out)) for d in (dims if isinstance(dims, list | tuple) else [dims])}
     for dim in range(len(sizes(out))):
-        if dim in reading:
-            axes.unify((first, dim), (out, dim))
-        else:
+        if dim not in reading:
             axes.tie(node, (first, dim), (out, dim))
+        elif packet(node) not in (aten.flip, aten.roll):
+            axes.stay(node, (first, dim), (out, dim))
 
 
 @rule(*named("sort", "argsort"))
@@ -43,8 +43,6 @@ def sort(axes: Axes, node: Node, out: Node) -> None:
     for dim in range(len(sizes(out))):
         if dim != at or _only_routes(node):
             axes.tie(node, (first, dim), (out, dim))
-        else:
-            axes.unify((first, dim), (out, dim))
 
 
 _PASSED_ON = {operator.getitem, *named("to", "_to_copy", "clone", "contiguous", "floor_divide")}
@@ -77,4 +75,4 @@ def triangle(axes: Axes, node: Node, out: Node) -> None:
         if dim < len(sizes(out)) - 2:
             axes.tie(node, (first, dim), (out, dim))
         else:
-            axes.unify((first, dim), (out, dim))
+            axes.stay(node, (first, dim), (out, dim))

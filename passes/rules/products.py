@@ -30,7 +30,7 @@ def reduce(axes: Axes, node: Node, out: Node) -> None:
         broadcast(axes, node, out)
         return
     dims = argument(node, "dim")
-    if dims is None:
+    if dims is None or (dims == [] and len(sizes(out)) == 0):
         dims = [-1] if packet(node) is aten.topk else range(rank)
     reduced = {d % rank for d in (dims if isinstance(dims, list | range) else [dims])}
     kept = len(sizes(out)) == rank

@@ -43,7 +43,9 @@ def transpose(axes: Axes, node: Node, out: Node) -> None:
         one, other = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
     else:
         one, other = rank - 2, rank - 1
-    if rank > 1:
+    if packet(node) is aten.numpy_T:
+        order.reverse()
+    elif rank > 1:
         order[one], order[other] = order[other], order[one]
     _permuted(axes, node, out, order)
 

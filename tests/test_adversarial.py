@@ -1,0 +1,262 @@
+"""Decoders built to be pruned wrongly without a word: each is pruned as by hand, or declined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from decoders import (
+    IMAGE,
+    Decoder,
+    Inputs,
+    Layer,
+    Sizes,
+    Style,
+    assert_same,
+    changed,
+    compiled,
+    prompt,
+    pruned_by_hand,
+)
+from spellings import Context
+from test_refusals import RETAIN, SMALL, assert_declined, assert_pruned
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import dartfx
+from dartfx.passes.canonical import canonicalise
+from dartfx.passes.facts import Declined
+from dartfx.passes.graph import packet
+
+TWO_ROWS = Sizes(layers=2, batch=2)
+THREE = Sizes(layers=3)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    dartfx.reset()
+
+
+def uneven(z: Sizes) -> Inputs:
+    """Two rows with their vision tokens at different places."""
+    inputs = prompt(z)
+    ids = torch.randint(2, z.vocab, (2, z.seq))
+    ids[0, 2 : 2 + z.vision], ids[1, 8 : 8 + z.vision] = IMAGE, IMAGE
+    return inputs | {"ids": ids}
+
+
+# --- the order of tokens and rows between the merge and the cut ---------------------------------
+
+
+class Reordered(Decoder):
+    """Embeddings change places after vision features were merged into them."""
+
+    def __init__(self, z: Sizes, reorder: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(z)
+        self.reorder = reorder
+
+    def merge(self, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        x, vision = super().merge(ids, features)
+        return self.reorder(x), self.reorder(vision)
+
+
+REORDERS: dict[str, tuple[Sizes, str, Callable[[Tensor], Tensor]]] = {
+    "flip of tokens": (SMALL, "token axis", lambda x: x.flip(1)),
+    "roll of tokens": (SMALL, "token axis", lambda x: x.roll(3, 1)),
+    "tokens by index": (SMALL, "token axis", lambda x: x[:, torch.arange(23, -1, -1)]),
+    "flip of rows": (TWO_ROWS, "batch", lambda x: x.flip(0)),
+    "roll of rows": (TWO_ROWS, "batch", lambda x: x.roll(1, 0)),
+    "rows by index": (TWO_ROWS, "batch", lambda x: x[torch.tensor([1, 0])]),
+    "rows selected": (TWO_ROWS, "batch", lambda x: x.index_select(0, torch.tensor([1, 0]))),
+}
+
+
+@pytest.mark.parametrize(("z", "text", "reorder"), REORDERS.values(), ids=REORDERS)
+def test_mask_of_another_order(z: Sizes, text: str, reorder: Callable[[Tensor], Tensor]) -> None:
+    inputs = prompt(z) if z.batch == 1 else uneven(z)
+    assert_declined(Reordered(z, reorder), inputs, f"{text} does not reach the cut")
+
+
+def in_halves(layer: Layer, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y[..., :8], y[..., 8:] = x[..., :8] * 2, x[..., 8:]
+    return y
+
+
+def test_written_into_a_buffer_is_the_same_order() -> None:
+    assert_pruned(Decoder(SMALL, layer=changed(in_halves)), prompt(SMALL))
+
+
+# --- rows put in the order of a sort ------------------------------------------------------------
+
+
+class Sorted(Layer):
+    """Tokens sorted by a channel, with rows of a table beside each ``times`` copies of a token."""
+
+    times = 1
+
+    def positional(self, x: Tensor, context: Context) -> Tensor:
+        table = self.table[: x.shape[1]] if context.keep is None else self.table[context.keep[0]]
+        order = x[0, :, : self.times].reshape(-1).argsort()
+        token = order // self.times if self.times > 1 else order
+        y = (x[0][token] + table[token])[order.argsort()]
+        return y.unflatten(0, (-1, self.times)).sum(1).unsqueeze(0)
+
+
+class SortedTwice(Sorted):
+    times = 2
+
+
+@pytest.mark.parametrize("layer", [Sorted, SortedTwice])
+def test_table_beside_sorted_rows(layer: type[Layer]) -> None:
+    assert_declined(Decoder(SMALL, layer=layer), prompt(SMALL), "aten.index.Tensor")
+
+
+INVERSES: dict[str, tuple[bool, Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
+    "as it should be": (True, lambda n: (torch.zeros(6, dtype=torch.long), n)),
+    "longer": (False, lambda n: (torch.zeros(9, dtype=torch.long), n)),
+    "of floats": (False, lambda n: (torch.zeros(6), n.float())),
+    "of int32": (False, lambda n: (torch.zeros(6, dtype=torch.int32), n.int())),
+    "of rows": (False, lambda n: (torch.zeros(6, 6, dtype=torch.long), n)),
+}
+
+
+@pytest.mark.parametrize(("rewritten", "parts"), INVERSES.values(), ids=INVERSES)
+def test_inverse_permutation(
+    rewritten: bool, parts: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> None:
+    def inverse(x: Tensor) -> Tensor:
+        target, values = parts(torch.arange(6))
+        return target.index_put((x.argsort(),), values)
+
+    x = torch.rand(6)
+    module = make_fx(inverse, tracing_mode="fake", pre_dispatch=True)(x)
+    canonicalise(module.graph)
+    module.recompile()
+    writes = [n for n in module.graph.nodes if packet(n) is torch.ops.aten.index_put]
+    assert (not writes) == rewritten
+    assert_same(module(x), inverse(x), rtol=0, atol=0)
+    assert module(x).dtype == inverse(x).dtype
+
+
+# --- what is written to a value that crosses the cut --------------------------------------------
+
+
+class Biased(Decoder):
+    def context(self, x: Tensor, valid: Tensor | None) -> Context:
+        context = super().context(x, valid)
+        rows = torch.arange(x.shape[1]).view(1, -1, 1) / 10
+        context.add("bias", rows + torch.arange(self.z.hidden) % 3, 1)
+        return context
+
+
+def decaying(part: Callable[[Tensor], Tensor]) -> type[Layer]:
+    """A layer that adds a bias and then changes a part of it for the next layer."""
+
+    class Decaying(Layer):
+        def positional(self, x: Tensor, context: Context) -> Tensor:
+            bias = context.tensors["bias"]
+            x = x + bias
+            part(bias).mul_(0.5)
+            return x
+
+    return Decaying
+
+
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda x: x[..., :4],
+    "chunk": lambda x: x.chunk(2, -1)[0],
+    "unbind": lambda x: x.unbind(-1)[1],
+    "transposed": lambda x: x.mT[:, 3],
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_written_between_two_layers_after_the_cut(part: Callable[[Tensor], Tensor]) -> None:
+    model, inputs = Biased(THREE, layer=decaying(part)), prompt(THREE)
+    assert_pruned(model, inputs)
+
+
+class Recording(Layer):
+    """Keeps its input in a buffer of rows."""
+
+    def __init__(self, z: Sizes, style: Style) -> None:
+        super().__init__(z, style)
+        self.register_buffer("seen", torch.zeros(z.batch * z.seq, z.hidden))
+
+    def positional(self, x: Tensor, context: Context) -> Tensor:
+        self.seen.copy_(x.reshape(-1, x.shape[-1]))
+        return x
+
+
+@pytest.mark.parametrize("z", [SMALL, TWO_ROWS], ids=["one row", "two rows"])
+def test_buffer_of_rows_is_written(z: Sizes) -> None:
+    model = Decoder(z, layer=Recording)
+    assert_declined(model, prompt(z), "writes in place to a value from before it")
+    assert model.layers[1].seen.abs().sum() > 0
+
+
+# --- the final norm -----------------------------------------------------------------------------
+
+
+class NoNorm(Decoder):
+    def finish(self, x: Tensor, outputs: list[Tensor], hidden: list[Tensor]) -> Any:
+        return (self.head(x), *outputs)
+
+
+def test_square_head_is_no_norm() -> None:
+    z = Sizes(layers=2, vocab=Sizes.hidden)
+    assert_declined(NoNorm(z), prompt(z), "no norm module beside")
+
+
+class TwoNorms(Decoder):
+    def __init__(self, z: Sizes) -> None:
+        super().__init__(z)
+        self.aside = nn.LayerNorm(z.hidden)
+
+    def finish(self, x: Tensor, outputs: list[Tensor], hidden: list[Tensor]) -> Any:
+        return (self.head(self.aside(x) + self.norm(x)), *outputs)
+
+
+def test_one_of_two_norms() -> None:
+    assert_declined(TwoNorms(SMALL), prompt(SMALL), "may be the norm")
+
+
+class Dropping(Decoder):
+    def __init__(self, z: Sizes) -> None:
+        super().__init__(z)
+        self.drop = nn.Dropout(0.5)
+
+    def finish(self, x: Tensor, outputs: list[Tensor], hidden: list[Tensor]) -> Any:
+        return super().finish(self.drop(x), outputs, hidden)
+
+
+def test_dropout_is_no_norm() -> None:
+    z = Sizes(seq=44, vision=24, layers=2)
+    assert_pruned(Dropping(z), prompt(z), 12)
+    torch.compiler.reset()
+    model = Dropping(SMALL).train()
+    with torch.no_grad():
+        compiled(model, retain_tokens=RETAIN, layer=1)(**prompt(SMALL))
+    assert isinstance(dartfx.reports()[-1].outcome, Declined)
+
+
+class InPlaceNorm(nn.Module):
+    """Scales what it is given, in place; ``copies`` leaves that as it was."""
+
+    copies = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone() if self.copies else x.float()
+        return x.div_(x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6)
+
+
+def test_norm_in_place() -> None:
+    model, inputs = Decoder(SMALL), prompt(SMALL)
+    model.norm = InPlaceNorm()
+    with torch.no_grad():
+        outputs = compiled(model.eval(), retain_tokens=RETAIN, layer=1)(**inputs)
+        model.norm.copies = True
+        assert_same(outputs, pruned_by_hand(model, inputs, RETAIN, 1))
