@@ -1,6 +1,6 @@
 """The command line: ``python -m dartfx COMMAND``.
 
-Each command is a module with ``HELP``, ``configure(parser)`` and ``run(arguments) -> exit status``,
+Each command is a module with ``configure(parser)`` and ``run(arguments) -> exit status``,
 imported only when it is asked for, so that no command pays for what another needs.
 """
 
@@ -15,8 +15,11 @@ __all__ = ["main"]
 
 COMMANDS = {
     "bench": ("dartfx.bench", "time what dartfx does on this machine"),
+    "doctor": ("dartfx.commands.doctor", "check that dartfx can work on this machine"),
     "eval": ("dartfx.evaluate", "measure what pruning costs in answers"),
+    "explain": ("dartfx.commands.explain", "tell what would be pruned of a prompt, and why"),
     "families": ("dartfx.zoo.command", "prune every model family and hold it against the oracle"),
+    "show": ("dartfx.commands.show", "draw the kept vision tokens over their image"),
 }
 
 

@@ -90,6 +90,7 @@ def test_wheel_and_sdist_hold_the_passes_as_real_files(built: Path) -> None:
             assert archive.read(f"dartfx/passes/{name}") == content
         tops = {name.split("/")[0] for name in archive.namelist()}
         assert "dartfx/py.typed" in archive.namelist()
+        assert "dartfx/page/templates/report.html.jinja" in archive.namelist()
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dartfx"}
 
     (sdist,) = built.glob("*.tar.gz")

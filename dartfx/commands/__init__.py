@@ -1,0 +1,1 @@
+"""Commands of ``python -m dartfx`` about one model: explain, show, doctor."""
