@@ -17,7 +17,7 @@ from dartfx.kept import recording
 from dartfx.passes import locate
 from dartfx.passes.attention import attends_causally
 from dartfx.passes.facts import NoDecoder, Outcome, Pruned, Request, Untouched, Vision
-from dartfx.passes.graph import is_one, module_paths, split_index
+from dartfx.passes.graph import is_one, is_state, module_paths, split_index
 from dartfx.passes.normalise import example_values, fresh_size, independent, normalise
 from dartfx.passes.pipeline import Observer, internal_error, prune
 from dartfx.passes.screen import masks_attention
@@ -174,7 +174,7 @@ class TakesMask:
 
 def _is_state(node: Node) -> bool:
     """Whether a dynamo input is a parameter, a buffer, or a layer's KV cache."""
-    if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+    if is_state(node):
         return True
     in_layers = all(any(map(split_index, module_paths(user))) for user in node.users)
     return node.meta["example_value"].ndim == 4 and in_layers

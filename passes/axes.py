@@ -129,6 +129,11 @@ class Axes:
             ahead += new
         return end in seen
 
+    def in_order(self, start: Node, end: Node) -> bool:
+        """Whether rows and tokens of [B, S, ..] are those of an earlier [B, S, ..], in order."""
+        dims = (d for d in (0, 1) if not is_one(sizes(start)[d]))
+        return all(self.leads((start, d), (end, d)) for d in dims)
+
     def same(self, a: Var, b: Var) -> bool:
         """Whether two dims are one axis."""
         return bool(self._value[_positive(a)] == self._value[_positive(b)])

@@ -163,6 +163,25 @@ def bases(node: Node) -> list[Node]:
     return found
 
 
+def is_state(node: Node) -> bool:
+    """Whether a dynamo input is a parameter or a buffer."""
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
+def only_of_state(node: Node) -> bool:
+    """Whether a value is computed from parameters and buffers, and from no other input."""
+    found, ahead, any_state = {node}, [node], False
+    while ahead:
+        next_one = ahead.pop()
+        if next_one.op == "placeholder" and not is_state(next_one):
+            return False
+        any_state |= next_one.op == "placeholder"
+        new = set(next_one.all_input_nodes) - found
+        found |= new
+        ahead += new
+    return any_state
+
+
 def downstream(graph: Graph, starts: Iterable[Node]) -> list[Node]:
     """Every node computed from the starts' values, the starts included, in graph order.
 

@@ -45,7 +45,7 @@ def _merged_output(graph: Graph, output: Node) -> tuple[int, Vision] | None:
         value = tensor(node)
         if not isinstance(node, Node) or value is None or value.ndim != 3:
             continue
-        entering = [m for m in merges if node in reached[m] and axes.same((m.node, 1), (node, 1))]
+        entering = [m for m in merges if node in reached[m] and axes.in_order(m.node, node)]
         if entering:
             masks = tuple(m.mask for m in entering)
             features = tuple(m.features for m in entering)

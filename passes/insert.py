@@ -135,14 +135,12 @@ def _require_order(site: Site, axes: TokenAxes) -> None:
     embeds, hidden = site.vision.embeds, site.hidden
     if axes.dims(hidden) != (1,):
         raise Refusal("tokens cannot be told from another dim of the hidden states", hidden)
-    for dim, name in ((0, "batch"), (1, "token axis")):
-        one = is_one(sizes(embeds)[dim])
-        if not one and not axes.axes.leads((embeds, dim), (hidden, dim)):
-            raise Refusal(
-                f"the merged embeddings' {name} does not reach the cut, or not in its order",
-                embeds,
-                advice="merging vision features into embeddings that are in their final order",
-            )
+    if not axes.axes.in_order(embeds, hidden):
+        raise Refusal(
+            "the merged embeddings' rows and tokens do not reach the cut, or in another order",
+            embeds,
+            advice="merging vision features into embeddings that are in their final order",
+        )
 
 
 def vision_mask(emit: Emitter, vision: Vision) -> Node:

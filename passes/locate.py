@@ -20,6 +20,7 @@ from .graph import (
     downstream,
     is_one,
     module_paths,
+    only_of_state,
     packet,
     same_size,
     sizes,
@@ -54,6 +55,8 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
             continue
         # One row for many positions is no feature: a mask token, pads set to zero.
         whole = rows.ndim >= 2 and not is_one(rows.shape[-2]) and not is_one(rows.shape[-1])
+        if only_of_state(features):
+            continue  # a learned prompt
         embeds = _as_embeddings(node)
         onto_zeros = packet(argument(node, "self")) is aten.new_zeros
         if embeds is not None and onto_zeros == spread and (whole or kind in _SCATTERS):

@@ -47,6 +47,7 @@ def normalise(
         with mode, torch.no_grad(), _fresh_symbols_ignored(mode):
             source = expand_vmap(module, examples)
             traced = make_fx(run, pre_dispatch=True)(*extra, *examples)
+        _keep_what_inputs_are(module.graph, traced.graph, len(extra))
         _drop_aliases(traced.graph)
         canonicalise(traced.graph)
     except Exception as error:  # any operator may fail here, each in its own way
@@ -57,6 +58,13 @@ def normalise(
     traced.recompile()
     traced.meta["seconds"] = time.perf_counter() - start
     return traced
+
+
+def _keep_what_inputs_are(old: Graph, new: Graph, extra: int) -> None:
+    """Dynamo's note on each input, which tells parameters and buffers from what a call brings."""
+    inputs, traced = ([n for n in g.nodes if n.op == "placeholder"] for g in (old, new))
+    for one, other in zip(inputs, traced[extra:], strict=True):
+        other.meta["tensor_dict"] = one.meta.get("tensor_dict", {})
 
 
 def _require_own_gradients(graph: Graph) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from decoders import (
     IMAGE,
     Decoder,
@@ -16,9 +17,7 @@ from decoders import (
     Style,
     assert_same,
     changed,
-    compiled,
     prompt,
-    pruned_by_hand,
 )
 from spellings import Context
 from test_refusals import RETAIN, SMALL, assert_declined, assert_pruned
@@ -27,11 +26,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dartfx
 from dartfx.passes.canonical import canonicalise
-from dartfx.passes.facts import Declined
+from dartfx.passes.facts import Untouched
 from dartfx.passes.graph import packet
 
 TWO_ROWS = Sizes(layers=2, batch=2)
 THREE = Sizes(layers=3)
+LEARNED = 39
 
 
 @pytest.fixture(autouse=True)
@@ -62,21 +62,69 @@ class Reordered(Decoder):
         return self.reorder(x), self.reorder(vision)
 
 
-REORDERS: dict[str, tuple[Sizes, str, Callable[[Tensor], Tensor]]] = {
-    "flip of tokens": (SMALL, "token axis", lambda x: x.flip(1)),
-    "roll of tokens": (SMALL, "token axis", lambda x: x.roll(3, 1)),
-    "tokens by index": (SMALL, "token axis", lambda x: x[:, torch.arange(23, -1, -1)]),
-    "flip of rows": (TWO_ROWS, "batch", lambda x: x.flip(0)),
-    "roll of rows": (TWO_ROWS, "batch", lambda x: x.roll(1, 0)),
-    "rows by index": (TWO_ROWS, "batch", lambda x: x[torch.tensor([1, 0])]),
-    "rows selected": (TWO_ROWS, "batch", lambda x: x.index_select(0, torch.tensor([1, 0]))),
+REORDERS: dict[str, tuple[Sizes, Callable[[Tensor], Tensor]]] = {
+    "flip of tokens": (SMALL, lambda x: x.flip(1)),
+    "roll of tokens": (SMALL, lambda x: x.roll(3, 1)),
+    "tokens by index": (SMALL, lambda x: x[:, torch.arange(23, -1, -1)]),
+    "flip of rows": (TWO_ROWS, lambda x: x.flip(0)),
+    "roll of rows": (TWO_ROWS, lambda x: x.roll(1, 0)),
+    "rows by index": (TWO_ROWS, lambda x: x[torch.tensor([1, 0])]),
+    "rows selected": (TWO_ROWS, lambda x: x.index_select(0, torch.tensor([1, 0]))),
 }
 
 
-@pytest.mark.parametrize(("z", "text", "reorder"), REORDERS.values(), ids=REORDERS)
-def test_mask_of_another_order(z: Sizes, text: str, reorder: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(("z", "reorder"), REORDERS.values(), ids=REORDERS)
+def test_mask_of_another_order(z: Sizes, reorder: Callable[[Tensor], Tensor]) -> None:
     inputs = prompt(z) if z.batch == 1 else uneven(z)
-    assert_declined(Reordered(z, reorder), inputs, f"{text} does not reach the cut")
+    assert_declined(Reordered(z, reorder), inputs, "do not reach the cut")
+
+
+class Broken(Decoder):
+    """Rows change places in the graph that merges, before the graph of the layers."""
+
+    def forward(self, ids: Tensor, features: Tensor, valid: Tensor | None = None) -> Any:
+        x = self.merge(ids, features)[0].flip(0)
+        torch._dynamo.graph_break()
+        outputs: list[Tensor] = []
+        for layer in self.layers:
+            x, k, v = layer(x, Context())
+            outputs += [k, v]
+        return self.finish(x, outputs, [])
+
+
+def test_mask_of_another_order_is_not_handed_on() -> None:
+    model, inputs = Broken(TWO_ROWS).eval(), uneven(TWO_ROWS)
+    options = {"lowering": "eager", "retain_tokens": RETAIN, "layer": 1}
+    with torch.no_grad():
+        outputs = torch.compile(model, backend="dart", options=options)(**inputs)
+        assert_same(outputs, model(**inputs), rtol=0, atol=0)
+    assert isinstance(last := dartfx.reports()[-1].outcome, Untouched)
+    assert last.unsure
+
+
+class LearnedPrompt(Decoder):
+    """Rows of a parameter stand at positions of their own, put there before or after the merge."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__(SMALL)
+        self.first, self.learned = first, nn.Parameter(torch.randn(3, SMALL.hidden))
+
+    def merge(self, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        x, vision = self.embed(ids), ids == IMAGE
+        if self.first:
+            x = x.index_put((ids == LEARNED,), self.learned)
+        x = x.masked_scatter(vision.unsqueeze(-1), features)
+        if not self.first:
+            x = x.masked_scatter((ids == LEARNED).unsqueeze(-1), self.learned * 2)
+        return x, vision
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_learned_prompt_is_not_vision(first: bool) -> None:
+    inputs = prompt(SMALL)
+    inputs["ids"][inputs["ids"] == LEARNED] = 5
+    inputs["ids"][0, -5:-2] = LEARNED
+    assert_pruned(LearnedPrompt(first), inputs)
 
 
 def in_halves(layer: Layer, x: Tensor) -> Tensor:
@@ -198,65 +246,32 @@ def test_buffer_of_rows_is_written(z: Sizes) -> None:
     assert model.layers[1].seen.abs().sum() > 0
 
 
-# --- the final norm -----------------------------------------------------------------------------
+# --- weights along the token axis ----------------------------------------------------------------
 
 
-class NoNorm(Decoder):
-    def finish(self, x: Tensor, outputs: list[Tensor], hidden: list[Tensor]) -> Any:
-        return (self.head(x), *outputs)
+class Mixing(Layer):
+    """Token positions are mixed by a parameter [S, S], as MLP-Mixer does."""
+
+    def __init__(self, z: Sizes, style: Style) -> None:
+        super().__init__(z, style)
+        self.weight = nn.Parameter(torch.randn(z.seq, z.seq) / 9)
 
 
-def test_square_head_is_no_norm() -> None:
-    z = Sizes(layers=2, vocab=Sizes.hidden)
-    assert_declined(NoNorm(z), prompt(z), "no norm module beside")
+MIXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda w, x: F.linear(x.mT, w).mT,
+    "matmul": lambda w, x: w @ x,
+    "transposed": lambda w, x: (x.mT @ w.t()).mT,
+    "a part": lambda w, x: w[: x.shape[1], : x.shape[1]] @ x,
+    "converted": lambda w, x: (w.double() @ x.double()).float(),
+    "einsum": lambda w, x: torch.einsum("st,btd->bsd", w, x),
+    "pooled": lambda w, x: torch.einsum("st,btd->bd", w, x).unsqueeze(1),
+}
 
 
-class TwoNorms(Decoder):
-    def __init__(self, z: Sizes) -> None:
-        super().__init__(z)
-        self.aside = nn.LayerNorm(z.hidden)
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_weights_of_positions(mix: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Mixed(Mixing):
+        def positional(self, x: Tensor, context: Context) -> Tensor:
+            return x + mix(self.weight, x)
 
-    def finish(self, x: Tensor, outputs: list[Tensor], hidden: list[Tensor]) -> Any:
-        return (self.head(self.aside(x) + self.norm(x)), *outputs)
-
-
-def test_one_of_two_norms() -> None:
-    assert_declined(TwoNorms(SMALL), prompt(SMALL), "may be the norm")
-
-
-class Dropping(Decoder):
-    def __init__(self, z: Sizes) -> None:
-        super().__init__(z)
-        self.drop = nn.Dropout(0.5)
-
-    def finish(self, x: Tensor, outputs: list[Tensor], hidden: list[Tensor]) -> Any:
-        return super().finish(self.drop(x), outputs, hidden)
-
-
-def test_dropout_is_no_norm() -> None:
-    z = Sizes(seq=44, vision=24, layers=2)
-    assert_pruned(Dropping(z), prompt(z), 12)
-    torch.compiler.reset()
-    model = Dropping(SMALL).train()
-    with torch.no_grad():
-        compiled(model, retain_tokens=RETAIN, layer=1)(**prompt(SMALL))
-    assert isinstance(dartfx.reports()[-1].outcome, Declined)
-
-
-class InPlaceNorm(nn.Module):
-    """Scales what it is given, in place; ``copies`` leaves that as it was."""
-
-    copies = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.clone() if self.copies else x.float()
-        return x.div_(x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6)
-
-
-def test_norm_in_place() -> None:
-    model, inputs = Decoder(SMALL), prompt(SMALL)
-    model.norm = InPlaceNorm()
-    with torch.no_grad():
-        outputs = compiled(model.eval(), retain_tokens=RETAIN, layer=1)(**inputs)
-        model.norm.copies = True
-        assert_same(outputs, pruned_by_hand(model, inputs, RETAIN, 1))
+    assert_declined(Decoder(SMALL, layer=Mixed), prompt(SMALL), "reads the token axis")

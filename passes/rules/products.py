@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch.fx import Node
@@ -9,6 +10,7 @@ from torch.fx import Node
 from dartfx.passes.graph import (
     argument,
     aten,
+    only_of_state,
     packet,
     sizes,
 )
@@ -87,7 +89,7 @@ def matmul(axes: Axes, node: Node, out: Node) -> None:
 
 def _contract(axes: Axes, node: Node, a: tuple[Node, int], b: tuple[Node, int]) -> None:
     # A parameter as long as the sequence weighs fixed positions: not a sum over tokens.
-    if a[0].op == "placeholder" or b[0].op == "placeholder":
+    if only_of_state(a[0]) or only_of_state(b[0]):
         axes.unify(a, b)
     else:
         axes.tie(node, a, b)
@@ -133,7 +135,9 @@ def einsum(axes: Axes, node: Node, out: Node) -> None:
     operands = argument(node, "tensors")
     for operand, letters in zip(operands, left.split(","), strict=True):
         for dim, letter in enumerate(letters):
-            axes.tie(node, (operand, dim), seen.setdefault(letter, (operand, dim)))
+            contracted = letter not in right and any(map(only_of_state, operands))
+            relate = axes.unify if contracted else partial(axes.tie, node)
+            relate((operand, dim), seen.setdefault(letter, (operand, dim)))
 
 
 @rule(*named("scaled_dot_product_attention"))

@@ -49,7 +49,7 @@ _MANY = set(
 
 def relate(axes: Axes, node: Node) -> None:
     """Apply the rule of ``node``'s operator, if there is one."""
-    if node.op != "call_function":
+    if node.op != "call_function" or not node.all_input_nodes:
         return
     if node.target is operator.getitem:
         source = node.args[0]
