@@ -34,11 +34,15 @@ class Launch:
     """One call of a kernel: positional arguments, and constants with options like num_warps."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
 
-    def compile(self, target: GPUTarget) -> CompiledKernel:
-        """As the launch would compile it, with what Triton specialises on: 16-fold and 1."""
+    def compile(self, target: GPUTarget, counts: str = "i32") -> CompiledKernel:
+        """As the launch would compile it, with what Triton specialises on: 16-fold and 1.
+
+        counts: the type of what is not specialised, or "constexpr" to make it the constant 1.
+        """
         constants = dict(self.constants)
         options = {k: constants.pop(k) for k in ("num_warps",) if k in constants}
         types, hints = dict.fromkeys(constants, "constexpr"), {}
@@ -46,9 +50,12 @@ class Launch:
         for parameter, value in zip(fixed, self.arguments, strict=True):
             name, special = parameter.name, not parameter.do_not_specialize
             types[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or (special and value % 16 == 0):
+            if not special:
+                types[name] = counts
+                constants.update({name: 1} if counts == "constexpr" else {})
+            elif isinstance(value, Tensor) or value % 16 == 0:
                 hints[(parameter.num,)] = [["tt.divisibility", 16]]
-            elif special and value == 1:
+            elif value == 1:
                 types[name], constants[name] = "constexpr", 1
         # In the order of the parameters, on which the compiler relies.
         types = {p.name: types[p.name] for p in self.kernel.params}
@@ -68,17 +75,18 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     pivots: tuple[int, int] = (4, 4)
     padded: bool = False
+    B: int = 2
 
     def launches(self, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         """Every launch of one selection; nothing runs."""
         recorded: list[Launch] = []
         monkeypatch.setattr(
-            launch, "_now", lambda kernel, grid, *a, **c: recorded.append(Launch(kernel, a, c))
+            launch, "_now", lambda kernel, *g, **c: recorded.append(Launch(kernel, g[0], g[1:], c))
         )
-        mask = torch.empty(2, self.S, dtype=torch.bool, device="meta")
+        mask = torch.empty(self.B, self.S, dtype=torch.bool, device="meta")
         launch.select(
-            torch.empty(2, self.S, self.D, dtype=self.dtype, device="meta"),
-            torch.empty(2, self.H, self.S, self.Dh, dtype=self.dtype, device="meta"),
+            torch.empty(self.B, self.S, self.D, dtype=self.dtype, device="meta"),
+            torch.empty(self.B, self.H, self.S, self.Dh, dtype=self.dtype, device="meta"),
             mask,
             mask if self.padded else None,
             self.S - 60,

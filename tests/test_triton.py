@@ -1,6 +1,6 @@
-"""The Triton kernels against the float64 oracle: on a GPU, or in Triton's interpreter.
+"""The Triton kernels against the float64 oracle: on a GPU, and in Triton's interpreter.
 
-Without a GPU, ``test_triton_interpreted.py`` runs this file in a process of its own, because
+``test_triton_interpreted.py`` runs this file in the interpreter, in a process of its own because
 Triton reads TRITON_INTERPRET when it is imported.
 """
 
@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from selection_cases import draw, expected, losing_text, one_hot, plain, ragged
@@ -20,6 +21,8 @@ from dartfx.ops import launch, select_tokens
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("no GPU; test_triton_interpreted.py runs this file", allow_module_level=True)
 pytestmark = [
     # Triton 3.6 converts arrays of one element to int, which numpy before 2.4 only warns about.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
@@ -154,6 +157,20 @@ def test_any_memory_layout() -> None:
     case["vision_mask"] = case["vision_mask"][:1].expand(2, -1)
     assert not any(case[k].is_contiguous() for k in ("keys", "hidden", "vision_mask"))
     assert selected(case).tolist() == want
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs 8 GB, of which the CPU touches little")
+def test_offsets_beyond_32_bits() -> None:
+    case = plain(S=60, N=40)
+    far = (1 << 31) // 15 + 1  # between channels, of which hidden has 16
+    storage = torch.from_numpy(np.zeros(16 * far, np.float16))
+    case["hidden"] = storage.as_strided((1, 60, 16), (0, 1, far)).copy_(case["hidden"])
+    assert selected(case).tolist() == expected(case).keep_idx
+    case = plain(S=60, N=40)
+    far = (1 << 31) // 7 + 1  # and a head 8
+    storage = torch.from_numpy(np.zeros(8 * far, np.float16))
+    case["keys"] = storage.as_strided((1, 2, 60, 8), (0, 100, 1, far)).copy_(case["keys"])
+    assert selected(case).tolist() == expected(case).keep_idx
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU it ends the process: an assertion there")

@@ -1,4 +1,4 @@
-"""Which implementation runs where; that Triton may be missing; that editing a kernel is noticed."""
+"""Which implementation runs where, what the operator refuses, that an edited kernel is noticed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from selection_cases import operator, plain
+from torch import Tensor
 
 from dartfx import fingerprint
-from dartfx.errors import KernelUnavailableError
+from dartfx.errors import KernelUnavailableError, SelectionError
 from dartfx.ops import launch
-from dartfx.ops.register import choose_kernel
+from dartfx.ops.register import choose_kernel, require_rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -57,6 +59,36 @@ def test_auto_is_torch_where_triton_cannot_be_imported() -> None:
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"N": 0}, "vision_tokens must be at least 1, got 0"),
+        ({"N": -3}, "vision_tokens must be at least 1, got -3"),
+        ({"N": 41}, "vision_tokens must be at most S = 40 of hidden, got 41"),
+        ({"retain": -1}, "retain must be at least 0, got -1"),
+    ],
+)
+def test_the_operator_names_the_count_and_its_limit(
+    kernel: str, change: dict[str, int], message: str
+) -> None:
+    with pytest.raises(SelectionError, match=message):
+        operator({**plain(), **change}, kernel=kernel)
+
+
+def test_rows_are_checked_by_one_assertion_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, str]] = []
+    monkeypatch.setattr(torch, "_assert_async", lambda ok, text: seen.append((ok.numel(), text)))
+    value = torch.empty(3, 4, dtype=torch.int64, device="meta")
+    for rows in (1, 3, 40):
+        ok: Tensor = torch.empty(rows, dtype=torch.bool, device="meta")
+        copy = require_rows._init_fn(value, ok, "row {row} is lost")
+        assert copy.shape == value.shape
+    assert seen == [
+        *((1, "row 0 is lost"), (1, "row (one of 3) is lost"), (1, "row (one of 40) is lost"))
+    ]
 
 
 def test_an_edited_kernel_changes_what_compile_caches_are_keyed_by(

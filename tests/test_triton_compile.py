@@ -51,10 +51,28 @@ def test_kernels_fit_without_spilling(
         assert 0 < what.shared <= limit.shared, (kernel, what)
 
 
+@pytest.mark.parametrize("counts", ["i64", "constexpr"])
+@pytest.mark.parametrize("name", ["heads32", "gqa4"])
+def test_kernels_take_counts_as_inductor_passes_them(
+    name: str, counts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A size that it cannot bound is 64 bits wide, and one that is 1 a constant."""
+    for one in SHAPES[name].launches(monkeypatch):
+        assert one.compile(GPUTarget("cuda", 90, 32), counts).asm["cubin"]
+
+
+def test_the_largest_grids_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA allows 2 ** 31 - 1 programs in the first dimension and 65,535 in the others."""
+    largest = Shape(S=32_768, H=1, D=1, Dh=1, pivots=(32, 32), B=70_000)
+    for one in largest.launches(monkeypatch):
+        assert one.grid[0] == 70_000
+        assert all(size <= 65_535 for size in one.grid[1:])
+
+
 @pytest.mark.parametrize(("target", "limit"), TARGETS)
 def test_a_spill_would_be_seen(
     target: GPUTarget, limit: Usage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     select = SHAPES["heads32"].launches(monkeypatch)[-1]
-    select.constants.update(BLOCK=1024, num_warps=1)
+    select.constants.update(BLOCK=2048, num_warps=1)
     assert usage(select.compile(target), target).spilled > 0

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from dartfx.errors import SelectionError
 from dartfx.ops.batch import Size
 
-__all__ = ["check_arguments", "fail"]
+__all__ = ["check_arguments", "check_vision_tokens", "fail"]
 
 
 def check_arguments(
@@ -46,6 +46,15 @@ def check_arguments(
         _check_count(name, value)
 
 
+def check_vision_tokens(vision_tokens: object, hidden: Tensor) -> None:
+    """Raise SelectionError unless N, the vision tokens per row, is an int of 1 to S."""
+    _check_count("vision_tokens", vision_tokens, at_least=1)
+    if statically_known_true(vision_tokens > hidden.shape[1]):  # type: ignore[operator]
+        raise fail(
+            "vision_tokens", f"must be at most S = {hidden.shape[1]} of hidden, got {vision_tokens}"
+        )
+
+
 def fail(name: str, problem: str) -> SelectionError:
     """The error that says what is wrong with argument ``name``."""
     return SelectionError(f"dartfx.select_tokens: {name} {problem}")
@@ -76,8 +85,9 @@ def _check_mask(name: str, mask: object, hidden: Tensor) -> None:
         )
 
 
-def _check_count(name: str, value: object) -> None:
+def _check_count(name: str, value: object, at_least: int = 0) -> None:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise fail(name, f"must be an int, got {type(value).__name__}")
-    if guard_or_false(value < 0):
-        raise fail(name, f"must be at least 0, got {value}")
+    # What symbolic counts turn out to be is not worth a guard each.
+    if statically_known_true(value < at_least):
+        raise fail(name, f"must be at least {at_least}, got {value}")

@@ -23,7 +23,10 @@ nearest load. It takes a helper function that loads for one that writes, copies 
 and orders everything else around it; so all loads stand in the kernels' own bodies.
 
 S and all counts are run-time arguments and loops go over tiles of fixed size: one compilation
-serves every prompt length.
+serves every prompt length. Counts fit 32 bits, but a compiler that cannot prove it passes 64, which
+the loops would not accept; so each kernel narrows them. Offsets in memory are 64 bits wherever they
+can exceed 32. Rows of the batch are the grid's first dimension, the only one without a limit of
+65,535.
 """
 
 from __future__ import annotations
@@ -34,15 +37,14 @@ import triton.language as tl
 __all__ = ["cosines", "key_norms", "rank", "select"]
 
 
-@triton.jit(do_not_specialize=["S", "capacity"])
+@triton.jit(do_not_specialize=["S"])
 def key_norms(
     keys_ptr,  # [B, H, S, Dh], any strides
     vision_ptr,  # [B, S] bool
     valid_ptr,  # [B, S] bool, not read without HAS_VALID
     scores_ptr,  # out [B, 2, S] float32
-    pivots_ptr,  # out [B, 2, capacity] int32
+    pivots_ptr,  # out [B, 2, CAPACITY] int32
     S,
-    capacity,
     stride_b,
     stride_h,
     stride_s,
@@ -50,9 +52,10 @@ def key_norms(
     CHANNELS: tl.constexpr,  # H * Dh
     HEAD: tl.constexpr,  # Dh
     HAS_VALID: tl.constexpr,
+    CAPACITY: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SCAN: tl.constexpr,
+    SCAN: tl.constexpr,  # at least 2 * CAPACITY
 ):
     """Minus the L1 key norm of each position that can be a pivot; clears the lists of pivots.
 
@@ -61,8 +64,9 @@ def key_norms(
     on, the rest of the vision mask (one byte per position). Programs: BLOCK_S positions each, few,
     so that a single short prompt already fills the device.
     """
-    b = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0) * BLOCK_S
+    b = tl.program_id(0).to(tl.int64)
+    S = tl.cast(S, tl.int32)
+    start = tl.program_id(1) * BLOCK_S
     at = start + tl.arange(0, BLOCK_S)
     inside = at < S
     vision = tl.load(vision_ptr + b * S + at, mask=inside, other=0) != 0
@@ -84,7 +88,7 @@ def key_norms(
     row = keys_ptr + b * stride_b + at[:, None].to(tl.int64) * stride_s
     for channel in tl.static_range(0, CHANNELS, BLOCK_C):
         c = channel + tl.arange(0, BLOCK_C)
-        offset = (c // HEAD).to(tl.int64) * stride_h + (c % HEAD) * stride_d
+        offset = (c // HEAD).to(tl.int64) * stride_h + (c % HEAD).to(tl.int64) * stride_d
         live = read[:, None] & (c < CHANNELS)[None, :]
         total += tl.abs(tl.load(row + offset[None, :], mask=live, other=0.0).to(tl.float32))
     norm = tl.sum(total, 1)
@@ -94,16 +98,14 @@ def key_norms(
     tl.store(scores_ptr + at, tl.where(vision, score, float("nan")), mask=inside)
     tl.store(scores_ptr + S + at, tl.where(text, score, float("nan")), mask=inside)
     if start == 0:
-        for first in range(0, 2 * capacity, SCAN):
-            entry = first + lane
-            absent = tl.full([SCAN], -1, tl.int32)
-            tl.store(pivots_ptr + b * 2 * capacity + entry, absent, mask=entry < 2 * capacity)
+        absent = tl.full([SCAN], -1, tl.int32)
+        tl.store(pivots_ptr + b * 2 * CAPACITY + lane, absent, mask=lane < 2 * CAPACITY)
 
 
 @triton.jit(do_not_specialize=["S", "capacity"])
 def rank(
     scores_ptr,  # [B, L, S] float32
-    ranks_ptr,  # out [B, L, S] int32, written where the score is not NaN
+    ranks_ptr,  # out [B, S, L] int32, written where the score is not NaN
     order_ptr,  # out [B, L, capacity] int32: the position of each rank below capacity
     S,
     capacity,
@@ -116,9 +118,12 @@ def rank(
     ranking. Reads: 4 bytes per position, S / BLOCK times, from cache. Before and after a
     position's own tile, a tie is decided by the tile.
     """
-    ranking = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    b = tl.program_id(0).to(tl.int64)
+    S = tl.cast(S, tl.int32)
+    rankings = tl.num_programs(1)
+    ranking = b * rankings + tl.program_id(1)
     scores_ptr += ranking * S
-    start = tl.program_id(0) * BLOCK
+    start = tl.program_id(2) * BLOCK
     lane = tl.arange(0, BLOCK)
     at = start + lane
     mine = tl.load(scores_ptr + at, mask=at < S, other=float("nan"))
@@ -134,24 +139,26 @@ def rank(
             other = tl.load(scores_ptr + first + lane, mask=first + lane < S, other=float("nan"))
             ahead += (other[None, :] < mine[:, None]).to(tl.int32)
         place = tl.sum(ahead, 1)
-        tl.store(ranks_ptr + ranking * S + at, place, mask=member)
+        # One after the other for each position, because `select` reads them together.
+        rank_at = (b * S + at) * rankings + tl.program_id(1)
+        tl.store(ranks_ptr + rank_at, place, mask=member)
         tl.store(order_ptr + ranking * capacity + place, at, mask=member & (place < capacity))
 
 
-@triton.jit(do_not_specialize=["S", "capacity"])
+@triton.jit(do_not_specialize=["S"])
 def cosines(
     hidden_ptr,  # [B, S, D], any strides
     vision_ptr,  # [B, S] bool
-    pivots_ptr,  # [B, 2, capacity] int32
+    pivots_ptr,  # [B, 2, CAPACITY] int32
     scores_ptr,  # out [B, IMAGE + TEXT, S] float32
     S,
-    capacity,
     stride_b,
     stride_s,
     stride_d,
     D: tl.constexpr,
     IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
+    CAPACITY: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -164,13 +171,14 @@ def cosines(
     the matrix units: at 8 products per value read, memory is what limits either way, and float32
     inputs need no other path.
     """
-    b = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    b = tl.program_id(0).to(tl.int64)
+    S = tl.cast(S, tl.int32)
+    at = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     inside = at < S
     vision = tl.load(vision_ptr + b * S + at, mask=inside, other=0) != 0
     slot = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
-    entry = tl.where(slot < IMAGE, slot, capacity + slot - IMAGE)
-    pivot_at = pivots_ptr + b * 2 * capacity + entry
+    entry = tl.where(slot < IMAGE, slot, CAPACITY + slot - IMAGE)
+    pivot_at = pivots_ptr + b * 2 * CAPACITY + entry
     pivot = tl.load(pivot_at, mask=slot < IMAGE + TEXT, other=-1)
 
     hidden_ptr += b * stride_b
@@ -179,8 +187,9 @@ def cosines(
     pivot_squares = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for first in tl.range(0, D, BLOCK_D, num_stages=3):
         d = first + tl.arange(0, BLOCK_D)
-        x_at = at[:, None].to(tl.int64) * stride_s + d[None, :] * stride_d
-        y_at = pivot[:, None].to(tl.int64) * stride_s + d[None, :] * stride_d
+        column = d[None, :].to(tl.int64) * stride_d
+        x_at = at[:, None].to(tl.int64) * stride_s + column
+        y_at = pivot[:, None].to(tl.int64) * stride_s + column
         channel = (d < D)[None, :]
         x = tl.load(hidden_ptr + x_at, mask=vision[:, None] & channel, other=0.0).to(tl.float32)
         y = tl.load(hidden_ptr + y_at, mask=(pivot >= 0)[:, None] & channel, other=0.0)
@@ -198,22 +207,28 @@ def cosines(
     tl.store(scores_ptr + ranking[None, :] * S + at[:, None], score, mask=live)
 
 
-@triton.jit(do_not_specialize=["S", "length", "retain", "pivot_capacity"])
+@triton.jit
+def _picked(ranks, bounds):
+    """Whether one of the ranks [BLOCK, SLOTS] of a position is below the bound of its ranking."""
+    return tl.max((ranks < bounds[None, :]).to(tl.int32), 1) == 1
+
+
+@triton.jit(do_not_specialize=["S", "length", "retain"])
 def select(
     vision_ptr,  # [B, S] bool
     valid_ptr,  # [B, S] bool, not read without HAS_VALID
-    norm_ranks_ptr,  # [B, 2, S] int32
-    pivots_ptr,  # [B, 2, pivot_capacity] int32
-    ranks_ptr,  # [B, IMAGE + TEXT, S] int32
+    norm_ranks_ptr,  # [B, S, 2] int32
+    pivots_ptr,  # [B, 2, CAPACITY] int32
+    ranks_ptr,  # [B, S, IMAGE + TEXT] int32
     order_ptr,  # [B, IMAGE + TEXT, length] int32
     keep_ptr,  # out [B, length] int64
     fits_ptr,  # out [B] bool: the row's text and budget fit into length
     S,
     length,
     retain,  # min(R, N)
-    pivot_capacity,
     IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
+    CAPACITY: tl.constexpr,
     HAS_VALID: tl.constexpr,
     SLOTS: tl.constexpr,  # power of two, at least IMAGE + TEXT
     BLOCK: tl.constexpr,
@@ -226,11 +241,14 @@ def select(
     between rounds is one bound per pivot, in registers, so no barrier is needed.
     """
     PIVOTS: tl.constexpr = IMAGE + TEXT
+    S = tl.cast(S, tl.int32)
+    length = tl.cast(length, tl.int32)
+    retain = tl.cast(retain, tl.int32)
     b = tl.program_id(0).to(tl.int64)
     vision_ptr += b * S
     valid_ptr += b * S
-    norm_ranks_ptr += b * 2 * S
-    ranks_ptr += b * PIVOTS * S
+    norm_ranks_ptr += b * S * 2
+    ranks_ptr += b * S * PIVOTS
     order_ptr += b * PIVOTS * length
     keep_ptr += b * length
     lane = tl.arange(0, BLOCK)
@@ -249,13 +267,12 @@ def select(
     n_vision = tl.sum(vision_seen, 0)
     n_text = tl.sum(text_seen, 0)
     budget = tl.minimum(n_vision, tl.maximum(retain, n_vision + length - S))
-    pads_kept = length - n_text - budget
-    tl.store(fits_ptr + b, pads_kept >= 0)
+    tl.store(fits_ptr + b, n_text + budget <= length)
 
     # Pivots and quotas.
     slot = tl.arange(0, SLOTS)
-    entry = tl.where(slot < IMAGE, slot, pivot_capacity + slot - IMAGE)
-    pivot = tl.load(pivots_ptr + b * 2 * pivot_capacity + entry, mask=slot < PIVOTS, other=-1)
+    entry = tl.where(slot < IMAGE, slot, CAPACITY + slot - IMAGE)
+    pivot = tl.load(pivots_ptr + b * 2 * CAPACITY + entry, mask=slot < PIVOTS, other=-1)
     n_image = tl.minimum(budget, IMAGE)
     pivot = tl.where((slot < IMAGE) & (slot >= n_image), -1, pivot)
     n_pivots = tl.sum((pivot >= 0).to(tl.int32), 0)
@@ -268,8 +285,7 @@ def select(
     # Each pivot, in ascending position, takes its quota of what is free. It takes all that is free
     # below some bound of its ranking, and what was not free there had been taken before: so what
     # lies below the bound of any pivot is kept, and of the rest only the image pivots.
-    column = slot[None, :].to(tl.int64) * S
-    bound = tl.zeros([SLOTS], tl.int32)
+    bounds = tl.zeros([SLOTS], tl.int32)
     position = tl.full([], -1, tl.int32)
     for turn in range(n_pivots):
         position = tl.min(tl.where(pivot > position, pivot, S), 0)
@@ -282,31 +298,31 @@ def select(
             place = first + lane
             ranked = place < budget
             at = tl.load(order_ptr + current * length + place, mask=ranked, other=0)
-            pivotal = tl.load(norm_ranks_ptr + at, mask=ranked, other=0) < n_image
+            pivotal = tl.load(norm_ranks_ptr + at * 2, mask=ranked, other=0) < n_image
             live = ranked[:, None] & (slot < PIVOTS)[None, :]
-            ranks = tl.load(ranks_ptr + column + at[:, None], mask=live, other=S)
-            picked = tl.max((ranks < bound[None, :]).to(tl.int32), 1)
-            free = (ranked & (pivotal == 0) & (picked == 0)).to(tl.int32)
-            mine = (free == 1) & (taken + tl.cumsum(free, 0) <= quota)
+            ranks_at = ranks_ptr + at[:, None] * PIVOTS + slot[None, :]
+            ranks = tl.load(ranks_at, mask=live, other=S)
+            free = ranked & (pivotal == 0) & (_picked(ranks, bounds) == 0)
+            mine = free & (taken + tl.cumsum(free.to(tl.int32), 0) <= quota)
             end = tl.maximum(end, tl.max(tl.where(mine, place + 1, 0), 0))
             taken += tl.sum(mine.to(tl.int32), 0)
             first += BLOCK
-        bound = tl.where(slot == current, end, bound)
+        bounds = tl.where(slot == current, end, bounds)
 
     # What stays, ascending; of the pads the lowest are dropped.
-    pads_dropped = S - n_vision - n_text - pads_kept
+    pads_dropped = (S - n_vision - n_text) - (length - n_text - budget)
     written = tl.full([], 0, tl.int32)
     pads = tl.full([], 0, tl.int32)
     for first in range(0, S, BLOCK):
         at = first + lane
         inside = at < S
         vision = tl.load(vision_ptr + at, mask=inside, other=0) != 0
-        text = inside & (vision == 0)
-        pivotal = tl.load(norm_ranks_ptr + at, mask=vision, other=0) < n_image
+        pivotal = tl.load(norm_ranks_ptr + at * 2, mask=vision, other=0) < n_image
         live = vision[:, None] & (slot < PIVOTS)[None, :]
-        ranks = tl.load(ranks_ptr + column + at[:, None], mask=live, other=S)
-        picked = tl.max((ranks < bound[None, :]).to(tl.int32), 1)
-        stays = vision & (pivotal | (picked == 1))
+        ranks_at = ranks_ptr + at[:, None] * PIVOTS + slot[None, :]
+        ranks = tl.load(ranks_at, mask=live, other=S)
+        stays = vision & (pivotal | _picked(ranks, bounds))
+        text = inside & (vision == 0)
         if HAS_VALID:
             valid = tl.load(valid_ptr + at, mask=inside, other=0) != 0
             pad = (text & (valid == 0)).to(tl.int32)
@@ -314,10 +330,9 @@ def select(
             stays = stays | ((pad == 1) & (pads + tl.cumsum(pad, 0) > pads_dropped))
             pads += tl.sum(pad, 0)
         stays = stays | text
-        count = stays.to(tl.int32)
-        target = written + tl.cumsum(count, 0) - 1
+        target = written + tl.cumsum(stays.to(tl.int32), 0) - 1
         tl.store(keep_ptr + target, at.to(tl.int64), mask=stays & (target < length))
-        written += tl.sum(count, 0)
+        written += tl.sum(stays.to(tl.int32), 0)
     # A row that does not fit raises; until then each of its entries must be safe to gather with.
     for first in range(written, length, BLOCK):
         filler = tl.full([BLOCK], 0, tl.int64) + (S - 1)

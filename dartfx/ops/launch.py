@@ -105,16 +105,12 @@ def select(
     batch, sequence, _ = hidden.shape
     slots = pivot_image_tokens + pivot_text_tokens
     length = kept_length(sequence, vision_tokens, retain)
-    listed: Size = max(pivot_image_tokens, pivot_text_tokens)
-    if pivot_image_tokens == 0:
-        # A row without any pivot keeps its largest norms, up to S' of them.
-        listed = torch.sym_max(length, listed)  # type: ignore[no-untyped-call]
     vision_mask = vision_mask.contiguous()
     valid_mask = None if valid_mask is None else valid_mask.contiguous()
     counts = {"IMAGE": pivot_image_tokens, "TEXT": pivot_text_tokens}
     new = functools.partial(torch.empty, device=hidden.device)
 
-    pivots = new((batch, 2, listed), dtype=torch.int32)
+    pivots = new((batch, 2, max(1, *counts.values())), dtype=torch.int32)
     norms = _key_norms(launch, keys, vision_mask, valid_mask, pivots)
     norm_ranks = _ranks(launch, norms, pivots)
     order = ranks = norm_ranks  # not read if there are no pivots
@@ -131,8 +127,9 @@ def select(
         (batch,),
         *(vision_mask, vision_mask if valid_mask is None else valid_mask),
         *(norm_ranks, pivots, ranks, order, keep_idx, fits),
-        *(sequence, length, smaller(retain, vision_tokens), listed),
+        *(sequence, length, smaller(retain, vision_tokens)),
         **counts,
+        CAPACITY=pivots.shape[2],
         HAS_VALID=valid_mask is not None,
         SLOTS=columns,
         BLOCK=_SELECT_TILE // columns,
@@ -152,12 +149,13 @@ def _key_norms(
     block, channels = _NORM_TILE
     launch(
         kernels.key_norms,
-        (_tiles(sequence, block), batch),
+        (batch, _tiles(sequence, block)),
         *(keys, vision_mask, vision_mask if valid_mask is None else valid_mask, norms, pivots),
-        *(sequence, pivots.shape[2], *keys.stride()),
+        *(sequence, *keys.stride()),
         CHANNELS=heads * head,
         HEAD=head,
         HAS_VALID=valid_mask is not None,
+        CAPACITY=pivots.shape[2],
         BLOCK_S=block,
         BLOCK_C=min(channels, _power_of_two(heads * head)),
         SCAN=_SCAN_TILE,
@@ -166,12 +164,12 @@ def _key_norms(
 
 
 def _ranks(launch: Launch, scores: Tensor, order: Tensor) -> Tensor:
-    """Ranks by scores [B, L, S], [B, L, S] int32; fills ``order`` [B, L, capacity] int32."""
+    """Ranks by scores [B, L, S], [B, S, L] int32; fills ``order`` [B, L, capacity] int32."""
     from dartfx.ops import kernels
 
     batch, rankings, sequence = scores.shape
-    ranks = torch.empty_like(scores, dtype=torch.int32)
-    grid = (_tiles(sequence, _RANK_TILE), rankings, batch)
+    ranks = torch.empty((batch, sequence, rankings), dtype=torch.int32, device=scores.device)
+    grid = (batch, rankings, _tiles(sequence, _RANK_TILE))
     launch(kernels.rank, grid, scores, ranks, order, sequence, order.shape[2], BLOCK=_RANK_TILE)
     return ranks
 
@@ -189,9 +187,10 @@ def _cosines(
     per_program = min(per_program, _power_of_two(slots))
     launch(
         kernels.cosines,
-        (_tiles(sequence, block), batch, _tiles(slots, per_program)),
-        *(hidden, vision_mask, pivots, scores, sequence, pivots.shape[2], *hidden.stride()),
+        (batch, _tiles(sequence, block), _tiles(slots, per_program)),
+        *(hidden, vision_mask, pivots, scores, sequence, *hidden.stride()),
         **counts,
+        CAPACITY=pivots.shape[2],
         D=width,
         EPS=EPS,
         BLOCK_S=block,

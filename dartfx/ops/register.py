@@ -34,9 +34,6 @@ __all__ = ["KERNELS", "choose_kernel"]
 
 KERNELS = ("auto", "torch", "triton")
 
-# Above this batch size one message covers all rows, so that large batches stay cheap on a GPU.
-_NAMED_ROWS = 32
-
 _TEXT_LOST = (
     "dartfx.select_tokens: row {row} has more valid text than fits beside its vision tokens in "
     "the S - N + R positions that every row keeps; text is never dropped. Give every row the "
@@ -52,19 +49,19 @@ _WRONG_COUNT = (
 def require_rows(value: Tensor, ok: Tensor, message: str) -> Tensor:
     """A copy of ``value``, once every row of ``ok`` [B] bool holds; ``message`` names ``{row}``.
 
-    On the CPU it raises SelectionError. Elsewhere it is an assertion on the device, without a
-    host read. An operator of its own, because the assertions that Inductor generates for the CPU
-    throw inside OpenMP regions, which ends the process; and one with a result, because nothing
-    removes an operator whose result is used.
+    On the CPU it raises SelectionError. Elsewhere it is one assertion on the device, without a
+    host read, whose message can name the row only where there is but one. An operator of its own,
+    because the assertions that Inductor generates for the CPU throw inside OpenMP regions, which
+    ends the process; and one with a result, because nothing removes an operator whose result is
+    used.
     """
     rows = ok.shape[0]
     if ok.device.type == "cpu":
         for row, holds in enumerate(ok.tolist()):
             if not holds:
                 raise SelectionError(message.replace("{row}", str(row)))
-    elif rows <= _NAMED_ROWS:
-        for row in range(rows):
-            torch._assert_async(ok[row], message.replace("{row}", str(row)))
+    elif rows == 1:
+        torch._assert_async(ok, message.replace("{row}", "0"))
     else:
         torch._assert_async(ok.all(), message.replace("{row}", f"(one of {rows})"))
     return value.clone()
@@ -114,6 +111,7 @@ def _select(
 ) -> Tensor:
     pivots = {"pivot_image_tokens": pivot_image_tokens, "pivot_text_tokens": pivot_text_tokens}
     checks.check_arguments(hidden, keys, vision_mask, valid_mask, retain=retain, **pivots)
+    checks.check_vision_tokens(vision_tokens, hidden)
     unsupported = functools.partial(launch.unsupported, hidden, keys, selector, **pivots)
     if choose_kernel(kernel, hidden.device, unsupported) == "triton":
         kept, fits = launch.select(
