@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from dartfx import kept, report, vision
 from dartfx.backend import compile_graph
 from dartfx.config import DartConfig
+from dartfx.errors import ConfigError
 from dartfx.forward import Forward, compiled_forward, watch_generate
 from dartfx.kept import KeptTokens, kept_tokens
 from dartfx.passes.facts import Declined, HandsOn
@@ -28,23 +29,49 @@ Call = Callable[..., Any]
 
 
 def compile(
-    model: Module, *, mode: str | None = None, dynamic: bool | None = None, **options: object
+    model: Module,
+    *,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    decode: Literal["static"] | None = None,
+    **options: object,
 ) -> Module:
     """Compile ``model`` in place with the dart backend, for its calls and for ``generate``.
 
     mode, dynamic: as in ``torch.compile``; options: those of :class:`DartConfig`.  Uses one graph
     for the whole model where dynamo can trace it and falls back to several where not.  Hooks that
     transformers would install during the first call are installed now, since installing them
-    breaks the graph.  Returns ``model``.  Raises ConfigError for an invalid option, TypeError for
-    anything but a module.
+    breaks the graph.  decode: "static" makes ``generate`` use a static cache by default, so that
+    decode steps share one graph (on CUDA, transformers puts them into CUDA graphs).
+
+    Returns ``model``.  Raises ConfigError for an invalid option or a decode that the model does not
+    have, TypeError for anything but a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"dartfx.compile needs a torch.nn.Module, got {type(model).__name__}")
     config = DartConfig.from_options(options, mode)
+    if decode is not None:
+        _decode_static(model, decode, config)
     _install_capturing_hooks(model)
     model._compiled_call_impl = forward = compiled_forward(model, config, dynamic)
     watch_generate(model, forward)
     return model
+
+
+def _decode_static(model: nn.Module, decode: object, config: DartConfig) -> None:
+    if decode != "static":
+        raise ConfigError(f'decode is {decode!r}; it can be "static" or None')
+    if config.kv_layout == "layered":
+        raise ConfigError(
+            'decode="static" needs as many tokens in the caches of all layers, and '
+            'kv_layout="layered" leaves two lengths; try kv_layout="uniform" or "auto"'
+        )
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        raise ConfigError(
+            f'decode="static" sets model.generation_config, and {type(model).__name__} has none'
+        )
+    settings.cache_implementation = "static"
 
 
 def _install_capturing_hooks(model: nn.Module) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from dataclasses import replace
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from dartfx import report, vision
+from dartfx import caches, report, vision
 from dartfx.backend import Host, NeedsGraphBreaks, compile_graph, refuse
 from dartfx.config import DartConfig
 from dartfx.errors import DartfxError
@@ -50,20 +51,55 @@ class Forward:
     A whole graph is what ``generate`` gives for nearly every model, while a plain forward with
     pixels may have to break.  Which calls broke is remembered by the arguments they passed, and so
     are calls that failed after a pruned graph, which run eagerly.
+
+    uniform: makes the same with uniform caches, for prefills into a static cache; None where the
+    options forbid it.
     """
 
-    def __init__(self, whole: Call, broken: Call, eager: Call, config: DartConfig) -> None:
+    def __init__(
+        self,
+        whole: Call,
+        broken: Call,
+        eager: Call,
+        config: DartConfig,
+        uniform: Callable[[], Forward] | None = None,
+    ) -> None:
         self.config = config
+        self._uniform = None if uniform is None else cache(uniform)
         self.calls = 0
         self._whole, self._broken, self._eager = whole, broken, eager
         self._breaks: set[frozenset[str]] = set()
         self._fails: set[frozenset[str]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # transformers compiles the decode steps of static caches by itself.
+            return self._eager(*args, **kwargs)
         self.calls += 1
+        given, held = caches.tokens_given(kwargs), kwargs.get("past_key_values")
+        caches.require_unpruned(held, given)
+        in_place = kwargs.get("return_dict") is False
+        if self._uniform is not None and not in_place and caches.empty_static(held):
+            return self._uniform()._fill(held, args, kwargs)
+        result = self._call(args, kwargs)
+        held = getattr(result, "past_key_values", None) or held
+        caches.recount(held)
+        caches.note_pruned(held, given)
+        return result
+
+    def _fill(self, static: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call with an empty static cache, which gets what a growing one was given."""
+        fitting = {"past_key_values": caches.growing()}
+        if "attention_mask" in kwargs:
+            fitting["attention_mask"] = caches.without_room(kwargs["attention_mask"])
+        result = self(*args, **kwargs | fitting)
+        caches.fill(static, result.past_key_values)
+        result.past_key_values = static
+        return result
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with report.watching() as compiled, vision.noting() as noted:
             result = self._run(compiled, args, kwargs)
-        recount(getattr(result, "past_key_values", None) or kwargs.get("past_key_values"))
         if compiled and not any(map(_tells, compiled)):
             self._tell_unpruned(len(compiled), args, kwargs)
         lost = [found for found in noted if not found.taken.is_set()]
@@ -174,21 +210,11 @@ def compiled_forward(model: nn.Module, config: DartConfig, dynamic: bool | None 
     in_several = partial(compile_graph, config, host=Host(recounts=True))
     whole = torch.compile(model._call_impl, backend=in_one, dynamic=dynamic, fullgraph=True)
     broken = torch.compile(model._call_impl, backend=in_several, dynamic=dynamic)
-    return Forward(whole, broken, model._call_impl, config)
-
-
-def recount(cache: Any) -> None:
-    """Set the token counts of a transformers cache's sliding layers to what pruning left of them.
-
-    Such a layer counts in Python, so the compiled prefill counted the tokens of the whole prompt.
-    """
-    for layer in getattr(cache, "layers", ()):
-        if not getattr(layer, "is_sliding", False) or not isinstance(layer.keys, torch.Tensor):
-            continue
-        counted = getattr(layer, "cumulative_length", None)
-        held = layer.keys.shape[-2]
-        if isinstance(counted, int) and held < min(counted, layer.sliding_window - 1):
-            layer.cumulative_length = held
+    uniform = None
+    if config.kv_layout != "layered":
+        one_length = replace(config, kv_layout="uniform")
+        uniform = partial(compiled_forward, model, one_length, dynamic)
+    return Forward(whole, broken, model._call_impl, config, uniform)
 
 
 def watch_generate(model: nn.Module, forward: Forward) -> None:
