@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from dartfx import kept, report, vision
 from dartfx.backend import compile_graph
@@ -93,11 +95,13 @@ def _install_capturing_hooks(model: nn.Module) -> None:
 class Explanation:
     """What the backend would do with each graph of one call; prints as text.
 
-    tokens: which vision tokens the call kept, per image, where that was asked for.
+    tokens: which vision tokens the call kept, per image, where that was asked for.  notes: what the
+    way of calling changes.
     """
 
     reports: tuple[Report, ...]
     tokens: tuple[KeptTokens, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def pruned(self) -> bool:
@@ -114,7 +118,7 @@ class Explanation:
             lines.append("dynamo made no graph of this call, so nothing can be pruned")
         elif not told:
             lines.append("nothing to prune: this call carries no vision tokens")
-        return "\n".join([*lines, *map(str, self.tokens)])
+        return "\n".join([*lines, *map(str, self.tokens), *self.notes])
 
 
 def explain(
@@ -155,7 +159,25 @@ def explain(
         finally:
             owner._compiled_call_impl = current
     pruned = any(made.pruned for made in collected)
-    return Explanation(tuple(collected), tuple(kept_tokens()) if tokens and pruned else ())
+    shown = tuple(kept_tokens()) if tokens and pruned else ()
+    notes = (_BYPASSED,) if current is None and _is_bypassed(owner, target) else ()
+    return Explanation(tuple(collected), shown, notes)
+
+
+_BYPASSED = (
+    "NOTE: torch.compile(model) returned a wrapper of this model; any method of that wrapper but "
+    "a call, generate too, runs the original model, uncompiled. Compile in place: "
+    "dartfx.compile(model), or model.compile(backend='dart')"
+)
+
+
+def _is_bypassed(model: nn.Module, target: object) -> bool:
+    """Whether a method was asked about whose model is compiled, but only by a wrapper."""
+    if target is model:
+        return False
+    return any(
+        type(found) is OptimizedModule and found._orig_mod is model for found in gc.get_objects()
+    )
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -235,14 +237,17 @@ def test_static_sliding_windows_are_refused() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("decode", [None, "static"])
-def test_ten_prompts_and_their_decode_take_few_compilations(name: str, decode: Any) -> None:
+def test_ten_prompts_and_their_decode_take_few_compilations(
+    name: str, decode: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     built = family(name)
     model = fast(built, decode=decode)
     for i in range(10):
         inputs = built.make_inputs(before=3 + i, after=5 + 2 * i)
         model.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
     prefills, all_graphs = pruned(), len(dartfx.reports())
-    print(f"{name}, decode={decode}: {prefills} prefill, {all_graphs - prefills} decode graphs")
+    with capsys.disabled():
+        sys.stdout.write(f" {name} {decode}: {prefills} prefill, {all_graphs - prefills} decode ")
     assert 1 <= prefills <= 3
     assert 1 <= all_graphs - prefills <= 3
 
@@ -262,6 +267,28 @@ def test_bytes_of_the_cache_are_the_arithmetic(layout: str, early: bool) -> None
         for layer in cache.layers
     ]
     assert held == [(left if early or i >= 2 else whole) * each for i in range(len(held))]
+
+
+def test_two_models_in_two_threads_share_nothing() -> None:
+    """Masks, notes and reports belong to the call that made them."""
+    models, prompts, alone = [], [], []
+    for name in FAMILIES:
+        torch.compiler.reset()
+        model, inputs = fast(family(name)), family(name).make_inputs()
+        oracle = by_hooks(family(name), inputs, "layered", max_new_tokens=2)
+        models.append(model)
+        prompts.append(without_mask(inputs))
+        alone.append(oracle.sequences.tolist())
+        model.generate(**prompts[-1], **told({"max_new_tokens": 2}))
+
+    def many(place: int) -> list[Any]:
+        how = told({"max_new_tokens": 2})
+        runs = (models[place].generate(**prompts[place], **how) for _ in range(50))
+        return [run.sequences.tolist() for run in runs]
+
+    with ThreadPoolExecutor(2) as threads:
+        for place, runs in enumerate(threads.map(many, range(2))):
+            assert runs == [alone[place]] * 50
 
 
 def test_generate_of_a_wrapper_is_told_by_explain() -> None:
