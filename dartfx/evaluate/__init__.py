@@ -1,0 +1,159 @@
+"""``python -m dartfx eval``: what pruning costs in answers, selector against selector.
+
+A model answers questions about pictures unpruned, and then pruned by the backend with every
+selector, number of retained tokens, layer and seed asked for. Reported for each type of question:
+accuracy, exact agreement with the unpruned answers, and the divergence of the first answer token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dartfx.evaluate import selectors  # noqa: F401  (registers what dart is compared with)
+from dartfx.evaluate.answers import Setting, answer, answer_pruned, vision_tokens
+from dartfx.evaluate.questions import Question, batches, load
+from dartfx.evaluate.results import Results
+from dartfx.evaluate.scores import MEAN, chance, score
+from dartfx.selectors import selector_names
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "measure what pruning costs in answers"
+
+MODEL = Path("examples/tiny_vlm/model")
+QUESTIONS = Path("examples/tiny_vlm/heldout/questions.jsonl")
+QUICK = {"pictures": 32, "selectors": ["dart"], "retain": [576, 192, 0], "layers": [2]}
+# What --quick asserts.
+_SEES_NOTHING = 0.10  # accuracy above chance, without a vision token
+_COST = 0.03  # accuracy that dart may lose on location with a third of the tokens
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add = parser.add_argument
+    add("--model", default=MODEL, help="folder or hub name (default: %(default)s)")
+    add("--questions", type=Path, default=QUESTIONS, help="JSON Lines (default: %(default)s)")
+    add("--pictures", type=int, help="only the first so many")
+    add("--selectors", nargs="+", default=["dart", "random", "uniform", "key_norm"])
+    add("--retain", nargs="+", type=int, default=[576, 288, 192, 128, 64, 32, 16, 0])
+    add("--layers", nargs="+", type=int, default=[2])
+    add("--seeds", type=int, default=3, help="of selectors that draw (%(default)s)")
+    add("--batch", type=int, default=32, help="prompts at once (%(default)s)")
+    add("--max-new-tokens", type=int, default=8, help="of an answer (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    add("--write", type=Path, metavar="FILE", help="write the tables as Markdown")
+    add("--plot", type=Path, metavar="FILE", help="draw accuracy over tokens; needs matplotlib")
+    add("--quick", action="store_true", help="a small set, and only what must always hold")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; 1 when ``--quick`` finds something that must hold broken."""
+    if arguments.quick:
+        vars(arguments).update(QUICK)
+    problem = _problem(arguments)
+    if problem:
+        print(problem, file=sys.stderr)
+        return 2
+    questions = load(arguments.questions, arguments.pictures)
+    results = _measure(arguments, questions)
+    print(results.as_markdown())
+    if arguments.plot:
+        from dartfx.evaluate.plot import draw
+
+        draw(results, arguments.layers[0], arguments.plot)
+    broken = list(_broken(results)) if arguments.quick else []
+    for what in broken:
+        print(f"BROKEN: {what}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _problem(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments, before anything long is begun."""
+    if not arguments.questions.is_file():
+        return f"no questions at {arguments.questions}: give --questions, or run from a checkout"
+    unknown = set(arguments.selectors) - set(selector_names())
+    if unknown:
+        known = ", ".join(selector_names())
+        return f"unknown selectors: {', '.join(sorted(unknown))}; registered: {known}"
+    if arguments.plot and find_spec("matplotlib") is None:
+        return "--plot needs matplotlib: pip install 'dartfx[eval]'"
+    return None
+
+
+def _measure(arguments: argparse.Namespace, questions: Sequence[Question]) -> Results:
+    model, processor = _load(str(arguments.model))
+    prompts = batches(questions, processor, arguments.batch)
+    ask = (model, processor, prompts, arguments.max_new_tokens)
+    full = answer(*ask)
+    unpruned = score(questions, full, full)["accuracy"]
+    results = Results(questions, vision_tokens(model, prompts[0]), unpruned)
+    plan = list(_plan(arguments, results.vision_tokens))
+    for number, (setting, seeds) in enumerate(plan, 1):
+        start = time.monotonic()
+        for seed, pruned in zip(seeds, answer_pruned(*ask, setting, seeds), strict=True):
+            results.add(setting, seed, score(questions, full, pruned))
+        key = (setting.layer, setting.selector, setting.retain)
+        mean = results.figures(key, "accuracy")[MEAN].value
+        print(
+            f"[{number}/{len(plan)}] layer {setting.layer}, {setting.selector}, {setting.retain} "
+            f"kept: mean {mean:.1%} ({time.monotonic() - start:.0f} s)",
+            file=sys.stderr,
+            flush=True,
+        )
+        _write(arguments, results)  # every time, so that what was measured survives an interruption
+    return results
+
+
+def _plan(arguments: argparse.Namespace, total: int) -> Iterator[tuple[Setting, range]]:
+    """All settings and their seeds, those that no selector decides (all, none) once a layer."""
+    for layer in arguments.layers:
+        for retain in arguments.retain:
+            decided = 0 < retain < total
+            for selector in arguments.selectors if decided else arguments.selectors[:1]:
+                draws = decided and selector == "random"
+                yield Setting(layer, selector, retain), range(arguments.seeds if draws else 1)
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False), AutoProcessor.from_pretrained(name)
+
+
+def _write(arguments: argparse.Namespace, results: Results) -> None:
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
+    if arguments.write:
+        arguments.write.write_text(results.as_markdown())
+
+
+def _broken(results: Results) -> Iterator[str]:
+    """What must hold of any measure worth reading, and does not."""
+    full = results.sample.figures(results.full)
+    for key in results.values:
+        accuracy = results.figures(key, "accuracy")
+        if key[2] >= results.vision_tokens:
+            if (results.mean(key, "agreement") != 1).any():
+                yield f"{key}: nothing was dropped, but some answers changed"
+            if results.mean(key, "kl").max() > 1e-6:
+                yield f"{key}: nothing was dropped, but distributions changed"
+        elif key[2] == 0:
+            bound = chance(results.questions)[MEAN] + _SEES_NOTHING
+            if accuracy[MEAN].value > bound:
+                yield f"{key}: {accuracy[MEAN].value:.1%} right without one vision token"
+        else:
+            kept, all_kept = accuracy["location"].value, full["location"].value
+            if kept < all_kept - _COST:
+                yield f"{key}: location {kept:.1%}, unpruned {all_kept:.1%}"

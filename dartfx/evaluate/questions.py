@@ -1,0 +1,98 @@
+"""The questions of a measure: read from a file, and turned into a model's inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Question", "batches", "load"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A picture, a question, its right answer, and the type that it is counted under."""
+
+    image: Path
+    type: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one shape: which questions the first of them are, and the model's arguments.
+
+    What comes after these fills the batch up, so that all batches have one size.
+    """
+
+    numbers: tuple[int, ...]
+    inputs: dict[str, Tensor]
+
+
+def load(path: Path, pictures: int | None = None) -> list[Question]:
+    """The questions of a JSON Lines file, those on the first so many pictures if it says so.
+
+    Each line is an object with "image" (a path relative to the file), "type", "question" and
+    "answer".  Raises ValueError for a line that is not, OSError for a file that cannot be read.
+    """
+    questions = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            told = json.loads(line)
+            given = [told[key] for key in ("image", "type", "question", "answer")]
+        except (ValueError, TypeError, KeyError) as error:
+            wanted = '{"image": ..., "type": ..., "question": ..., "answer": ...}'
+            raise ValueError(f"{path}, line {number}: not a question like {wanted}") from error
+        image, kind, text, answer = map(str, given)
+        questions.append(Question(path.parent / image, kind, text, answer))
+    some = list(dict.fromkeys(q.image for q in questions))[:pictures]
+    return [q for q in questions if q.image in some]
+
+
+def batches(questions: Sequence[Question], processor: Any, size: int) -> list[Batch]:
+    """The prompts, ``size`` together, with never a pad: only equal shapes share a batch.
+
+    processor: a Hugging Face processor; its chat template is used if it has one.  Questions of one
+    type lie together, so that a batch stops as soon as its answers end.  All are held in memory.
+    """
+    alike: dict[object, list[tuple[int, dict[str, Tensor]]]] = {}
+    for number, inputs in enumerate(_inputs(questions, processor)):
+        shapes = tuple((name, value.shape) for name, value in inputs.items())
+        alike.setdefault(shapes, []).append((number, inputs))
+    made = []
+    for group in alike.values():
+        group.sort(key=lambda numbered: questions[numbered[0]].type)
+        for start in range(0, len(group), size):
+            numbers, parts = zip(*group[start : start + size], strict=True)
+            # Another size would be compiled anew, which takes longer than a few prompts more.
+            parts += parts[-1:] * (size - len(parts))
+            inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            made.append(Batch(numbers, inputs))
+    return made
+
+
+def _inputs(questions: Sequence[Question], processor: Any) -> Iterator[dict[str, Tensor]]:
+    from PIL import Image
+
+    for question in questions:
+        with Image.open(question.image) as image:
+            made = processor(
+                images=image.convert("RGB"),
+                text=_prompt(question.text, processor),
+                return_tensors="pt",
+            )
+        yield dict(made)
+
+
+def _prompt(text: str, processor: Any) -> str:
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        chat = [{"role": "user", "content": content}]
+        return str(processor.apply_chat_template(chat, add_generation_prompt=True))
+    return f"{processor.image_token}\n{text}"

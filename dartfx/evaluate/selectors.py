@@ -1,0 +1,29 @@
+"""Selectors to compare with; importing this module registers them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dartfx.ops.reference import stable_order, take_first
+from dartfx.selectors import register_selector
+
+__all__ = ["key_norm"]
+
+
+@register_selector("key_norm")
+def key_norm(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    budget: Tensor,
+    **pivots: Any,
+) -> Tensor:
+    """The vision tokens of the largest L1 key norms: how DART picks its pivots, and nothing else.
+
+    Arguments and result as in :class:`dartfx.selectors.Selector`.
+    """
+    norms = keys.float().abs().sum((1, 3))
+    return take_first(stable_order(-norms), vision_mask, budget)

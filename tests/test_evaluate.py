@@ -1,0 +1,188 @@
+"""The measure: its questions, its figures, and what must hold of the trained model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dartfx import evaluate
+from dartfx.evaluate.answers import Answers, Setting
+from dartfx.evaluate.questions import Question, batches, load
+from dartfx.evaluate.results import Results
+from dartfx.evaluate.scores import MEAN, Sample, chance, score
+from dartfx.selectors import get_selector
+
+ROOT = Path(__file__).parent.parent
+
+
+def asked(answers: str, types: str, pictures: str) -> list[Question]:
+    """One question a letter."""
+    parts = zip(answers, types, pictures, strict=True)
+    return [Question(Path(picture), kind, "?", answer) for answer, kind, picture in parts]
+
+
+def answered(texts: str, *rows: list[float]) -> Answers:
+    """One answer a letter, and the distributions of their first tokens."""
+    first = torch.tensor(rows or [[0.5, 0.5]] * len(texts)).log()
+    return Answers(tuple(texts), first)
+
+
+def parsed(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    evaluate.configure(parser)
+    return parser.parse_args(argv)
+
+
+def test_questions_are_read_relative_to_their_file(tmp_path: Path) -> None:
+    lines = [
+        {"image": f"{i}.png", "type": "a", "question": "q", "answer": i, "more": 1}
+        for i in (7, 7, 8)
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found = load(path)
+    assert found[0] == Question(tmp_path / "7.png", "a", "q", "7")
+    assert len(found) == 3
+    assert load(path, pictures=1) == found[:2]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"image": "a"}', "3"])
+def test_a_line_that_is_no_question_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"image": "a", "type": "b", "question": "c", "answer": "d"}\n' + line)
+    with pytest.raises(ValueError, match=r"line 2: not a question like"):
+        load(path)
+
+
+def test_scores_compare_with_the_right_and_with_the_unpruned_answer() -> None:
+    questions = asked("abc", "xxx", "111")
+    full = answered("abd", [0.5, 0.5], [1.0, 0.0], [0.5, 0.5])
+    pruned = answered("Abx", [0.5, 0.5], [0.5, 0.5], [0.25, 0.75])
+    values = score(questions, full, pruned)
+    assert values["accuracy"].tolist() == [1, 1, 0]
+    assert values["agreement"].tolist() == [0, 1, 0]
+    want = [0, torch.log(torch.tensor(2.0)).item(), 0.5 * torch.log(torch.tensor(4 / 3)).item()]
+    assert values["kl"].tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_chance_is_the_commonest_answer_of_each_type() -> None:
+    shares = chance(asked("aabcd", "xxxyy", "11111"))
+    assert shares == pytest.approx({"x": 2 / 3, "y": 0.5, MEAN: 7 / 12})
+
+
+def test_intervals_are_of_pictures_not_of_questions() -> None:
+    """Ten questions a picture that are all right or all wrong are no more than one."""
+    one = asked("a" * 40, "x" * 40, "".join(chr(65 + i) for i in range(40)))
+    ten = asked("a" * 400, "x" * 400, "".join(chr(65 + i) for i in range(40) for _ in range(10)))
+    right = torch.tensor([1.0, 0.0] * 20)
+    few = Sample(one).figures(right)["x"]
+    many = Sample(ten).figures(right.repeat_interleave(10))["x"]
+    assert few == many
+    assert (few.value, few.low) == (0.5, pytest.approx(0.35, abs=0.03))
+    alone = Sample(asked("a" * 400, "x" * 400, "".join(map(chr, range(65, 465)))))
+    narrow = alone.figures(right.repeat_interleave(10))["x"]
+    assert narrow.high - narrow.low < (many.high - many.low) / 2
+
+
+def test_the_mean_counts_every_type_as_much() -> None:
+    sample = Sample(asked("aaaa", "xxxy", "1234"))
+    figures = sample.figures(torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    assert [figures[kind].value for kind in ("x", "y", MEAN)] == [1, 0, 0.5]
+
+
+def results(*kept: tuple[int, str]) -> Results:
+    """Of four questions, right answers a, b, c, d: so many retained, one answer a letter."""
+    questions = asked("abcd", ["location", "location", "y", "y"], "1234")  # type: ignore[arg-type]
+    full = answered("abcd")
+    made = Results(questions, 8, score(questions, full, full)["accuracy"])
+    for retain, texts in kept:
+        made.add(Setting(2, "dart", retain), 0, score(questions, full, answered(texts)))
+    return made
+
+
+def test_what_must_hold_is_checked() -> None:
+    assert list(evaluate._broken(results((8, "abcd"), (3, "abxx"), (0, "xxxd")))) == []
+    [blind] = evaluate._broken(results((0, "abcd")))
+    assert "right without one vision token" in blind
+    [changed] = evaluate._broken(results((8, "abcx")))
+    assert "some answers changed" in changed
+    [lost] = evaluate._broken(results((3, "axcd")))
+    assert "location 50.0%, unpruned 100.0%" in lost
+
+
+def test_seeds_are_averaged_and_selectors_compared_question_by_question() -> None:
+    made = results((3, "abcd"))
+    full = answered("abcd")
+    for seed, texts in enumerate(("abcd", "xxxx")):
+        setting = Setting(2, "random", 3)
+        made.add(setting, seed, score(made.questions, full, answered(texts)))
+    assert made.figures((2, "random", 3), "accuracy")[MEAN].value == 0.5
+    assert made.differences((2, "random", 3), "dart")[MEAN].value == 0.5
+    text = made.as_markdown()
+    assert "| random | 3 | 50.0 ±" in text
+    assert "| random | 3 | +50.0 ±" in text
+    told = made.as_json()["settings"][1]
+    assert told["right_by_seed"] == {0: "1111", 1: "0000"}
+
+
+def test_key_norm_keeps_the_largest_keys() -> None:
+    keys = torch.tensor([5.0, 1.0, -4.0, 3.0, 2.0]).reshape(1, 1, 5, 1)
+    vision = torch.tensor([[False, True, True, True, True]])
+    kept = get_selector("key_norm")(
+        keys[:, 0],
+        keys,
+        vision,
+        ~vision,
+        torch.tensor([2]),
+        pivot_image_tokens=4,
+        pivot_text_tokens=4,
+    )
+    assert kept.tolist() == [[False, False, True, True, False]]
+
+
+def test_a_wrong_call_is_answered_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.run(parsed("--questions", str(tmp_path / "none"))) == 2
+    assert "no questions at" in capsys.readouterr().err
+    there = str(ROOT / evaluate.QUESTIONS)
+    assert evaluate.run(parsed("--questions", there, "--selectors", "drat")) == 2
+    assert "unknown selectors: drat; registered: dart" in capsys.readouterr().err
+
+
+def test_all_and_none_are_measured_once_a_layer() -> None:
+    plan = list(evaluate._plan(parsed("--retain", "9", "4", "0", "--layers", "1", "2"), 8))
+    assert [(s.selector, len(seeds)) for s, seeds in plan if s.retain != 4] == [("dart", 1)] * 4
+    four = [(s.selector, len(seeds)) for s, seeds in plan if s.retain == 4]
+    assert four == [("dart", 1), ("random", 3), ("uniform", 1), ("key_norm", 1)] * 2
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any]:
+    return evaluate._load(str(ROOT / evaluate.MODEL))
+
+
+def test_batches_have_one_size_and_no_pads(tiny: tuple[Any, Any]) -> None:
+    questions = load(ROOT / evaluate.QUESTIONS, pictures=2)
+    made = batches(questions, tiny[1], 4)
+    assert sorted(n for batch in made for n in batch.numbers) == list(range(len(questions)))
+    assert {len(batch.inputs["input_ids"]) for batch in made} == {4}
+    assert all(bool(batch.inputs["attention_mask"].all()) for batch in made)
+
+
+@pytest.mark.slow
+def test_quick_holds_of_the_trained_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Identity with all tokens, near chance with none, little lost on location with a third."""
+    arguments = parsed("--quick", "--json", str(tmp_path / "figures.json"))
+    arguments.model, arguments.questions = ROOT / evaluate.MODEL, ROOT / evaluate.QUESTIONS
+    assert evaluate.run(arguments) == 0, capsys.readouterr().err
+    told = json.loads((tmp_path / "figures.json").read_text())
+    assert [s["retained"] for s in told["settings"]] == [576, 192, 0]
+    assert told["unpruned"]["location"]["value"] > 0.9
