@@ -19,6 +19,7 @@ from dartfx.ops import select_tokens
 from dartfx.picture import overlay, overlay_html
 from dartfx.report import Report, reports
 from dartfx.selectors import register_selector
+from dartfx.verification import Verification, verify
 from dartfx.vision import vision_tokens
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "Report",
     "SelectionError",
     "UnsupportedGraphError",
+    "Verification",
     "compile",
     "explain",
     "kept_tokens",
@@ -41,5 +43,6 @@ __all__ = [
     "reports",
     "reset",
     "select_tokens",
+    "verify",
     "vision_tokens",
 ]

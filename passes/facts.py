@@ -141,7 +141,8 @@ class Request:
     operator, operator_args: the selection, called as operator(hidden, keys, vision_mask,
     valid_mask, N, R, *operator_args);
     kv_layout: "auto", "layered" or "uniform";
-    recounts: the caller sets each sliding cache's own token count from its keys after the call.
+    recounts: the caller sets each sliding cache's own token count from its keys after the call;
+    always: rewrite the graph even where R >= N leaves nothing to drop, to check the rewriting.
     """
 
     layer: int
@@ -150,6 +151,7 @@ class Request:
     operator_args: tuple[object, ...]
     kv_layout: str = "auto"
     recounts: bool = False
+    always: bool = False
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _prune(
         output = next(n for n in graph.nodes if n.op == "output")
         emit = Emitter(_anchor(site, region[0]))
         budget = insert.plan(emit, site, request)
-        if insert.nothing_to_drop(budget):
+        if not request.always and insert.nothing_to_drop(budget):
             return _all_retained(budget)
         wanted, tails = request.kv_layout, cache.tails(site, output, axes)
         window = cache.window(tails)
