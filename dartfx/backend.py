@@ -65,11 +65,13 @@ class Host:
     """What the caller of compiled code does beyond calling it; torch.compile does nothing.
 
     may_break: compiles the same call in several graphs when NeedsGraphBreaks is raised;
-    recounts: sets the token counts of sliding-window caches after each call.
+    recounts: sets the token counts of sliding-window caches after each call;
+    remasks: gathers the decode mask's columns by the keep_idx that ``dartfx.kept.handing`` gives.
     """
 
     may_break: bool = False
     recounts: bool = False
+    remasks: bool = False
 
 
 def request_of(config: DartConfig, host: Host) -> Request:
@@ -82,6 +84,7 @@ def request_of(config: DartConfig, host: Host) -> Request:
         operator_args=(*pivots, config.selector, config.kernel),
         kv_layout=config.kv_layout,
         recounts=host.recounts,
+        remasks=host.remasks,
     )
 
 
@@ -133,13 +136,17 @@ class GraphCompiler:
             self.announce(refusal.declined)
             return self.dump.lower(self.config, self.module, inputs)
         self.dump("normalise", rewritten)
-        outcome = prune(rewritten, request_of(self.config, self.host), observe=self.dump)
+        request = request_of(self.config, self.host)
+        outcome = prune(rewritten, request, observe=self.dump)
         if outcome is not None:
             self.announce(outcome)
             if not isinstance(outcome, Pruned):
                 return self.dump.lower(self.config, self.module, inputs)
             return recording(
-                self.config, rewritten, lambda m: self.dump.lower(self.config, m, inputs)
+                self.config,
+                rewritten,
+                lambda m: self.dump.lower(self.config, m, inputs),
+                hands=outcome.hands_kept(request),
             )
         try:
             place = hand_on(rewritten)

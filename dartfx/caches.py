@@ -9,10 +9,11 @@ Static caches have room for all tokens from the start, so that every decode step
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dartfx.errors import SelectionError
 
@@ -24,6 +25,7 @@ __all__ = [
     "recount",
     "require_unpruned",
     "tokens_given",
+    "with_kept_columns",
     "without_room",
 ]
 
@@ -31,7 +33,7 @@ __all__ = [
 def tokens_given(kwargs: Mapping[str, Any]) -> int:
     """How many tokens of each row a call computes; 0 where its arguments do not say."""
     for name in ("inputs_embeds", "input_ids"):
-        if isinstance(kwargs.get(name), torch.Tensor):
+        if isinstance(kwargs.get(name), Tensor):
             return int(kwargs[name].shape[1])
     return 0
 
@@ -52,15 +54,21 @@ def require_unpruned(cache: Any, given: int) -> None:
         )
 
 
-def note_pruned(cache: Any, given: int) -> None:
-    """Note on a cache that began with this call how many tokens its shortest layer lacks."""
+def note_pruned(cache: Any, given: int, handed: Sequence[Tensor]) -> None:
+    """Note on a cache that began with this call what decode needs to know of its pruning.
+
+    That is how many tokens its shortest layer lacks, and, for a batch, which were kept.
+    handed: keep_idx [B, S'] of the graphs that say so.
+    """
     lacking = [
         _wanted(layer, given) - layer.keys.shape[-2]
         for layer in getattr(cache, "layers", ())
-        if isinstance(getattr(layer, "keys", None), torch.Tensor)
+        if isinstance(getattr(layer, "keys", None), Tensor)
     ]
     if lacking and max(lacking) > 0:
         setattr(cache, _DROPPED, max(lacking))
+        if handed and handed[-1].shape[0] > 1:
+            setattr(cache, _KEPT, (given, handed[-1]))
 
 
 def _wanted(layer: Any, given: int) -> int:
@@ -70,8 +78,30 @@ def _wanted(layer: Any, given: int) -> int:
     return given
 
 
-# An attribute, so that a copy of the cache knows it, too.
+def with_kept_columns(cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A decode step's arguments, its mask [B, S + t] gathered as the cache was: [B, S' + t].
+
+    transformers reads as many of the mask's first columns as the cache holds tokens.  That fits
+    when every row kept its pads; a row with fewer vision tokens than others lost some of them.
+    """
+    found, mask = getattr(cache, _KEPT, None), kwargs.get("attention_mask")
+    if found is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return kwargs
+    prompt, keep = found
+    if mask.shape[1] <= prompt:
+        return kwargs
+    if len(mask) != len(keep):
+        raise SelectionError(
+            f"an attention mask of {len(mask)} rows came with a cache that was pruned with "
+            f"{len(keep)} rows; give generate the batch as it will be decoded"
+        )
+    kept = mask[:, :prompt].gather(1, keep)
+    return {**kwargs, "attention_mask": torch.cat([kept, mask[:, prompt:]], 1)}
+
+
+# Attributes, so that a copy of the cache knows them, too.
 _DROPPED = "_dartfx_dropped"
+_KEPT = "_dartfx_kept"
 
 
 def empty_static(cache: Any) -> bool:
@@ -101,7 +131,7 @@ def without_room(mask: Any) -> Any:
     """
     if isinstance(mask, dict):
         return {kind: without_room(each) for kind, each in mask.items()}
-    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+    if isinstance(mask, Tensor) and mask.ndim == 4:
         return mask[..., : mask.shape[-2]]
     return mask
 
@@ -130,7 +160,7 @@ def recount(cache: Any) -> None:
     Such a layer counts in Python, so the compiled prefill counted the tokens of the whole prompt.
     """
     for layer in getattr(cache, "layers", ()):
-        if not getattr(layer, "is_sliding", False) or not isinstance(layer.keys, torch.Tensor):
+        if not getattr(layer, "is_sliding", False) or not isinstance(layer.keys, Tensor):
             continue
         counted = getattr(layer, "cumulative_length", None)
         held = layer.keys.shape[-2]

@@ -137,11 +137,14 @@ class TakesMask:
                 if isinstance(outcome, Untouched) and outcome.all_retained:
                     self._all_retained.add(size)
                 else:
-                    pruned = isinstance(outcome, Pruned)
-                    self._pruned[arrival.embeds] = (
-                        recording(self._config, module, self._compile) if pruned else None
-                    )
+                    self._pruned[arrival.embeds] = self._recorded(outcome, module)
             return self._pruned.get(arrival.embeds)
+
+    def _recorded(self, outcome: Outcome, module: GraphModule) -> Compiled | None:
+        if not isinstance(outcome, Pruned):
+            return None
+        hands = outcome.hands_kept(self._request)
+        return recording(self._config, module, self._compile, hands=hands)
 
     def _rewrite(self, arrival: Arrival) -> tuple[Outcome, GraphModule]:
         """The graph with two inputs more, mask [B, S] and carrier [rows, 0], pruned."""

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from dartfx import caches, report, vision
+from dartfx import caches, kept, report, vision
 from dartfx.backend import Host, NeedsGraphBreaks, compile_graph, refuse
 from dartfx.config import DartConfig
 from dartfx.errors import DartfxError
@@ -81,10 +81,12 @@ class Forward:
         in_place = kwargs.get("return_dict") is False
         if self._uniform is not None and not in_place and caches.empty_static(held):
             return self._uniform()._fill(held, args, kwargs)
-        result = self._call(args, kwargs)
+        kwargs = caches.with_kept_columns(held, kwargs)
+        with kept.handing() as handed:
+            result = self._call(args, kwargs)
         held = getattr(result, "past_key_values", None) or held
         caches.recount(held)
-        caches.note_pruned(held, given)
+        caches.note_pruned(held, given, handed)
         return result
 
     def _fill(self, static: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -205,15 +207,22 @@ def _holds_floats(value: Any, depth: int = 4) -> bool:
     return nested and any(_holds_floats(part, depth - 1) for part in parts)
 
 
-def compiled_forward(model: nn.Module, config: DartConfig, dynamic: bool | None = None) -> Forward:
-    in_one = partial(compile_graph, config, host=Host(may_break=True, recounts=True))
-    in_several = partial(compile_graph, config, host=Host(recounts=True))
+def compiled_forward(
+    model: nn.Module, config: DartConfig, dynamic: bool | None = None, *, remasks: bool = True
+) -> Forward:
+    """What ``dartfx.compile`` puts in place of a model's call.
+
+    remasks: decode steps come through it, too; those of static caches may be compiled elsewhere.
+    """
+    host = Host(recounts=True, remasks=remasks)
+    in_one = partial(compile_graph, config, host=replace(host, may_break=True))
+    in_several = partial(compile_graph, config, host=host)
     whole = torch.compile(model._call_impl, backend=in_one, dynamic=dynamic, fullgraph=True)
     broken = torch.compile(model._call_impl, backend=in_several, dynamic=dynamic)
     uniform = None
     if config.kv_layout != "layered":
         one_length = replace(config, kv_layout="uniform")
-        uniform = partial(compiled_forward, model, one_length, dynamic)
+        uniform = partial(compiled_forward, model, one_length, dynamic, remasks=False)
     return Forward(whole, broken, model._call_impl, config, uniform)
 
 

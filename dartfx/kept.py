@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from dartfx.errors import DartfxError
 from dartfx.layout import Cell, Layout, layout_of
 from dartfx.passes.graph import Emitter
 
-__all__ = ["KeptTokens", "Pick", "kept_tokens", "recording"]
+__all__ = ["KeptTokens", "Pick", "handing", "kept_tokens", "recording"]
 
 Compiled = Callable[..., Any]
 
@@ -115,13 +117,34 @@ def _store(record: _Record | None) -> None:
         _last = record
 
 
+_handing: ContextVar[list[Tensor] | None] = ContextVar("dartfx_handed", default=None)
+
+
+@contextmanager
+def handing() -> Iterator[list[Tensor]]:
+    """The keep_idx [B, S'] of pruned graphs that ran in this context and hand it to the caller."""
+    handed: list[Tensor] = []
+    token = _handing.set(handed)
+    try:
+        yield handed
+    finally:
+        _handing.reset(token)
+
+
 def recording(
-    config: DartConfig, module: GraphModule, compile: Callable[[GraphModule], Compiled]
+    config: DartConfig,
+    module: GraphModule,
+    compile: Callable[[GraphModule], Compiled],
+    *,
+    hands: bool = False,
 ) -> Compiled:
-    """``compile(module)`` of a pruned graph, with its tokens recorded if the config says so."""
-    if not config.tokens:
+    """``compile(module)`` of a pruned graph, with its tokens recorded if the config says so.
+
+    hands: give keep_idx to whoever opened :func:`handing` around the call.
+    """
+    if not config.tokens and not hands:
         return compile(module)
-    added = _expose(module)
+    added = _expose(module, config.tokens)
     return _Records(compile(module), added)
 
 
@@ -134,17 +157,23 @@ class _Records:
     def __call__(self, *args: Any) -> Any:
         outputs = self._compiled(*args)
         # Copies: outputs of a CUDA graph are overwritten when it runs next.
-        keep, vision, *picker = (t.detach().clone() for t in outputs[-self._added :])
-        _store(_Record(keep, vision, *picker or [None]))
+        keep, *marks = (t.detach().clone() for t in outputs[-self._added :])
+        if (handed := _handing.get()) is not None:
+            handed.append(keep)
+        if marks:
+            vision, *picker = marks
+            _store(_Record(keep, vision, *picker or [None]))
         return outputs[: -self._added]
 
 
-def _expose(module: GraphModule) -> int:
-    """Let a pruned graph return keep_idx, vision mask and, for "dart", pickers; how many."""
+def _expose(module: GraphModule, tokens: bool) -> int:
+    """Let a pruned graph return keep_idx and, for tokens, vision mask and pickers; how many."""
     graph = module.graph
     (select,) = graph.find_nodes(op="call_function", target=torch.ops.dartfx.select_tokens.default)
-    added: list[Node] = [select, select.args[2]]
-    if select.args[8] == "dart":
+    added: list[Node] = [select]
+    if tokens:
+        added.append(select.args[2])
+    if tokens and select.args[8] == "dart":
         emit = Emitter(select.next)
         added.append(emit(torch.ops.dartfx.picked_by.default, *select.args[:8]))
     (output,) = graph.find_nodes(op="output")

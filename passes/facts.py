@@ -142,6 +142,7 @@ class Request:
     valid_mask, N, R, *operator_args);
     kv_layout: "auto", "layered" or "uniform";
     recounts: the caller sets each sliding cache's own token count from its keys after the call;
+    remasks: the caller gathers the decode mask's columns as the rows' tokens were gathered;
     always: rewrite the graph even where R >= N leaves nothing to drop, to check the rewriting.
     """
 
@@ -151,6 +152,7 @@ class Request:
     operator_args: tuple[object, ...]
     kv_layout: str = "auto"
     recounts: bool = False
+    remasks: bool = False
     always: bool = False
 
 
@@ -184,6 +186,10 @@ class Pruned:
     flops: tuple[int, int]
     kv_bytes: tuple[int, int]
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def hands_kept(self, request: Request) -> bool:
+        """Whether the caller needs keep_idx, to gather the mask that decode reads its caches by."""
+        return request.remasks and self.kv_layout == "uniform" and self.batch > 1
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def insert(
         budget.retain,
         *request.operator_args,
     )
-    if caches.uniform and not is_one(sizes(site.hidden)[0]):
+    if caches.uniform and not request.remasks and not is_one(sizes(site.hidden)[0]):
         alike = emit(aten.eq.Scalar, emit(aten.sum.dim_IntList, mask, [1]), budget.vision_tokens)
         keep = emit(torch.ops.dartfx.require_rows.default, keep, alike, _PADS_DROPPED)
     if caches.window is not None and valid is not None:

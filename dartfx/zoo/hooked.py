@@ -184,6 +184,7 @@ class _Hooks:
         self.prefilling = False
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
         self.latent_cache = latent_cache
+        self.uniform = False
         self.attended: Tensor | None = None
 
     def update(self, cache: Cache, keys: Tensor, values: Tensor, index: int, *more: Any) -> Any:
@@ -276,6 +277,13 @@ class _Hooks:
         self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Pre-hook of the decoder: the same for one that adds them in its own loop."""
+        padding: Any = kwargs.get("attention_mask")
+        known = self.uniform and isinstance(padding, Tensor) and padding.ndim == 2
+        if known and self.keep_idx is not None:
+            # Decode reads the caches by the mask's first columns, so those are gathered alike.
+            prompt = self.valid.shape[1]
+            columns = padding[:, :prompt].gather(1, self.keep_idx), padding[:, prompt:]
+            return args, kwargs | {"attention_mask": torch.cat(columns, 1)}
         mask, features = kwargs.get("vision_mask"), kwargs.get("deepstack_features")
         if mask is None or features is None:
             return None
@@ -314,17 +322,6 @@ class _Hooks:
                 entry.keys = take(keys, self.keep_idx, 2)
                 entry.values = take(values, self.keep_idx, 2)
 
-    def require_all_pads_kept(self) -> None:
-        """Refuse to decode when the mask's first columns would no longer fit the cache."""
-        assert self.keep_idx is not None
-        pads = (~self.valid).sum(1)
-        kept = (~self.valid.gather(1, self.keep_idx)).sum(1)
-        for row in (pads != kept).nonzero().flatten().tolist():
-            raise ValueError(
-                f"row {row} lost {int(pads[row] - kept[row])} of its pads: decoding would still "
-                f"mask {int(pads[row])} columns, so valid tokens; give all rows as many images"
-            )
-
 
 _CACHE_UPDATE = Cache.update
 
@@ -337,15 +334,13 @@ def _final_norm(decoder: Any) -> Any:
 
 
 @contextmanager
-def _hooked(hooks: _Hooks, kv_layout: KvLayout, *, decoding: bool) -> Iterator[None]:
+def _hooked(hooks: _Hooks, kv_layout: KvLayout) -> Iterator[None]:
+    hooks.uniform = kv_layout == "uniform"
+
     def after_decoder(_: Any, __: Any, output: Any) -> None:
         pruned = hooks.prefilling and hooks.selector is not None
         hooks.prefilling = False
-        if not pruned:
-            return
-        if decoding:
-            hooks.require_all_pads_kept()
-        if kv_layout == "uniform":
+        if pruned and hooks.uniform:
             hooks.compact(output.past_key_values)
 
     handles = [
@@ -381,7 +376,7 @@ def _attention_caches(cache: Any) -> list[Any]:
 
 
 def _forward(model: Any, inputs: Inputs, hooks: _Hooks, kv_layout: KvLayout) -> Pruned:
-    with _hooked(hooks, kv_layout, decoding=False):
+    with _hooked(hooks, kv_layout):
         output = model(**inputs, use_cache=True)
     if hooks.evidence is None or hooks.keep_idx is None:
         raise ValueError("the prompt never reached the hooks; it must have more than one token")
@@ -399,7 +394,7 @@ def _forward(model: Any, inputs: Inputs, hooks: _Hooks, kv_layout: KvLayout) -> 
 def _generate(
     model: Any, inputs: Inputs, hooks: _Hooks, kv_layout: KvLayout, max_new_tokens: int
 ) -> Generated:
-    with _hooked(hooks, kv_layout, decoding=True):
+    with _hooked(hooks, kv_layout):
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -449,7 +444,7 @@ def pruned_generate(
     """Greedy ``model.generate(**inputs)`` whose prefill is pruned and whose decode is untouched.
 
     Raises ValueError where transformers' one decode mask cannot fit the caches: layered caches
-    under padding or eager attention, and uniform ones when a row lost some of its pads.
+    under padding or eager attention.
     """
     hooks = _Hooks(model, inputs, layer, retain, selector, **where)
     eager = hooks.decoder.config._attn_implementation == "eager"
