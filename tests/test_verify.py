@@ -28,7 +28,7 @@ def verified(model: torch.nn.Module, inputs: Inputs, **more: Any) -> dartfx.Veri
         ("sdpa", "none"),  # causal
         ("sdpa", "4d_bool"),
         ("sdpa", "4d_float"),
-        ("sdpa", "3d_bool"),
+        ("repeated", "4d_bool"),
         ("softmax", "4d_float"),
         ("filled", "4d_bool"),
         ("where", "4d_bool"),
