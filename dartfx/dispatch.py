@@ -17,7 +17,7 @@ from dartfx.kept import recording
 from dartfx.passes import locate
 from dartfx.passes.attention import attends_causally
 from dartfx.passes.facts import NoDecoder, Outcome, Pruned, Request, Untouched, Vision
-from dartfx.passes.graph import is_one, is_state, module_paths, split_index
+from dartfx.passes.graph import is_one, is_state, module_paths, same_size, split_index
 from dartfx.passes.normalise import example_values, fresh_size, independent, normalise
 from dartfx.passes.pipeline import Observer, internal_error, prune
 from dartfx.passes.screen import masks_attention
@@ -81,16 +81,20 @@ class TakesMask:
     def unexplained_inputs(self) -> list[str]:
         """Floating inputs that could bring vision tokens, as ``float32 [1, 630, 4096]``.
 
-        A text prompt comes as token ids; embeddings, pixels or features may hold more than text.
-        Empty for a graph whose attention hides nothing: a vision tower's.
+        A text prompt comes as token ids, perhaps with a mask of their shape; embeddings, pixels or
+        features may hold more than text.  Empty for a graph whose attention hides nothing: a
+        vision tower's.
         """
         if not self.may_take_masks or not masks_attention(self._module.graph):
             return []
+        values = example_values(self._module)
+        of_ids = [values[place].shape for place in self._ids]
         return [
             f"{str(value.dtype).removeprefix('torch.')} {[str(s) for s in value.shape]}"
             for node in self._module.graph.nodes
             if node.op == "placeholder" and isinstance(value := node.meta["example_value"], Tensor)
-            if value.is_floating_point() and value.ndim > 2 and not _is_state(node)
+            if value.is_floating_point() and value.ndim > 1 and not _is_state(node)
+            if not any(_same_shape(value.shape, shape) for shape in of_ids)
         ]
 
     def prepare(self, inputs: Sequence[Any]) -> None:
@@ -173,6 +177,11 @@ class TakesMask:
         # Dynamo counts recompilations per code object; every graph gets one of its own.
         run.__code__ = run.__code__.replace(co_name=f"run_{id(module):x}")
         return torch.compile(run, backend=partial(self._lower, self._config), fullgraph=True)
+
+
+def _same_shape(one: torch.Size, other: torch.Size) -> bool:
+    """Whether two shapes are equal for every input; asking it installs no guard."""
+    return len(one) == len(other) and all(map(same_size, one, other))
 
 
 def _is_state(node: Node) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
+from functools import cached_property
 
 from networkx.utils import UnionFind
 from torch.fx import Graph, Node
@@ -173,6 +174,10 @@ class TokenAxes:
         self.token: Var = (site.hidden, 1)
         self.batch: Var = (site.hidden, 0)
 
+    @cached_property
+    def _batch_stands_alone(self) -> bool:
+        return self.axes.alone(self.batch)
+
     def is_token(self, node: Node, dim: int) -> bool:
         """Whether this dim is the token axis (of size S)."""
         return not is_one(sizes(node)[dim]) and self.axes.same((node, dim), self.token)
@@ -213,7 +218,7 @@ class TokenAxes:
             if not is_one(sizes(node)[dim]):
                 if self.axes.same((node, dim), self.batch):
                     return dim
-            elif self.axes.aligned((node, dim), self.batch) and self.axes.alone(self.batch):
+            elif self.axes.aligned((node, dim), self.batch) and self._batch_stands_alone:
                 return dim
         return None
 

@@ -17,14 +17,13 @@ from .graph import (
     Emitter,
     argument,
     aten,
-    bases,
     is_one,
     is_view,
-    mutated_operands,
     packet,
     same_size,
     sizes,
     tensor,
+    written_after,
 )
 
 _ASSERTS = {
@@ -118,7 +117,8 @@ def _unpack(index: Node) -> None:
     packed = _packed(index)
     writes = [n for n in packed if _write_mask(n, packed) is not None]
     put_back = writes and all(_puts_back(n, mask, packed) for n in writes)
-    if put_back and not _changes_meanwhile(source, index, packed):
+    changes = written_after(index, source, next(reversed(packed))) if put_back else []
+    if put_back and set(packed).issuperset(changes):
         _rewrite(index, mask, packed)
 
 
@@ -156,18 +156,6 @@ def _row_by_row(node: Node, packed: Container[Node]) -> bool:
     value = tensor(node)
     by_number = any(i in packed and tensor(i) is None for i in node.all_input_nodes)
     return value is not None and value.ndim == 2 and packet(node) in _PER_ROW and not by_number
-
-
-def _changes_meanwhile(source: Node, index: Node, packed: dict[Node, None]) -> bool:
-    """Whether ``source`` is written to between the picking of rows and their last use."""
-    nodes = list(index.graph.nodes)
-    between = nodes[nodes.index(index) : nodes.index(next(reversed(packed)))]
-    return any(
-        bases(written)[-1] is bases(source)[-1]
-        for node in between
-        if node not in packed
-        for written in mutated_operands(node)
-    )
 
 
 def _flattened(node: Node) -> bool:

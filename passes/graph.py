@@ -163,6 +163,16 @@ def bases(node: Node) -> list[Node]:
     return found
 
 
+def written_after(start: Node, value: Node, end: Node | None = None) -> list[Node]:
+    """The calls between two nodes (or to the end) that write to what ``value`` is or views."""
+    found, base, node = [], bases(value)[-1], start.next
+    while node is not end and node.op != "root":
+        if any(bases(w)[-1] is base for w in mutated_operands(node)):
+            found.append(node)
+        node = node.next
+    return found
+
+
 def is_state(node: Node) -> bool:
     """Whether a dynamo input is a parameter or a buffer."""
     return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})

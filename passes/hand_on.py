@@ -6,7 +6,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .axes import Axes
 from .facts import Vision
-from .graph import Emitter, aten, downstream, tensor
+from .graph import Emitter, aten, downstream, tensor, written_after
 from .insert import vision_mask, vision_rows
 from .locate import find_merges
 
@@ -36,7 +36,7 @@ def hand_on(module: GraphModule) -> int | None:
 
 def _merged_output(graph: Graph, output: Node) -> tuple[int, Vision] | None:
     returned = output.args[0]
-    merges = find_merges(graph)
+    merges = [m for m in find_merges(graph) if not written_after(m.node, m.mask)]
     if not merges or not isinstance(returned, list | tuple):
         return None
     axes = Axes(graph)

@@ -26,6 +26,7 @@ from .graph import (
     sizes,
     split_index,
     tensor,
+    written_after,
 )
 from .norm import final_norm
 
@@ -113,6 +114,9 @@ def find_vision(graph: Graph, stacks: Sequence[Stack]) -> tuple[Vision, Stack] |
     path = min(feeding, key=lambda p: order[by_path[p].nodes(0)[0]])
     merges = feeding[path]
     last = merges[-1]
+    for merge in merges:
+        if written_after(merge.node, merge.mask):
+            raise Refusal("the vision mask is written to after the merge", merge.mask)
     for merge in merges[:-1]:
         if last.node not in downstream(graph, [merge.node]):
             raise Refusal("two merges feed the decoder side by side", merge.node)

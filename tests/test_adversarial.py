@@ -31,7 +31,6 @@ from dartfx.passes.graph import packet
 
 TWO_ROWS = Sizes(layers=2, batch=2)
 THREE = Sizes(layers=3)
-LEARNED = 39
 
 
 @pytest.fixture(autouse=True)
@@ -100,31 +99,6 @@ def test_mask_of_another_order_is_not_handed_on() -> None:
         assert_same(outputs, model(**inputs), rtol=0, atol=0)
     assert isinstance(last := dartfx.reports()[-1].outcome, Untouched)
     assert last.unsure
-
-
-class LearnedPrompt(Decoder):
-    """Rows of a parameter stand at positions of their own, put there before or after the merge."""
-
-    def __init__(self, first: bool) -> None:
-        super().__init__(SMALL)
-        self.first, self.learned = first, nn.Parameter(torch.randn(3, SMALL.hidden))
-
-    def merge(self, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        x, vision = self.embed(ids), ids == IMAGE
-        if self.first:
-            x = x.index_put((ids == LEARNED,), self.learned)
-        x = x.masked_scatter(vision.unsqueeze(-1), features)
-        if not self.first:
-            x = x.masked_scatter((ids == LEARNED).unsqueeze(-1), self.learned * 2)
-        return x, vision
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_learned_prompt_is_not_vision(first: bool) -> None:
-    inputs = prompt(SMALL)
-    inputs["ids"][inputs["ids"] == LEARNED] = 5
-    inputs["ids"][0, -5:-2] = LEARNED
-    assert_pruned(LearnedPrompt(first), inputs)
 
 
 def in_halves(layer: Layer, x: Tensor) -> Tensor:
