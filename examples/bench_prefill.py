@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dartfx
 from dartfx.backend import dart as dart_backend
+from dartfx.bench.timing import device_name
 from dartfx.passes.facts import Pruned
 
 BEFORE, AFTER = 35, 19  # text tokens around the image: 35 is LLaVA-1.5's system prompt
@@ -186,15 +187,8 @@ def measure(args: argparse.Namespace) -> Result:
 
 def machine(args: argparse.Namespace, load: float) -> Result:
     """Where and with what the figures were measured."""
-    if args.device.startswith("cuda"):
-        name = torch.cuda.get_device_name(args.device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
     return {
-        "device": name,
+        "device": device_name(torch.device(args.device)),
         "dtype": args.dtype,
         "load_average": round(load, 2),
         "python": platform.python_version(),

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +16,24 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from dartfx.bench.timing import alternate, cache_bytes, seconds, twin
+
+__all__ = [
+    "IMAGE_ID",
+    "SIZES",
+    "Inputs",
+    "Size",
+    "alternate",
+    "build_model",
+    "build_processor",
+    "cache_bytes",
+    "cache_lengths",
+    "prefill",
+    "random_inputs",
+    "seconds",
+    "twin",
+]
 
 Inputs = dict[str, Any]
 
@@ -140,12 +154,6 @@ def random_inputs(size: Size, before: int, after: int, model: nn.Module) -> Inpu
     return {k: v.to(weight.device) for k, v in inputs.items()} | {"pixel_values": pixels.to(weight)}
 
 
-def twin(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer with ``model``."""
-    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
 def prefill(model: Any, inputs: Inputs) -> Any:
     """``generate`` for one new token: vision tower, merge and decoder; no decode step."""
     return model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
@@ -154,33 +162,3 @@ def prefill(model: Any, inputs: Inputs) -> Any:
 def cache_lengths(cache: Any) -> list[int]:
     """Tokens that each decoder layer's KV cache holds."""
     return [layer.keys.shape[-2] for layer in cache.layers]
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values in a KV cache."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call, with the GPU's queue empty before and after."""
-    _wait()
-    start = time.perf_counter()
-    call()
-    _wait()
-    return time.perf_counter() - start
-
-
-def alternate(
-    calls: Sequence[Callable[[], object]], repeat: int, warmup: int = 1
-) -> list[list[float]]:
-    """The seconds of each call, run in turns (A B A B ...) so that all meet the same load."""
-    for _ in range(warmup):
-        for call in calls:
-            call()
-    timed = [[seconds(call) for call in calls] for _ in range(repeat)]
-    return [list(column) for column in zip(*timed, strict=True)]
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

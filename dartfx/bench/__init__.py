@@ -9,7 +9,7 @@ __all__ = ["HELP", "configure", "run"]
 
 HELP = "time what dartfx does on this machine"
 
-BENCHMARKS = {"kernel": "dartfx.bench.kernel"}
+BENCHMARKS = {"generate": "dartfx.bench.generate", "kernel": "dartfx.bench.kernel"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

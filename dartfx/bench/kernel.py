@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from dartfx.bench.baselines import Layer, published
+from dartfx.bench.timing import device_name
 from dartfx.ops import register  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
 
 __all__ = ["HELP", "SHAPES", "Shape", "configure", "run"]
@@ -122,19 +123,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def machine(device: torch.device) -> dict[str, object]:
     """Where, when and with what the figures are measured."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "not installed"
     return {
-        "device": name,
+        "device": device_name(device),
         "date": date.today().isoformat(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
