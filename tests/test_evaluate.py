@@ -15,6 +15,7 @@ from dartfx.evaluate.answers import Answers, Setting
 from dartfx.evaluate.questions import Question, batches, load
 from dartfx.evaluate.results import Results
 from dartfx.evaluate.scores import MEAN, Sample, chance, score
+from dartfx.evaluate.work import load_model
 from dartfx.selectors import get_selector
 
 ROOT = Path(__file__).parent.parent
@@ -164,7 +165,7 @@ def test_all_and_none_are_measured_once_a_layer() -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Any, Any]:
-    return evaluate._load(str(ROOT / evaluate.MODEL))
+    return load_model(str(ROOT / evaluate.MODEL))
 
 
 def test_batches_have_one_size_and_no_pads(tiny: tuple[Any, Any]) -> None:

@@ -11,18 +11,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from dartfx.evaluate import selectors  # noqa: F401  (registers what dart is compared with)
-from dartfx.evaluate.answers import Setting, answer, answer_pruned, vision_tokens
-from dartfx.evaluate.questions import Question, batches, load
+from dartfx.evaluate.answers import Setting
 from dartfx.evaluate.results import Results
 from dartfx.evaluate.scores import MEAN, chance, score
+from dartfx.evaluate.work import Asker, answers
 from dartfx.selectors import selector_names
 
 __all__ = ["HELP", "configure", "run"]
@@ -49,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=3, help="of selectors that draw (%(default)s)")
     add("--batch", type=int, default=32, help="prompts at once (%(default)s)")
     add("--max-new-tokens", type=int, default=8, help="of an answer (%(default)s)")
+    add("--jobs", type=int, default=1, help="processes, each with the model (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything as JSON")
     add("--write", type=Path, metavar="FILE", help="write the tables as Markdown")
     add("--plot", type=Path, metavar="FILE", help="draw accuracy over tokens; needs matplotlib")
@@ -63,8 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if problem:
         print(problem, file=sys.stderr)
         return 2
-    questions = load(arguments.questions, arguments.pictures)
-    results = _measure(arguments, questions)
+    results = _measure(arguments)
     print(results.as_markdown())
     if arguments.plot:
         from dartfx.evaluate.plot import draw
@@ -89,23 +86,22 @@ def _problem(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def _measure(arguments: argparse.Namespace, questions: Sequence[Question]) -> Results:
-    model, processor = _load(str(arguments.model))
-    prompts = batches(questions, processor, arguments.batch)
-    ask = (model, processor, prompts, arguments.max_new_tokens)
-    full = answer(*ask)
+def _measure(arguments: argparse.Namespace) -> Results:
+    asker = Asker(arguments)
+    questions, full = asker.questions, asker.full()
     unpruned = score(questions, full, full)["accuracy"]
-    results = Results(questions, vision_tokens(model, prompts[0]), unpruned)
+    results = Results(questions, asker.vision_tokens(), unpruned)
     plan = list(_plan(arguments, results.vision_tokens))
-    for number, (setting, seeds) in enumerate(plan, 1):
-        start = time.monotonic()
-        for seed, pruned in zip(seeds, answer_pruned(*ask, setting, seeds), strict=True):
-            results.add(setting, seed, score(questions, full, pruned))
+    start = time.monotonic()
+    for number, pruned in enumerate(answers(asker, arguments, plan), 1):
+        setting, seeds = plan[number - 1]
+        for seed, one in zip(seeds, pruned, strict=True):
+            results.add(setting, seed, score(questions, full, one))
         key = (setting.layer, setting.selector, setting.retain)
         mean = results.figures(key, "accuracy")[MEAN].value
         print(
             f"[{number}/{len(plan)}] layer {setting.layer}, {setting.selector}, {setting.retain} "
-            f"kept: mean {mean:.1%} ({time.monotonic() - start:.0f} s)",
+            f"kept: mean {mean:.1%} (after {time.monotonic() - start:.0f} s)",
             file=sys.stderr,
             flush=True,
         )
@@ -121,15 +117,6 @@ def _plan(arguments: argparse.Namespace, total: int) -> Iterator[tuple[Setting, 
             for selector in arguments.selectors if decided else arguments.selectors[:1]:
                 draws = decided and selector == "random"
                 yield Setting(layer, selector, retain), range(arguments.seeds if draws else 1)
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False), AutoProcessor.from_pretrained(name)
 
 
 def _write(arguments: argparse.Namespace, results: Results) -> None:

@@ -1,0 +1,76 @@
+"""The model with its prompts, in this process or in several."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from dartfx.evaluate.answers import Answers, Setting, answer, answer_pruned, vision_tokens
+from dartfx.evaluate.questions import batches, load
+
+__all__ = ["Asker", "answers", "load_model"]
+
+Task = tuple[Setting, range]  # with its seeds
+
+
+class Asker:
+    """A model and the prompts that the command line asks for."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        if arguments.jobs > 1:
+            torch.set_num_threads(1)
+        self.questions = load(arguments.questions, arguments.pictures)
+        model, processor = load_model(str(arguments.model))
+        prompts = batches(self.questions, processor, arguments.batch)
+        self._ask = (model, processor, prompts, arguments.max_new_tokens)
+
+    def full(self) -> Answers:
+        """Answers of the unpruned model."""
+        return answer(*self._ask)
+
+    def vision_tokens(self) -> int:
+        """Vision tokens of each prompt."""
+        return vision_tokens(self._ask[0], self._ask[2][0])
+
+    def pruned(self, task: Task) -> list[Answers]:
+        """Answers with each seed."""
+        return list(answer_pruned(*self._ask, *task))
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """A model, on the GPU where there is one, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False), AutoProcessor.from_pretrained(name)
+
+
+def answers(
+    asker: Asker, arguments: argparse.Namespace, plan: Sequence[Task]
+) -> Iterator[list[Answers]]:
+    """What ``asker.pruned`` gives for each task, in order, by ``arguments.jobs`` processes."""
+    if arguments.jobs == 1:
+        yield from map(asker.pruned, plan)
+        return
+    # Fresh processes: one that is forked inherits torch's threads in whatever state they are.
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _begin, (arguments,)) as pool:
+        yield from pool.map(_work, plan)
+
+
+_asker: Asker  # of a worker process
+
+
+def _begin(arguments: argparse.Namespace) -> None:
+    global _asker
+    _asker = Asker(arguments)
+
+
+def _work(task: Task) -> list[Answers]:
+    return _asker.pruned(task)
