@@ -11,11 +11,22 @@ from collections import defaultdict
 from collections.abc import Collection
 from functools import cached_property
 
+import torch
 from networkx.utils import UnionFind
 from torch.fx import Graph, Node
 
 from .facts import Site, Size
-from .graph import bases, is_one, mutated_operands, same_size, sizes, tensor
+from .graph import (
+    argument,
+    aten,
+    bases,
+    is_one,
+    mutated_operands,
+    packet,
+    same_size,
+    sizes,
+    tensor,
+)
 
 Var = tuple[Node, int]
 Factor = Var | int
@@ -146,14 +157,37 @@ class Axes:
     def alone(self, var: Var) -> bool:
         """Whether no other axis stands anywhere in the place of this dim.
 
-        A ``[1, 1, 1]`` parameter used in two places makes one of them.
+        A ``[1, 1, 1]`` parameter used in two places makes one of them.  What was expanded from one
+        to a length of its own is no other axis: every entry is the same.
         """
         place = next(group for group in self._place.to_sets() if var in group)
-        return all(is_one(sizes(n)[d]) or self.same((n, d), var) for n, d in place)
+        return all(self.same((n, d), var) or _is_expanded(n, d) for n, d in place)
 
     def was_handled(self, user: Node, var: Var) -> bool:
         """Whether ``user``'s rule accounts for this operand dim."""
         return (user, var) in self._handled
+
+
+def _is_expanded(node: Node, dim: int) -> bool:
+    """Whether all entries along a dim are the same, because it was expanded from size 1."""
+    if is_one(sizes(node)[dim]):
+        return True
+    if packet(node) is aten.expand:
+        source = argument(node, "self")
+        missing = len(sizes(node)) - len(sizes(source))
+        return dim < missing or _is_expanded(source, dim - missing)
+    if packet(node) is aten.slice:
+        cut = argument(node, "dim", 0) % len(sizes(node))
+        return cut != dim and _is_expanded(argument(node, "self"), dim)
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        return False
+    # Operands broadcast from the right.
+    places = [(i, dim - len(sizes(node)) + _rank(i)) for i in node.all_input_nodes]
+    return all(place < 0 or _is_expanded(i, place) for i, place in places)
+
+
+def _rank(node: Node) -> int:
+    return len(sizes(node)) if tensor(node) is not None else 0
 
 
 def _positive(var: Var) -> Var:

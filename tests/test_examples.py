@@ -95,7 +95,8 @@ def test_demo_on_the_sample_photograph() -> None:
     )
     assert times is not None
     plain, dart, ratio = map(float, times.groups())
-    assert ratio == pytest.approx(plain / dart, abs=0.01, rel=0.01)
+    # Times are printed to a tenth, so times of a few milliseconds leave the ratio that much room.
+    assert (plain - 0.06) / (dart + 0.06) - 0.01 <= ratio <= (plain + 0.06) / (dart - 0.06) + 0.01
 
 
 def test_demo_on_a_saved_model_and_image(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

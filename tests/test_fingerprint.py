@@ -26,6 +26,7 @@ CHANGES: list[dict[str, object]] = [
     {"inductor": {"debug": True}},
     {"inductor": {"debug": False}},
     {"mode": "max-autotune"},
+    {"tokens": True},
 ]
 
 

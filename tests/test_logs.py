@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from decoders import Decoder, Sizes, prompt, run
 
+import dartfx
+
 LINE = (
     r"graph 0: L\['self'\]\.layers\.2: 24 -> 17 tokens \(12 -> 5 vision tokens per sample, "
     r"merge in the graph\), 1\.\d\dx fewer decoder FLOPs, KV cache layered, passes \d+\.\d\d s"
@@ -32,6 +34,7 @@ def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
 
 
 def test_one_line_per_pruned_graph_and_one_per_pass(caplog: pytest.LogCaptureFixture) -> None:
+    dartfx.reset()  # graphs are numbered from here
     with caplog.at_level(logging.DEBUG, logger="dartfx"):
         run(Decoder(), prompt(Sizes()), retain_tokens=5)
     (line,) = messages(caplog, logging.INFO)
