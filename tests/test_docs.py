@@ -41,6 +41,7 @@ def names(
     monkeypatch.setattr(dartfx.dump, "lower", lambda config, module, inputs: module.forward)
     registered = dict(selectors._ENTRIES)
     llava.model.generation_config.max_new_tokens = 2
+    llava.model.generation_config.cache_implementation = None  # decode="static" sets it
     inputs = llava.make_inputs()
     mask = inputs["input_ids"] == llava.image_token_id
     embeds = torch.randn(*mask.shape, 64)
