@@ -78,8 +78,8 @@ class Forward:
         self.calls += 1
         given, held = caches.tokens_given(kwargs), kwargs.get("past_key_values")
         caches.require_unpruned(held, given)
-        in_place = kwargs.get("return_dict") is False
-        if self._uniform is not None and not in_place and caches.empty_static(held):
+        as_tuple = kwargs.get("return_dict") is False
+        if self._uniform is not None and not as_tuple and caches.empty_static(held):
             return self._uniform()._fill(held, args, kwargs)
         kwargs = caches.with_kept_columns(held, kwargs)
         with kept.handing() as handed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import dartfx.ops.attribution  # noqa: F401  registers torch.ops.dartfx.picked_b
 from dartfx.config import DartConfig
 from dartfx.errors import DartfxError
 from dartfx.layout import Cell, Layout, layout_of
+from dartfx.listening import listening
 from dartfx.passes.graph import Emitter
 
 __all__ = ["KeptTokens", "Pick", "handing", "kept_tokens", "recording"]
@@ -120,15 +121,9 @@ def _store(record: _Record | None) -> None:
 _handing: ContextVar[list[Tensor] | None] = ContextVar("dartfx_handed", default=None)
 
 
-@contextmanager
-def handing() -> Iterator[list[Tensor]]:
+def handing() -> AbstractContextManager[list[Tensor]]:
     """The keep_idx [B, S'] of pruned graphs that ran in this context and hand it to the caller."""
-    handed: list[Tensor] = []
-    token = _handing.set(handed)
-    try:
-        yield handed
-    finally:
-        _handing.reset(token)
+    return listening(_handing)
 
 
 def recording(

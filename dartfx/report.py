@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 
+from dartfx.listening import listening
 from dartfx.passes.facts import Declined, Outcome, Pruned
 
 __all__ = ["Report", "as_json", "clear", "collecting", "discard", "record", "reports"]
@@ -95,26 +95,14 @@ def _kept() -> list[Report]:
     return _REPORTS if sink is None else sink
 
 
-@contextmanager
-def collecting() -> Iterator[list[Report]]:
+def collecting() -> AbstractContextManager[list[Report]]:
     """Keep the reports of this context apart from those of ``dartfx.reports()``."""
-    collected: list[Report] = []
-    token = _sink.set(collected)
-    try:
-        yield collected
-    finally:
-        _sink.reset(token)
+    return listening(_sink)
 
 
-@contextmanager
-def watching() -> Iterator[list[Report]]:
+def watching() -> AbstractContextManager[list[Report]]:
     """The reports made in this context, which are kept where they would be kept anyway."""
-    watched: list[Report] = []
-    token = _watching.set(watched)
-    try:
-        yield watched
-    finally:
-        _watching.reset(token)
+    return listening(_watching)
 
 
 def reports() -> list[Report]:

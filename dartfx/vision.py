@@ -10,13 +10,15 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from dartfx.listening import listening
 
 __all__ = ["Found", "find", "forget", "given", "note", "noting", "vision_tokens"]
 
@@ -79,15 +81,9 @@ def find(embeds: Tensor) -> Found | None:
     return found
 
 
-@contextmanager
-def noting() -> Iterator[list[Found]]:
+def noting() -> AbstractContextManager[list[Found]]:
     """The notes made in this context, so that whoever opened it can see which nobody took."""
-    noted: list[Found] = []
-    token = _noting.set(noted)
-    try:
-        yield noted
-    finally:
-        _noting.reset(token)
+    return listening(_noting)
 
 
 def _report_lost(taken: threading.Event) -> None:
