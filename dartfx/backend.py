@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,21 @@ from dartfx.dispatch import NotesMask, TakesMask
 from dartfx.dump import Dump
 from dartfx.errors import PruningWarning, UnsupportedGraphError
 from dartfx.kept import recording
-from dartfx.passes.facts import Declined, HandsOn, Outcome, Pruned, Refusal, Request, Untouched
+from dartfx.passes.facts import (
+    Declined,
+    HandsOn,
+    Outcome,
+    Pruned,
+    Refusal,
+    Request,
+    Stage,
+    Untouched,
+)
 from dartfx.passes.hand_on import hand_on
 from dartfx.passes.normalise import normalise
 from dartfx.passes.pipeline import internal_error, prune
 from dartfx.passes.screen import holds_layers, writes_rows
+from dartfx.passes.selection import ByOperator
 from dartfx.report import Report, discard, record
 from dartfx.symbolic_text import keep_sizes_symbolic
 
@@ -77,11 +88,13 @@ class Host:
 def request_of(config: DartConfig, host: Host) -> Request:
     """What the passes need of the options, and of who calls the compiled code."""
     pivots = config.pivot_image_tokens, config.pivot_text_tokens
+    operator = torch.ops.dartfx.select_tokens.default
+    select = ByOperator(operator, (*pivots, config.selector, config.kernel))
     return Request(
-        layer=config.layer,
-        retain=config.retain_for,
-        operator=torch.ops.dartfx.select_tokens.default,
-        operator_args=(*pivots, config.selector, config.kernel),
+        stages=tuple(
+            Stage(layer, partial(config.retain_for, stage=number), select)
+            for number, layer in enumerate(config.layers)
+        ),
         kv_layout=config.kv_layout,
         recounts=host.recounts,
         remasks=host.remasks,
@@ -228,9 +241,10 @@ def _is_news(outcome: Outcome) -> bool:
 
 def _one_line(report: Report, pruned: Pruned) -> str:
     before, after = pruned.sequence
+    layers = ",".join(str(cut.layer) for cut in pruned.cuts)
     flops = pruned.flops[0] / max(pruned.flops[1], 1)
     return (
-        f"graph {report.graph}: {pruned.stack}.{pruned.layer}: {before} -> {after} tokens "
+        f"graph {report.graph}: {pruned.stack}.{layers}: {before} -> {after} tokens "
         f"({pruned.vision_tokens} -> {pruned.retained} vision tokens per sample, {pruned.how}), "
         f"{flops:.2f}x fewer decoder FLOPs, KV cache {pruned.kv_layout}, "
         f"passes {sum(pruned.seconds.values()):.2f} s"

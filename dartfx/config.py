@@ -13,7 +13,7 @@ import torch
 
 from dartfx.errors import ConfigError
 from dartfx.fingerprint import digest
-from dartfx.option_checks import CHECKS, choices, describe, require_kernel
+from dartfx.option_checks import CHECKS, check_stages, choices, describe, require_kernel
 
 __all__ = ["DUMP_VARIABLE", "DartConfig"]
 
@@ -33,7 +33,9 @@ class DartConfig:
 
     retain_tokens: vision tokens kept per sample; None means: follow ``reduction_ratio``.
     reduction_ratio: share of the vision tokens that is dropped, in [0, 1).
-    layer: index of the first decoder layer that sees the pruned sequence, at least 1.
+    layer: index of the first decoder layer that sees the pruned sequence, at least 1.  Several
+        ascending layers prune in stages; then ``retain_tokens`` (falling) or ``reduction_ratio``
+        (rising; of the prompt's vision tokens) gives one value for each.
     pivot_image_tokens, pivot_text_tokens: pivots of either kind.
     selector: a name in the selector registry.
     kv_layout: "layered", "uniform" or "auto".
@@ -47,9 +49,9 @@ class DartConfig:
     tokens: record which tokens each pruned call keeps, for :func:`dartfx.kept_tokens`.
     """
 
-    retain_tokens: int | None = None
-    reduction_ratio: float = 0.778
-    layer: int = 2
+    retain_tokens: int | tuple[int, ...] | None = None
+    reduction_ratio: float | tuple[float, ...] = 0.778
+    layer: int | tuple[int, ...] = 2
     pivot_image_tokens: int = 4
     pivot_text_tokens: int = 4
     selector: str = "dart"
@@ -65,6 +67,7 @@ class DartConfig:
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
+        check_stages(self.layer, self.retain_tokens, self.reduction_ratio)
         if self.lowering != "inductor":
             _refuse_inductor_options(self)
         if self.kernel == "triton":
@@ -102,13 +105,18 @@ class DartConfig:
             given["dump"] = os.environ.get(DUMP_VARIABLE) or None
         return cls(**given)
 
-    @overload
-    def retain_for(self, n: int) -> int: ...
-    @overload
-    def retain_for(self, n: int | torch.SymInt) -> int | torch.SymInt: ...
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer of every stage, ascending."""
+        return self.layer if isinstance(self.layer, tuple) else (self.layer,)
 
-    def retain_for(self, n: int | torch.SymInt) -> int | torch.SymInt:
-        """How many of ``n`` vision tokens per sample are kept (R).
+    @overload
+    def retain_for(self, n: int, stage: int = 0) -> int: ...
+    @overload
+    def retain_for(self, n: int | torch.SymInt, stage: int = 0) -> int | torch.SymInt: ...
+
+    def retain_for(self, n: int | torch.SymInt, stage: int = 0) -> int | torch.SymInt:
+        """How many of a sample's ``n`` vision tokens are kept from the stage on (R).
 
         ``retain_tokens`` when given, even if it exceeds ``n``; otherwise
         max(1, round(n * (1 - reduction_ratio))) with the ratio read as the decimal that was
@@ -116,13 +124,15 @@ class DartConfig:
         gets no guard.  Raises ConfigError for a SymInt when the ratio has so many decimals that
         compiled size arithmetic could overflow.
         """
-        if self.retain_tokens is not None:
-            return self.retain_tokens
-        keep = 1 - Fraction(str(self.reduction_ratio))
+        budgets, ratios = self.retain_tokens, self.reduction_ratio
+        if budgets is not None:
+            return budgets[stage] if isinstance(budgets, tuple) else budgets
+        ratio = ratios[stage] if isinstance(ratios, tuple) else ratios
+        keep = 1 - Fraction(str(ratio))
         p, q = keep.numerator, keep.denominator
         if not isinstance(n, int) and p >= _LARGEST_SYMBOLIC_NUMERATOR:
             raise ConfigError(
-                f"reduction_ratio={self.reduction_ratio!r} has too many decimals for a compilation "
+                f"reduction_ratio={ratio!r} has too many decimals for a compilation "
                 "with dynamic shapes: its size arithmetic would leave 64 bits; write at most 11 "
                 "decimals, or give retain_tokens"
             )

@@ -162,15 +162,25 @@ class _Records:
 
 
 def _expose(module: GraphModule, tokens: bool) -> int:
-    """Let a pruned graph return keep_idx and, for tokens, vision mask and pickers; how many."""
+    """Let a pruned graph return keep_idx and, for tokens, vision mask and pickers; how many.
+
+    Where several cuts were made, positions are those of the prompt and pickers those of the last.
+    """
     graph = module.graph
-    (select,) = graph.find_nodes(op="call_function", target=torch.ops.dartfx.select_tokens.default)
-    added: list[Node] = [select]
+    selects = graph.find_nodes(op="call_function", target=torch.ops.dartfx.select_tokens.default)
+    last = selects[-1]
+    emit = Emitter(last.next)
+    keep, before = selects[0], None
+    for select in selects[1:]:
+        keep, before = emit(torch.ops.aten.gather.default, keep, 1, select), keep
+    added: list[Node] = [keep]
     if tokens:
-        added.append(select.args[2])
-    if tokens and select.args[8] == "dart":
-        emit = Emitter(select.next)
-        added.append(emit(torch.ops.dartfx.picked_by.default, *select.args[:8]))
+        added.append(selects[0].args[2])
+    if tokens and last.args[8] == "dart":
+        picker = emit(torch.ops.dartfx.picked_by.default, *last.args[:8])
+        if before is not None:
+            picker = emit(torch.ops.dartfx.in_prompt.default, picker, before, selects[0].args[2])
+        added.append(picker)
     (output,) = graph.find_nodes(op="output")
     output.args = ((*output.args[0], *added),)
     graph.lint()

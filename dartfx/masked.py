@@ -6,6 +6,7 @@ become must then be what the pruned graph computes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from dartfx.passes.attention import is_attention
-from dartfx.passes.axes import Axes, TokenAxes
+from dartfx.passes.axes import TokenAxes
 from dartfx.passes.facts import Site
 from dartfx.passes.graph import argument, aten, downstream, hint, packet, sizes, tensor
 
@@ -27,8 +28,8 @@ class Watched:
     """A value to compare: its name, and where its token axis and its batch are.
 
     dims: token dims.  flat: dims of batch times tokens.  batch: the batch's dim, if any.  tail: of
-    all keys, as many of the last are returned; 0 for what is returned whole.  before_cut: those
-    are keys of the whole prompt in the pruned graph, too.
+    all keys, as many of the last are returned; 0 for what is returned whole.  cuts: those keys have
+    been through so many cuts in the pruned graph.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Watched:
     flat: tuple[int, ...]
     batch: int | None
     tail: int = 0
-    before_cut: bool = False
+    cuts: int = 0
 
 
 def watched(node: Node, axes: TokenAxes) -> Watched:
@@ -46,11 +47,11 @@ def watched(node: Node, axes: TokenAxes) -> Watched:
     return Watched(node.name, axes.dims(node), axes.flat_dims(node), axes.batch_dim(node))
 
 
-def watched_tail(node: Node, site: Site, axes: TokenAxes) -> Watched:
+def watched_tail(node: Node, sites: Sequence[Site], axes: TokenAxes) -> Watched:
     """The keys that a sliding-window cache ``keys[:, :, -window + 1:]`` is the tail of."""
     keys = watched(argument(node, "self"), axes)
-    early = site.stack.layer_of[node] < site.layer
-    return replace(keys, tail=hint(sizes(node)[2]), before_cut=early)
+    cuts = sum(site.stack.layer_of[node] >= site.layer for site in sites)
+    return replace(keys, tail=hint(sizes(node)[2]), cuts=cuts)
 
 
 def layer_values(site: Site, axes: TokenAxes) -> dict[int, Node]:
@@ -70,24 +71,28 @@ def layer_values(site: Site, axes: TokenAxes) -> dict[int, Node]:
     return found
 
 
-def hiding(module: GraphModule, site: Site) -> GraphModule:
-    """A copy of a normalised graph, called as ``(keep_idx, *inputs)``; the original stays.
+def hiding(module: GraphModule, sites: Sequence[Site], axes: TokenAxes) -> GraphModule:
+    """A copy of a normalised graph, called as ``(*keep_idx, *inputs)``; the original stays.
 
-    keep_idx: [B, S'] int64; tokens that it leaves out are hidden from the layer of the cut on.
+    sites: the cuts, by layer.  keep_idx: for each of them [B, S'] int64, in the prompt's positions;
+    tokens that it leaves out are hidden from its layer on.
     """
-    axes = TokenAxes(Axes(module.graph), site)
     graph = Graph()
     twins: dict[Node, Node] = {}
     graph.output(graph.graph_copy(module.graph, twins))
     first = next(iter(graph.nodes))
     with graph.inserting_before(first):
-        keep = graph.placeholder("keep_idx")
-    with graph.inserting_after(twins[site.hidden]):
-        dropped = graph.call_function(_dropped, (keep, twins[site.hidden]))
-    region = downstream(module.graph, [u for u in site.hidden.users if u.op != "output"])
-    for node in region:
-        if node.op == "call_function" and is_attention(node):
-            _hide(twins, node, dropped, axes)
+        keeps = [graph.placeholder(f"keep_idx_{number}") for number in range(len(sites))]
+    attending: dict[Node, Node] = {}
+    for keep, site in zip(keeps, sites, strict=True):
+        with graph.inserting_after(twins[site.hidden]):
+            dropped = graph.call_function(_dropped, (keep, twins[site.hidden]))
+        # What a later cut leaves out is left out of what the earlier ones kept.
+        for node in downstream(module.graph, [u for u in site.hidden.users if u.op != "output"]):
+            if node.op == "call_function" and is_attention(node):
+                attending[node] = dropped
+    for node, dropped in attending.items():
+        _hide(twins, node, dropped, axes)
     graph.lint()
     return GraphModule(module, graph)
 

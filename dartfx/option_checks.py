@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 
@@ -10,7 +11,7 @@ import torch
 
 from dartfx.errors import ConfigError
 
-__all__ = ["CHECKS", "choices", "describe", "require_kernel"]
+__all__ = ["CHECKS", "check_stages", "choices", "describe", "require_kernel"]
 
 Check = Callable[[str, object], object]
 """(name of the option, value) -> the value to keep; raises ConfigError for an invalid one."""
@@ -51,6 +52,49 @@ def _ratio(name: str, value: object) -> object:
     if not is_number or not 0 <= value < 1:  # type: ignore[operator]
         raise ConfigError(f"{name} must be a number with 0 <= {name} < 1, got {describe(value)}")
     return float(value)  # type: ignore[arg-type]
+
+
+def _staged(one: Check, otherwise: Check | None = None) -> Check:
+    """One value, or a sequence of them: one for each stage, kept as a tuple.
+
+    A sequence of one is that one value: it means, and is compiled as, the same.
+    """
+
+    def check_each(name: str, value: object) -> object:
+        if not isinstance(value, list | tuple):
+            return (otherwise or one)(name, value)
+        if not value:
+            raise ConfigError(f"{name} must hold a value for each stage, got {describe(value)}")
+        checked = tuple(one(f"{name}[{i}]", v) for i, v in enumerate(value))
+        return checked if len(checked) > 1 else checked[0]
+
+    return check_each
+
+
+def check_stages(layer: object, retain_tokens: object, reduction_ratio: object) -> None:
+    """Raise ConfigError unless the stages ascend, and each keeps fewer tokens than the one before.
+
+    Every stage has a layer and a number of tokens: either all options are single values, or
+    ``layer`` and the one that sets the number have as many.
+    """
+    name, given = "reduction_ratio", reduction_ratio
+    if retain_tokens is not None:
+        name, given = "retain_tokens", retain_tokens
+    layers, budgets = (v if isinstance(v, tuple) else (v,) for v in (layer, given))
+    if len(layers) != len(budgets):
+        raise ConfigError(
+            f"layer={layer!r} has {len(layers)} and {name}={given!r} has {len(budgets)} values; "
+            "pruning in stages needs one of each per stage"
+        )
+    steps = list(itertools.pairwise(layers)), list(itertools.pairwise(budgets))
+    if any(one >= other for one, other in steps[0]):
+        raise ConfigError(f"layer={layer!r} must ascend: each stage prunes what the last one left")
+    rising = name == "reduction_ratio"
+    if any((one >= other) if rising else (one <= other) for one, other in steps[1]):
+        raise ConfigError(
+            f"{name}={given!r} must {'rise' if rising else 'fall'} from stage to stage: a stage "
+            "that keeps as many tokens drops none"
+        )
 
 
 def _choice(valid: Callable[[], Iterable[str]], optional: bool = False) -> Check:
@@ -136,10 +180,10 @@ def _flag(name: str, value: object) -> object:
 
 
 CHECKS: dict[str, Check] = {
-    "retain_tokens": _integer(0, optional=True),
-    "reduction_ratio": _ratio,
+    "retain_tokens": _staged(_integer(0), otherwise=_integer(0, optional=True)),
+    "reduction_ratio": _staged(_ratio),
     # The selection needs the keys of the layer before.
-    "layer": _integer(1),
+    "layer": _staged(_integer(1)),
     "pivot_image_tokens": _integer(0),
     "pivot_text_tokens": _integer(0),
     "selector": _choice(_selectors),

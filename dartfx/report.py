@@ -47,17 +47,22 @@ class Report:
 
 def _pruned_lines(p: Pruned) -> list[str]:
     saved = p.flops[0] / max(p.flops[1], 1)
+    layers, retained = [
+        ", ".join(str(getattr(c, name)) for c in p.cuts) for name in ("layer", "retained")
+    ]
+    lengths = [p.sequence[0], *(c.sequence[1] for c in p.cuts)]
     lines = [
-        f"pruned before decoder layer {p.layer} of {p.stack}",
-        f"  vision tokens: {p.vision_tokens} per sample ({p.how}), {p.retained} retained",
-        f"  sequence:      {p.sequence[0]} -> {p.sequence[1]} tokens, batch {p.batch}",
+        f"pruned before decoder layer {layers} of {p.stack}",
+        f"  vision tokens: {p.vision_tokens} per sample ({p.how}), {retained} retained",
+        f"  sequence:      {' -> '.join(map(str, lengths))} tokens, batch {p.batch}",
         f"  decoder FLOPs: {p.flops[0]:.4g} -> {p.flops[1]:.4g} ({saved:.2f}x fewer)",
     ]
     if p.kv_bytes[0]:
         lines.append(
             f"  KV cache:      {p.kv_bytes[0]:,} -> {p.kv_bytes[1]:,} bytes ({p.kv_layout})"
         )
-    lines.append(f"  crosses the cut, gathered once each ({len(p.crossings)} values):")
+    cut = "cut" if len(p.cuts) == 1 else "first cut"
+    lines.append(f"  crosses the {cut}, gathered once each ({len(p.crossings)} values):")
     for c in p.crossings:
         shape = ", ".join(c.shape)
         dims = ", ".join(map(str, c.dims))
@@ -119,7 +124,10 @@ def clear() -> None:
 
 def as_json(report: Report, **more: object) -> str:
     """The report as JSON: its fields, with the outcome's kind under ``kind``, and ``more``."""
-    outcome = {f.name: getattr(report.outcome, f.name) for f in fields(report.outcome)}
+    names = [f.name for f in fields(report.outcome)]
+    if isinstance(report.outcome, Pruned):
+        names += ["layer", "vision_tokens", "retained", "sequence"]
+    outcome = {name: getattr(report.outcome, name) for name in names}
     shown = {
         "graph": report.graph,
         "nodes": report.nodes,

@@ -8,19 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from dartfx.backend import Host, request_of
+from dartfx.comparison import Graphs, NotPruned
 from dartfx.config import DartConfig
 from dartfx.errors import UnsupportedGraphError
-from dartfx.masked import Watched, hiding, layer_values, take, watched, watched_tail
-from dartfx.passes import cache
-from dartfx.passes.axes import Axes, TokenAxes
-from dartfx.passes.facts import Declined, Outcome, Pruned, Refusal, Site, Untouched
-from dartfx.passes.normalise import normalise
-from dartfx.passes.pipeline import prune
+from dartfx.passes.facts import Declined, Outcome, Pruned, Refusal, Untouched
 from dartfx.passes.screen import writes_rows
 
 __all__ = ["Verification", "verify"]
@@ -62,8 +57,9 @@ class Verification:
 
     def __str__(self) -> str:
         pruned = self.outcome
+        layers = ", ".join(str(cut.layer) for cut in pruned.cuts)
         lines = [
-            f"{pruned.sequence[0]} -> {pruned.sequence[1]} tokens before layer {pruned.layer}: "
+            f"{pruned.sequence[0]} -> {pruned.sequence[1]} tokens before layer {layers}: "
             f"{'verified' if self.ok else 'NOT VERIFIED'}",
             "  all tokens retained: "
             + (
@@ -135,17 +131,28 @@ class _Backend:
         if not writes_rows(module.graph):
             return module.forward
         try:
-            graphs = _Graphs(module, self._config)
+            graphs = Graphs(module, self._config)
         except Refusal as refusal:
             self._outcomes.append(refusal.declined)
             return module.forward
-        except _NotPruned as instead:
+        except NotPruned as instead:
             self._outcomes.append(instead.outcome)
             return module.forward
 
         def run(*args: Any) -> Any:
             outputs = module.forward(*args)
-            self._found.append(graphs.compare(outputs, args, self._tolerance))
+            found = graphs.compare(outputs, args)
+            given = self._tolerance
+            self._found.append(
+                Verification(
+                    found.exact,
+                    found.inexact,
+                    found.layers,
+                    found.outputs,
+                    TOLERANCE[found.dtype] if given is None else given,
+                    graphs.outcome,
+                )
+            )
             return outputs
 
         return run
@@ -162,126 +169,3 @@ class _Backend:
         raise UnsupportedGraphError(
             "no vision tokens enter a decoder in this call, so there is nothing to verify"
         )
-
-
-class _NotPruned(Exception):
-    """What became of the graph instead; None where no decoder is in it."""
-
-    def __init__(self, outcome: Outcome | None) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
-
-
-class _Graphs:
-    """The rewritten graphs with R and with all tokens, and the masked original.
-
-    Raises _NotPruned, and Refusal where the graph cannot even be traced.
-    """
-
-    def __init__(self, module: GraphModule, config: DartConfig) -> None:
-        request = request_of(config, Host(recounts=True))
-        self._watch: dict[int, Watched] = {}
-        self._returned: list[Watched | None] = []
-        self.pruned = normalise(module)
-        self.outcome = _pruned(prune(self.pruned, request, observe=self._locate))
-        self.whole = normalise(module)
-        everything = dataclasses.replace(request, retain=lambda n: n, always=True)
-        _pruned(prune(self.whole, everything))
-        layers = [w.name for w in self._watch.values()]
-        _return(self.masked, [*(w.name if w else None for w in self._returned), *layers])
-        _return_also(self.pruned, layers)
-        (select,) = self.pruned.graph.find_nodes(op="call_function", target=request.operator)
-        valid = [select.args[3]] if isinstance(select.args[3], Node) else []
-        _return_also(self.pruned, [n.name for n in (select, *valid)])
-        self._has_valid = bool(valid)
-
-    def _locate(self, name: str, module: GraphModule, site: Site | None = None, /) -> None:
-        """While the graph is still the original: copy it, and see where its token axis runs."""
-        if name != "locate" or site is None:
-            return
-        axes = TokenAxes(Axes(module.graph), site)
-        self.masked = hiding(module, site)
-        self._watch = {i: watched(n, axes) for i, n in layer_values(site, axes).items()}
-        (output,) = module.graph.find_nodes(op="output")
-        tails = cache.tails(site, output, axes)
-        self._returned = [
-            None if not isinstance(n, Node)
-            else watched_tail(n, site, axes) if n in tails
-            else watched(n, axes)
-            for n in output.args[0]
-        ]  # fmt: skip
-
-    def compare(
-        self, outputs: Sequence[Any], args: Sequence[Any], tolerance: float | None
-    ) -> Verification:
-        """Run all graphs on these inputs and compare.  outputs: the original's own."""
-        whole = self.whole(*args)
-        pairs = [(a, b) for a, b in zip(outputs, whole, strict=True) if isinstance(a, Tensor)]
-        exact = all(torch.equal(a, b) for a, b in pairs)
-        inexact = max((_difference(a, b) for a, b in pairs), default=0.0)
-        count, layers = len(outputs), list(self._watch)
-        pruned = list(self.pruned(*args))
-        valid = pruned.pop() if self._has_valid else None
-        keep = pruned.pop()
-        masked = self.masked(keep, *args)
-        where = [*self._returned, *self._watch.values()]
-        length = masked[count].shape[1]
-        found = {
-            place: _apart(a, b, keep, value, valid, length)
-            for place, (a, b, value) in enumerate(zip(masked, pruned, where, strict=True))
-            if value is not None and isinstance(a, Tensor) and a.is_floating_point()
-        }
-        dtype = pruned[count].dtype
-        return Verification(
-            exact,
-            inexact,
-            {layer: found[count + i] for i, layer in enumerate(layers)},
-            {place: d for place, d in found.items() if place < count},
-            TOLERANCE[dtype] if tolerance is None else tolerance,
-            self.outcome,
-        )
-
-
-def _pruned(outcome: Outcome | None) -> Pruned:
-    if isinstance(outcome, Pruned):
-        return outcome
-    raise _NotPruned(outcome)
-
-
-def _return(module: GraphModule, names: Sequence[str | None]) -> None:
-    """Let the graph return these values and nothing else."""
-    nodes = {n.name: n for n in module.graph.nodes}
-    (output,) = module.graph.find_nodes(op="output")
-    output.args = (tuple(nodes[name] if name else None for name in names),)
-    module.recompile()
-
-
-def _return_also(module: GraphModule, names: Sequence[str]) -> None:
-    """Append these values to what the graph returns."""
-    nodes = {n.name: n for n in module.graph.nodes}
-    (output,) = module.graph.find_nodes(op="output")
-    output.args = ((*output.args[0], *(nodes[name] for name in names)),)
-    module.recompile()
-
-
-def _apart(
-    masked: Tensor, pruned: Tensor, keep: Tensor, where: Watched, valid: Tensor | None, length: int
-) -> float:
-    """The largest difference at kept tokens over the largest value there; pads do not count."""
-    # A tail may be returned whole instead, where pruning left less than a window of tokens.
-    is_tail = where.tail > 0 and pruned.shape[2] == where.tail
-    if masked.shape != pruned.shape and not (is_tail and where.before_cut):
-        masked = take(masked, keep, where, length)
-    if is_tail:
-        masked = masked[:, :, -where.tail :]
-    if valid is not None and len(where.dims) == 1 and where.batch is not None:
-        seen = valid.expand(keep.shape[0], -1).gather(1, keep)
-        shape = [1] * masked.ndim
-        if masked.shape[where.dims[0]] == keep.shape[1]:
-            shape[where.batch], shape[where.dims[0]] = keep.shape
-            masked, pruned = (t.where(seen.view(shape), 0) for t in (masked, pruned))
-    return _difference(masked, pruned) / max(float(pruned.abs().max()), 1e-30)
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0

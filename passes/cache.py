@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch.fx import Node
 
@@ -10,6 +11,33 @@ from .axes import TokenAxes
 from .facts import Refusal, Request, Site, Size
 from .gather import Gatherer
 from .graph import argument, aten, hint, is_one, packet, sizes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a prefill leaves for decode.
+
+    layout: "layered" or "uniform"; caches: keys and values that the graph returns, by layer;
+    window: the tokens that sliding-window caches keep, None without such.
+    """
+
+    layout: str
+    caches: dict[Node, int]
+    window: int | None
+
+
+def plan(site: Site, output: Node, axes: TokenAxes, left: Size, request: Request) -> Plan:
+    """The layout for caches of which some will hold only ``left`` tokens (S' after all cuts).
+
+    Raises Refusal for one that decode could not read.
+    """
+    sliding, wanted = tails(site, output, axes), request.kv_layout
+    width = window(sliding)
+    if width is not None and not bool(left >= width):
+        return_whole(sliding, output, left, request)
+        width, wanted = None, "uniform"
+    caches = cached(site, output, axes)
+    return Plan(choose_layout(site, wanted, caches), caches, width)
 
 
 def cached(site: Site, output: Node, axes: TokenAxes) -> dict[Node, int]:
@@ -80,8 +108,15 @@ def choose_layout(site: Site, wanted: str, caches: dict[Node, int]) -> str:
     return wanted
 
 
-def trim(site: Site, output: Node, caches: dict[Node, int], gather: Gatherer) -> None:
-    """Uniform layout: caches of layers before the cut are gathered as they leave the graph."""
+def trim(site: Site, output: Node, caches: dict[Node, int], gather: Gatherer) -> dict[Node, int]:
+    """Uniform layout: caches of layers before the cut are gathered as they leave the graph.
+
+    Returns all caches as they are then.
+    """
+    trimmed = {}
     for node, index in caches.items():
-        if index < site.layer:
-            output.replace_input_with(node, gather(node, output))
+        new = gather(node, output) if index < site.layer else node
+        if new is not node:
+            output.replace_input_with(node, new)
+        trimmed[new] = index
+    return trimmed

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
+
+if TYPE_CHECKING:
+    from .selection import Select
 
 Size = int | torch.SymInt
 
@@ -133,23 +137,31 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One cut.
+
+    layer: K, the first decoder layer that sees the sequence as this cut leaves it;
+    retain: N -> R of the tokens that the prompt had, for int and SymInt alike;
+    select: emits the selection and returns keep_idx int64 [B, S'], see selection.py.
+    """
+
+    layer: int
+    retain: Callable[[Size], Size]
+    select: Select
+
+
+@dataclass(frozen=True)
 class Request:
     """What the caller wants of the pipeline.
 
-    layer: K, the first decoder layer that sees the pruned sequence;
-    retain: N -> R, for int and SymInt alike;
-    operator, operator_args: the selection, called as operator(hidden, keys, vision_mask,
-    valid_mask, N, R, *operator_args);
+    stages: where to cut, layers ascending, each retaining no more than the one before;
     kv_layout: "auto", "layered" or "uniform";
     recounts: the caller sets each sliding cache's own token count from its keys after the call;
     remasks: the caller gathers the decode mask's columns as the rows' tokens were gathered;
     always: rewrite the graph even where R >= N leaves nothing to drop, to check the rewriting.
     """
 
-    layer: int
-    retain: Callable[[Size], Size]
-    operator: torch._ops.OpOverload
-    operator_args: tuple[object, ...]
+    stages: tuple[Stage, ...]
     kv_layout: str = "auto"
     recounts: bool = False
     remasks: bool = False
@@ -167,25 +179,61 @@ class Crossing:
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """What was done to a graph, which is now pruned.  Sizes are those of the traced example.
+class Cut:
+    """One cut that was made before decoder layer ``layer``.  Sizes are those of the example.
 
-    how: where the vision mask came from; sequence, flops, kv_bytes: before and after; kv_layout:
-    "layered", "uniform" or "none returned"; seconds: of each pass.
+    vision_tokens, retained: per sample, before and after; sequence: S and S'; crossings: every
+    value that was gathered there.
     """
 
-    stack: str
     layer: int
-    how: str
-    batch: int
     vision_tokens: int
     retained: int
     sequence: tuple[int, int]
-    kv_layout: str
     crossings: tuple[Crossing, ...]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was done to a graph, which is now pruned.  Sizes are those of the traced example.
+
+    how: where the vision mask came from; cuts: at least one, by layer; flops, kv_bytes: before and
+    after all of them; kv_layout: "layered", "uniform" or "none returned"; seconds: of each pass.
+    """
+
+    stack: str
+    how: str
+    batch: int
+    cuts: tuple[Cut, ...]
+    kv_layout: str
     flops: tuple[int, int]
     kv_bytes: tuple[int, int]
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> int:
+        """The layer of the first cut."""
+        return self.cuts[0].layer
+
+    @property
+    def vision_tokens(self) -> int:
+        """Vision tokens per sample in the prompt."""
+        return self.cuts[0].vision_tokens
+
+    @property
+    def retained(self) -> int:
+        """Vision tokens per sample after the last cut."""
+        return self.cuts[-1].retained
+
+    @property
+    def sequence(self) -> tuple[int, int]:
+        """The sequence's length before the first cut and after the last."""
+        return self.cuts[0].sequence[0], self.cuts[-1].sequence[1]
+
+    @property
+    def crossings(self) -> tuple[Crossing, ...]:
+        """The values gathered at the first cut; at later ones they are gathered once more."""
+        return self.cuts[0].crossings
 
     def hands_kept(self, request: Request) -> bool:
         """Whether the caller needs keep_idx, to gather the mask that decode reads its caches by."""

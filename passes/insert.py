@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
 
 from .attention import HIDING
 from .axes import TokenAxes
-from .facts import Refusal, Request, Site, Vision
+from .facts import Refusal, Request, Site, Stage, Vision
 from .graph import (
     Emitter,
     aten,
@@ -23,6 +25,7 @@ from .graph import (
     tensor,
     value_of,
 )
+from .selection import Evidence, Select
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,18 @@ class Budget:
 
 @dataclass(frozen=True)
 class Caches:
-    """What decode will read.  uniform: caches of all layers cut to S' tokens are returned;
-    window: the tokens that sliding-window caches keep, None without such."""
+    """What decode needs checked.  even_rows: every row must hold its share of the vision tokens;
+    window: no row may be left with less than so many tokens, None for any number."""
 
-    uniform: bool
+    even_rows: bool
     window: int | None
+
+
+class Selected(NamedTuple):
+    """keep: keep_idx int64 [B, S'].  mask: the vision mask [B, S] that it was selected from."""
+
+    keep: Node
+    mask: Node
 
 
 def vision_rows(emit: Emitter, vision: Vision) -> int | Node:
@@ -57,8 +67,14 @@ def vision_rows(emit: Emitter, vision: Vision) -> int | Node:
     return total
 
 
-def plan(emit: Emitter, site: Site, request: Request) -> Budget:
-    """N per sample (feature rows / batch) and R."""
+def plan(
+    emit: Emitter, site: Site, request: Request
+) -> tuple[int | Node, list[tuple[Stage, Budget]]]:
+    """N per sample (feature rows / batch), and the cuts that drop some of what the last one left.
+
+    On symbolic sizes whether a cut drops anything asks for a guard, because the graph differs.
+    Raises Refusal where N depends on data.
+    """
     rows = vision_rows(emit, site.vision)
     tokens = emit.arithmetic(operator.floordiv, rows, emit.size(site.vision.embeds, 0))
     if depends_on_data(value_of(tokens)):
@@ -69,7 +85,13 @@ def plan(emit: Emitter, site: Site, request: Request) -> Budget:
             "torch.compile without fullgraph",
             broken_may_do=True,
         )
-    return Budget(tokens, emit.arithmetic(request.retain, tokens))
+    planned, left = [], tokens
+    for stage in request.stages:
+        retain = emit.arithmetic(stage.retain, tokens)
+        if request.always or not bool(value_of(retain) >= value_of(left)):
+            planned.append((stage, Budget(left, retain)))
+            left = retain
+    return tokens, planned
 
 
 _PADS_DROPPED = (
@@ -89,14 +111,11 @@ def insert(
     emit: Emitter,
     site: Site,
     axes: TokenAxes,
-    request: Request,
+    select: Select,
     budget: Budget,
     caches: Caches,
-) -> Node:
-    """Emit mask, validity, final norm, selection and what the caches need checked at run time.
-
-    Returns keep_idx int64 [B, S'].
-    """
+) -> Selected:
+    """Emit mask, validity, final norm, selection and what the caches need checked at run time."""
     _require_order(site, axes)
     if axes.dims(site.keys) != (2,):
         raise Refusal(
@@ -107,24 +126,19 @@ def insert(
         )
     mask = vision_mask(emit, site.vision)
     valid = _valid_mask(emit, site, axes)
-    keep = emit(
-        request.operator,
-        _normed(emit, site),
-        site.keys,
-        mask,
-        valid,
-        budget.vision_tokens,
-        budget.retain,
-        *request.operator_args,
+    normed = partial(_normed, emit, site)
+    keep = select(
+        emit,
+        Evidence(normed, site.keys, mask, valid, budget.vision_tokens, budget.retain),
     )
-    if caches.uniform and not request.remasks and not is_one(sizes(site.hidden)[0]):
+    if caches.even_rows and not is_one(sizes(site.hidden)[0]):
         alike = emit(aten.eq.Scalar, emit(aten.sum.dim_IntList, mask, [1]), budget.vision_tokens)
         keep = emit(torch.ops.dartfx.require_rows.default, keep, alike, _PADS_DROPPED)
     if caches.window is not None and valid is not None:
         left = emit(aten.sum.dim_IntList, emit(aten.gather.default, valid, 1, keep), [1])
         enough = emit(aten.ge.Scalar, left, caches.window)
         keep = emit(torch.ops.dartfx.require_rows.default, keep, enough, _PADS_IN_WINDOW)
-    return keep
+    return Selected(keep, mask)
 
 
 def _require_order(site: Site, axes: TokenAxes) -> None:
@@ -220,9 +234,3 @@ def _normed(emit: Emitter, site: Site) -> Node:
     for node in site.norm:
         reach(node)
     return renamed[site.norm[-1]]
-
-
-def nothing_to_drop(budget: Budget) -> bool:
-    """Whether R >= N.  On symbolic sizes this asks for a guard, because the answer differs."""
-    n, r = value_of(budget.vision_tokens), value_of(budget.retain)
-    return bool(r >= n)

@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from . import cache, check, gather, insert, locate
-from .axes import Axes, TokenAxes
+from . import cache, insert, locate
+from .cutting import Region, cut
 from .facts import (
-    Crossing,
     Declined,
     NoDecoder,
     Outcome,
@@ -27,22 +25,12 @@ from .facts import (
     Request,
     Site,
     Size,
+    Stack,
     Untouched,
     Vision,
 )
 from .flops import bytes_of, flops
-from .graph import (
-    Emitter,
-    bases,
-    downstream,
-    hint,
-    mutated_operands,
-    sizes,
-    source_line,
-    value_of,
-    without_gradient,
-)
-from .shrink import reroute_sizes, shrink
+from .graph import hint, sizes, value_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +47,7 @@ class Clock:
     def __init__(self, module: GraphModule, observe: Observer | None = None) -> None:
         self.seconds: dict[str, float] = {"normalise": module.meta.get("seconds", 0.0)}
         self._module, self._observe = module, observe
-        self.current = ""
+        self.current, self.round = "", 1
         self.site: Site | None = None
         self._log("normalise")
 
@@ -69,6 +57,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        name = name if self.round == 1 else f"{name} {self.round}"
         self.current, start = name, time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
@@ -121,128 +110,66 @@ def _prune(
 ) -> Outcome | None:
     graph = module.graph
     with clock("locate"):
-        clock.site = site = _site(module, request, vision)
-        if site is None:
+        entered = _entered(module, vision)
+        if entered is None:
             return None
+        sites = {s.layer: locate.locate(graph, s.layer, *entered) for s in request.stages}
+        clock.site = sites[request.stages[0].layer]
     with clock("axes"):
-        axes = TokenAxes(Axes(graph), site)
-        region = _region(module, site)
-        _refuse_opaque(region, axes)
-    with clock("insert"):
-        output = next(n for n in graph.nodes if n.op == "output")
-        emit = Emitter(_anchor(site, region[0]))
-        budget = insert.plan(emit, site, request)
-        if not request.always and insert.nothing_to_drop(budget):
-            return _all_retained(budget)
-        wanted, tails = request.kv_layout, cache.tails(site, output, axes)
-        window = cache.window(tails)
-        left = _tokens_left(site, budget)
-        if window is not None and not bool(left >= window):
-            cache.return_whole(tails, output, left, request)
-            window, wanted = None, "uniform"
-            region = _region(module, site)
-        caches = cache.cached(site, output, axes)
-        layout = cache.choose_layout(site, wanted, caches)
-        before = flops(site.stack.layer_of), bytes_of(caches)
-        length, tokens = hint(sizes(site.hidden)[1]), [n for n in region if n.op != "output"]
-        needs = insert.Caches(uniform=bool(caches) and layout == "uniform", window=window)
-        keep = insert.insert(emit, site, axes, request, budget, needs)
-        kept = emit.size(keep, 1)
-    with clock("gather"):
-        shapes = check.expected(tokens, axes, value_of(kept))
-        frontier = gather.Gatherer(axes, keep)
-        gather.gather_frontier(tokens, frontier)
-        crossings = tuple(_crossing(n, axes) for n in frontier.crossed())
-    with clock("shrink"):
-        reroute_sizes(tokens, axes, site.hidden)
-        shrink(tokens, axes, kept)
-    with clock("trim cache"):
-        if layout == "uniform":
-            cache.trim(site, output, caches, frontier)
-    with clock("check"):
-        check.check(graph, tokens, shapes)
-        module.recompile()
-    crossed = frontier.crossed()
-    final = [crossed.get(n, n) if layout == "uniform" else n for n in caches]
+        region = Region(graph, clock.site)
+        tokens, planned = insert.plan(region.emitter(), clock.site, request)
+        if not planned:
+            return _all_retained(value_of(tokens), request)
+        (stage, budget), *later = planned
+        if stage is not request.stages[0]:
+            clock.site = sites[stage.layer]
+            region = Region(graph, clock.site)
+        left = _tokens_left(region.site, budget, planned[-1][1])
+        leaves = cache.plan(region.site, region.output, region.axes, left, request)
+        region.look_again()
+    site, batch = region.site, sizes(region.site.hidden)[0]
+    before = flops(site.stack.layer_of), bytes_of(leaves.caches)
+    caches = leaves.caches if leaves.layout == "uniform" else {}
+    needs = insert.Caches(bool(caches) and not request.remasks, None if later else leaves.window)
+    made = [cut(module, region, stage, budget, needs, caches, clock)]
+    for number, (stage, budget) in enumerate(later, 2):
+        clock.round = number
+        with clock("locate"):
+            clock.site = locate.locate(graph, stage.layer, made[-1].left, site.stack)
+        with clock("axes"):
+            region = Region(graph, clock.site)
+        needs = insert.Caches(False, leaves.window if stage is planned[-1][0] else None)
+        made.append(cut(module, region, stage, budget, needs, made[-1].uniform, clock))
     return Pruned(
         stack=site.stack.path,
-        layer=site.layer,
         how=site.vision.how,
-        batch=hint(sizes(site.hidden)[0]),
-        vision_tokens=hint(value_of(budget.vision_tokens)),
-        retained=hint(value_of(budget.retain)),
-        sequence=(length, hint(value_of(kept))),
-        kv_layout=layout if caches else "none returned",
-        crossings=crossings,
+        batch=hint(batch),
+        cuts=tuple(m.cut for m in made),
+        kv_layout=leaves.layout if leaves.caches else "none returned",
         flops=(before[0], flops(site.stack.layer_of)),
-        kv_bytes=(before[1], bytes_of(final)),
+        kv_bytes=(before[1], bytes_of(made[-1].uniform or leaves.caches)),
         seconds=clock.seconds,
     )
 
 
-def _tokens_left(site: Site, budget: insert.Budget) -> Size:
-    """S' = S - N + R, where R < N."""
-    left: Size = sizes(site.hidden)[1] - value_of(budget.vision_tokens) + value_of(budget.retain)
+def _entered(
+    module: GraphModule, vision: Callable[[GraphModule], Vision] | None
+) -> tuple[Vision, Stack] | None:
+    """Where the vision tokens are, and the decoder stack that they enter; None for neither."""
+    stacks = locate.find_stacks(module.graph)
+    if vision is None:
+        return locate.find_vision(module.graph, stacks)
+    entering = vision(module)
+    return entering, locate.entered_stack(module.graph, stacks, entering.embeds)
+
+
+def _tokens_left(site: Site, first: insert.Budget, last: insert.Budget) -> Size:
+    """S' = S - N + R of the last cut, where R < N."""
+    left: Size = sizes(site.hidden)[1] - value_of(first.vision_tokens) + value_of(last.retain)
     return left
 
 
-def _all_retained(budget: insert.Budget) -> Untouched:
-    asked, present = hint(value_of(budget.retain)), hint(value_of(budget.vision_tokens))
-    return Untouched(f"nothing to drop: {asked} tokens to retain of {present}", all_retained=True)
-
-
-def _site(
-    module: GraphModule, request: Request, vision: Callable[[GraphModule], Vision] | None
-) -> Site | None:
-    stacks = locate.find_stacks(module.graph)
-    if vision is None:
-        found = locate.find_vision(module.graph, stacks)
-        return None if found is None else locate.locate(module.graph, request.layer, *found)
-    entering = vision(module)
-    stack = locate.entered_stack(module.graph, stacks, entering.embeds)
-    return locate.locate(module.graph, request.layer, entering, stack)
-
-
-def _region(module: GraphModule, site: Site) -> list[Node]:
-    """Every node after the cut, in graph order: all that the hidden states at K reach."""
-    return downstream(module.graph, [u for u in site.hidden.users if u.op != "output"])
-
-
-def _anchor(site: Site, first: Node) -> Node:
-    """Where to select: before ``first``, outside of what it turned on or off for itself."""
-    off: Node | None = None
-    casting: dict[object, Node] = {}
-    node = site.hidden
-    while node is not first:
-        off = without_gradient(node, off)
-        if node.target is torch.amp.autocast_mode._enter_autocast:
-            casting[node] = node
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
-            casting.pop(node.args[0], None)
-        node = node.next
-    order = {n: i for i, n in enumerate(first.graph.nodes)}
-    return min([first, *casting.values(), *([off] if off else [])], key=order.__getitem__)
-
-
-def _refuse_opaque(region: list[Node], axes: TokenAxes) -> None:
-    # A dict keeps the order and answers what is inside quickly.
-    found = axes.opaque(dict.fromkeys(n for n in region if n.op != "output"))
-    if found is not None:
-        node, operand = found
-        if any(base not in region for w in mutated_operands(node) for base in bases(w)):
-            raise Refusal(
-                "a decoder layer after the cut writes its keys and values into a cache made "
-                "beforehand: the cache is static",
-                node,
-                advice="the default DynamicCache",
-            )
-        raise Refusal(
-            f"{node.target} reads the token axis of {operand} in a way that dropping tokens "
-            "would change, or that no rule describes",
-            node,
-            advice="please report the operator; meanwhile this model runs unpruned",
-        )
-
-
-def _crossing(node: Node, axes: TokenAxes) -> Crossing:
-    return Crossing(node.name, tuple(map(str, sizes(node))), axes.dims(node), source_line(node))
+def _all_retained(tokens: Size, request: Request) -> Untouched:
+    asked = hint(request.stages[-1].retain(tokens))
+    text = f"nothing to drop: {asked} tokens to retain of {hint(tokens)}"
+    return Untouched(text, all_retained=True)

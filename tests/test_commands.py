@@ -145,9 +145,9 @@ def test_the_doctor_notices_an_unpruned_and_a_wrong_model(monkeypatch: pytest.Mo
 
 
 def pruned() -> dartfx.passes.facts.Pruned:
-    sizes = {"layer": 2, "batch": 1, "vision_tokens": 4, "retained": 2, "sequence": (8, 6)}
-    costs = {"kv_layout": "layered", "crossings": (), "flops": (2, 1), "kv_bytes": (2, 1)}
-    return dartfx.passes.facts.Pruned(stack="layers", how="merge", **sizes, **costs)
+    cut = dartfx.passes.facts.Cut(2, 4, 2, (8, 6), ())
+    costs = {"kv_layout": "layered", "flops": (2, 1), "kv_bytes": (2, 1)}
+    return dartfx.passes.facts.Pruned("layers", "merge", batch=1, cuts=(cut,), **costs)
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from decoders import Decoder, Sizes, Style, assert_same, prompt, pruned_by_hand,
 from torch.fx import Node
 
 import dartfx
-from dartfx.passes import check, pipeline
+from dartfx.passes import check, cutting
 from dartfx.passes.facts import Declined, Pruned
 from dartfx.passes.gather import Gatherer
 from dartfx.passes.graph import aten, sizes
@@ -27,7 +27,7 @@ def fresh() -> None:
 
 
 def no_shrink(patch: Patch) -> None:
-    patch.setattr(pipeline, "shrink", lambda *_: None)
+    patch.setattr(cutting, "shrink", lambda *_: None)
 
 
 def no_rope_gather(patch: Patch) -> None:
@@ -55,7 +55,7 @@ def failing_pass(patch: Patch) -> None:
     def gather(*_: object) -> None:
         raise KeyError("lost")
 
-    patch.setattr(pipeline.gather, "gather_frontier", gather)
+    patch.setattr(cutting.gather, "gather_frontier", gather)
 
 
 BROKEN: dict[str, tuple[Callable[[Patch], None], str]] = {

@@ -84,8 +84,8 @@ def broken_by(patch: pytest.MonkeyPatch, name: str) -> None:
         return value
 
     def wrong_by_a_little(emit: Any, *more: Any) -> Any:
-        keep = select(emit, *more)
-        return emit(torch.ops.aten.roll.default, keep, [1], [1])
+        keep, mask = select(emit, *more)
+        return insert.Selected(emit(torch.ops.aten.roll.default, keep, [1], [1]), mask)
 
     select = insert.insert
     replacements: dict[str, tuple[Any, str, Callable[..., Any]]] = {

@@ -9,7 +9,7 @@ from torch.library import custom_op
 from dartfx.ops.batch import Size, plan_batch
 from dartfx.ops.reference import cosines, plan_turns, stable_order, take_first
 
-__all__ = ["picked_by"]
+__all__ = ["in_prompt", "picked_by"]
 
 
 # Opaque to the compiler: it runs only when somebody asked which tokens were kept, and a graph of
@@ -59,4 +59,26 @@ def picked_by(
 def _picked_by_fake(
     hidden: Tensor, keys: Tensor, vision_mask: Tensor, *others: Tensor | Size | None
 ) -> Tensor:
+    return vision_mask.new_empty(vision_mask.shape, dtype=torch.int64)
+
+
+@custom_op(
+    "dartfx::in_prompt",
+    mutates_args=(),
+    schema="(Tensor picker, Tensor before, Tensor vision_mask) -> Tensor",
+)
+def in_prompt(picker: Tensor, before: Tensor, vision_mask: Tensor) -> Tensor:
+    """Pickers of a later cut, in the prompt's positions.
+
+    picker: [B, S'] int64, as :func:`picked_by` gives it for a sequence that was cut already.
+    before: [B, S'] int64, the prompt's position of each position of that sequence.  vision_mask:
+    [B, S] bool, of the prompt.  Returns [B, S] int64, -1 at all that was gone by then, too.
+    """
+    named = torch.where(picker >= 0, before.gather(1, picker.clamp(min=0)), -1)
+    nobody = torch.full_like(vision_mask, -1, dtype=torch.int64)
+    return nobody.scatter(1, before, named)
+
+
+@in_prompt.register_fake
+def _in_prompt_fake(picker: Tensor, before: Tensor, vision_mask: Tensor) -> Tensor:
     return vision_mask.new_empty(vision_mask.shape, dtype=torch.int64)

@@ -30,17 +30,17 @@ from dartfx.ops.batch import (
     plan_batch,
 )
 
-__all__ = ["KERNELS", "choose_kernel"]
+__all__ = ["KERNELS", "TEXT_LOST", "checked", "choose_kernel"]
 
 KERNELS = ("auto", "torch", "triton")
 
-_TEXT_LOST = (
+TEXT_LOST = (
     "dartfx.select_tokens: row {row} has more valid text than fits beside its vision tokens in "
     "the S - N + R positions that every row keeps; text is never dropped. Give every row the "
     "same number of vision tokens, pad the batch further, or run this row on its own"
 )
 _WRONG_COUNT = (
-    "dartfx.select_tokens: selector {name!r} did not keep exactly budget[b] vision tokens in row "
+    "dartfx.select_tokens: {who} did not keep exactly budget[b] vision tokens in row "
     "b = {{row}}; return a [B, S] bool mask inside vision_mask with budget[b] True entries per row"
 )
 
@@ -117,28 +117,32 @@ def _select(
         kept, fits = launch.select(
             hidden, keys, vision_mask, valid_mask, vision_tokens, retain, traced=traced, **pivots
         )
-        keep_idx: Tensor = torch.ops.dartfx.require_rows(kept, fits, _TEXT_LOST)
+        keep_idx: Tensor = torch.ops.dartfx.require_rows(kept, fits, TEXT_LOST)
         return keep_idx
     plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
-    budget = torch.ops.dartfx.require_rows(plan.budget, plan.pads_kept >= 0, _TEXT_LOST)
+    budget = torch.ops.dartfx.require_rows(plan.budget, plan.pads_kept >= 0, TEXT_LOST)
     kept = selectors.get_selector(selector)(
         hidden, keys, vision_mask, plan.text_after, budget, **pivots
     )
     if not selectors.is_exact(selector):
-        kept = _checked(kept, vision_mask, budget, selector)
+        kept = checked(kept, vision_mask, budget, f"selector {selector!r}")
     return keep_positions(plan, kept)
 
 
-def _checked(kept: Tensor, vision_mask: Tensor, budget: Tensor, selector: str) -> Tensor:
+def checked(kept: Tensor, vision_mask: Tensor, budget: Tensor, who: str) -> Tensor:
+    """``kept`` [B, S] bool, once it is known to hold budget[b] vision tokens in every row b.
+
+    Raises SelectionError naming ``who`` made it, as an operator does.
+    """
     if kept.dtype != torch.bool or kept.shape != vision_mask.shape:
         raise SelectionError(
-            f"dartfx.select_tokens: selector {selector!r} returned {kept.dtype} of shape "
+            f"dartfx.select_tokens: {who} returned {kept.dtype} of shape "
             f"{tuple(kept.shape)}; it must return bool of shape {tuple(vision_mask.shape)}"
         )
     met = (kept.sum(1) == budget) & ~(kept & ~vision_mask).any(1)
     # Where the check is an assertion on the device, later kernels may run before it is noticed.
     kept = enforce_budget(kept, vision_mask, budget)
-    message = _WRONG_COUNT.format(name=selector)
+    message = _WRONG_COUNT.format(who=who)
     checked: Tensor = torch.ops.dartfx.require_rows(kept, met, message)
     return checked
 

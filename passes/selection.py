@@ -1,0 +1,87 @@
+"""How a cut's selection gets into the graph: the one piece that a caller brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .facts import Refusal
+from .graph import Emitter, same_size, sizes, tensor
+
+Select = Callable[[Emitter, "Evidence"], Node]
+"""Emits a selection in front of the cut and returns keep_idx int64 [B, S']: for every row the
+positions that stay, ascending, where S' = S - N + R."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a selection may look at, as nodes of the graph in front of the cut.
+
+    normed: emits the model's own final norm on what enters layer K, [B, S, D];
+    keys: post-RoPE keys of layer K-1 [B, H, S, Dh];
+    vision_mask: bool [B, S];
+    valid: bool [B, S], False at pads, or None where no mask reaches attention;
+    vision_tokens, retain: N and R, literals or nodes.
+    """
+
+    normed: Callable[[], Node]
+    keys: Node
+    vision_mask: Node
+    valid: Node | None
+    vision_tokens: int | Node
+    retain: int | Node
+
+
+@dataclass(frozen=True)
+class ByOperator:
+    """Selects by one operator: operator(normed, keys, vision_mask, valid, N, R, *args)."""
+
+    operator: torch._ops.OpOverload
+    args: tuple[object, ...] = ()
+
+    def __call__(self, emit: Emitter, evidence: Evidence) -> Node:
+        return emit(
+            self.operator,
+            evidence.normed(),
+            evidence.keys,
+            evidence.vision_mask,
+            evidence.valid,
+            evidence.vision_tokens,
+            evidence.retain,
+            *self.args,
+        )
+
+
+@dataclass(frozen=True)
+class Given:
+    """Keeps the vision tokens that an input of the graph marks: the ``place``-th placeholder.
+
+    The input is bool [B, S], True at the vision tokens to keep: R in every row that holds N.  A row
+    that marks another number fails at run time, naming the row; text is always kept.  Raises
+    Refusal when the input is of another shape or dtype.
+    """
+
+    place: int = 0
+
+    def __call__(self, emit: Emitter, evidence: Evidence) -> Node:
+        kept = [n for n in emit.graph.nodes if n.op == "placeholder"][self.place]
+        value, vision = tensor(kept), evidence.vision_mask
+        if value is None or value.dtype != torch.bool or value.ndim != 2:
+            raise Refusal("a given selection must be bool [B, S]", kept)
+        if not all(map(same_size, sizes(kept), sizes(vision))):
+            raise Refusal(
+                f"a given selection of shape {[str(s) for s in sizes(kept)]} does not fit a "
+                f"sequence of shape {[str(s) for s in sizes(vision)]}",
+                kept,
+            )
+        return emit(
+            torch.ops.dartfx.keep_given.default,
+            kept,
+            vision,
+            evidence.valid,
+            evidence.vision_tokens,
+            evidence.retain,
+        )
