@@ -21,7 +21,7 @@ from dartfx.report import Report, as_json
 
 __all__ = ["Dump"]
 
-# tlparse shows the graph before the first pass and after the last one.
+# tlparse shows the graph before the first pass and after the last one (of each cut).
 _TRACED = {"normalise": "dartfx_graph_before", "check": "dartfx_graph_after"}
 
 
@@ -45,14 +45,15 @@ class Dump:
 
     def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None:
         """The graph after the pass ``name``; site: where it is cut, once that is known."""
-        if name in _TRACED:
-            _trace(_TRACED[name], "string", lambda: render(module))
+        traced = _TRACED.get(name.partition(" ")[0])
+        if traced is not None:
+            _trace(traced, "string", lambda: render(module))
         if self._folder is None:
             return
         file = f"{next(self._step):02d}_{name.replace(' ', '_')}.txt"
         (self._folder / file).write_text(render(module))
         self._page(name, module, site)
-        if name == "normalise" or site is not None:
+        if name in ("normalise", "locate"):
             self._arrival = _arrival(self._module, module, site) or self._arrival
 
     def finish(self, report: Report) -> None:

@@ -59,6 +59,8 @@ def test_every_stage_and_the_report(
     assert (folder / "report.txt").read_text() == f"{report}\n"
     read = json.loads((folder / "report.json").read_text())
     expected = {"graph": report.graph, "nodes": report.nodes, "kind": "pruned", **asdict(outcome)}
+    names = ("layer", "vision_tokens", "retained", "sequence")
+    expected |= {name: getattr(outcome, name) for name in names}
     expected["output_code"] = []
     assert read == json.loads(json.dumps(expected))
     assert read["sequence"] == [LENGTH, KEPT]

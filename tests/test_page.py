@@ -75,7 +75,7 @@ def test_the_drop_is_drawn_where_the_cut_is(page: Shown) -> None:
     assert {k: v for k, v in drawn.items() if k in layers} == layers
     assert list(drawn)[-2:] == ["norm", "head"]
     assert drawn["norm"] == drawn["head"] == KEPT
-    (cut,) = re.findall(r'id="cut" x1="([\d.]+)"', page.html)
+    (cut,) = re.findall(r'class="cut" x1="([\d.]+)"', page.html)
     (first,) = re.findall(
         rf'data-part="[^"]*layers.{CUT}".*?<rect x="([\d.]+)"', page.html, re.DOTALL
     )
@@ -160,7 +160,7 @@ def test_a_refusal_says_why_and_shows_the_graph_as_it_was(tmp_path: Path) -> Non
     assert not graph["compared"]
     stopped = next(v for v in graph["values"] if "cumsum" in v[2])
     assert str(stopped[5][0]) in graph["links"], "whose token axis reached the operator"
-    assert 'id="cut"' not in page.html
+    assert 'class="cut"' not in page.html
 
 
 def test_a_graph_without_vision_tokens(tmp_path: Path) -> None:

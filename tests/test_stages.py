@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,6 +163,23 @@ def test_verify(llava: Family) -> None:
     found = dartfx.verify(llava.model.generate, options=options, **inputs, max_new_tokens=2)
     assert found.ok, str(found)
     assert "tokens before layer 1, 2, 3: verified" in str(found)
+
+
+def test_dump_of_every_stage(family: Family, tmp_path: Path) -> None:
+    """In one graph and, for a model that dynamo breaks, in the graph that waits for its mask."""
+    options = {**OPTIONS, "layer": [1, 3], "retain_tokens": [9, 3], "dump": str(tmp_path)}
+    with torch.no_grad():
+        torch.compile(family.model, backend="dart", options=options)(**family.make_inputs())
+    (folder,) = {f.parent for f in tmp_path.glob("*/*check_2.txt")}
+    names = [f.stem.partition("_")[2] for f in sorted(folder.glob("[0-9]*.txt"))]
+    once = ["axes", "insert", "gather", "shrink", "trim_cache", "check"]
+    stages = [*once, "locate_2", *(f"{name}_2" for name in once)]
+    assert names[-14:] == ["locate", *stages]
+    page = (folder / "report.html").read_text()
+    assert len(re.findall(r'class="cut" x1="([\d.]+)"', page)) == 2
+    told = json.loads((folder / "report.json").read_text())
+    assert [cut["retained"] for cut in told["cuts"]] == [9, 3]
+    assert (told["layer"], told["retained"]) == (1, 3)
 
 
 @pytest.mark.parametrize(

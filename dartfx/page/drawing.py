@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -37,12 +37,16 @@ class Lane:
 class Drawing:
     """The picture of one graph.
 
-    way: the main path; found: all parts; order: which feeds which; cut: path of the first pruned
-    part, if any.
+    way: the main path; found: all parts; order: which feeds which; cuts: paths of the parts that
+    are the first after a cut.
     """
 
     def __init__(
-        self, way: Sequence[Part], found: Mapping[str, Part], order: nx.DiGraph, cut: str | None
+        self,
+        way: Sequence[Part],
+        found: Mapping[str, Part],
+        order: nx.DiGraph,
+        cuts: Collection[str],
     ) -> None:
         self.step = max(9.0, min(44.0, (WIDTH - LEFT) / max(len(way), 1)))
         self.longest = max((max(p.length) for p in way), default=0) or 1
@@ -54,7 +58,7 @@ class Drawing:
         ]  # fmt: skip
         self.ticks = [(self._y(n), n) for n in (0, self.longest // 2, self.longest)]
         place = {bar.part.path: bar.x + self.step / 2 for bar in self.bars}
-        self.cut = next((b.x for b in self.bars if b.part.path == cut), None)
+        self.cuts = [b.x for b in self.bars if b.part.path in cuts]
         self.lanes = list(self._lanes(found, order, place))
         self.below = HEIGHT + 90
         self.full = (round(LEFT + len(way) * self.step + 60), self.below + LANE * len(self.lanes))

@@ -51,7 +51,7 @@ class Page:
             (output,) = (n for n in module.graph.nodes if n.op == "output")
             layers = cache.cached(site, output, TokenAxes(axes, site))
             self._cached = {i: layers[n] for i, n in enumerate(returned) if n in layers}
-        elif name == "check":
+        elif name.startswith("check"):  # once for every cut; the last one counts
             self._after = values(module)
             self._sizes = [self._sizes[0], [_size(self._after, n) for n in outputs(module)]]
 
@@ -64,8 +64,8 @@ class Page:
         found = self._measured(after)
         order = quotient(self._before, found)
         way = main_path(order, found)
-        layer = report.outcome.layer if isinstance(report.outcome, Pruned) else -1
-        cut = f"{self._stack}.{layer}" if layer >= 0 else None
+        made = report.outcome.cuts if isinstance(report.outcome, Pruned) else ()
+        cuts = [f"{self._stack}.{cut.layer}" for cut in made]
         environment = Environment(
             loader=PackageLoader("dartfx.page"),
             autoescape=True,
@@ -81,7 +81,7 @@ class Page:
             output_code=output_code,
             parts=list(found.values()),
             total=_total(found.values()),
-            drawing=Drawing([found[p] for p in way], found, order, cut) if found else None,
+            drawing=Drawing([found[p] for p in way], found, order, cuts) if found else None,
             crossings=list(self._crossings(report, found)),
             graph=self._graph(found, after),
         )
