@@ -20,7 +20,7 @@ from dartfx.picture import overlay, overlay_html
 from dartfx.report import Report, reports
 from dartfx.selectors import register_selector
 from dartfx.verification import Verification, verify
-from dartfx.vision import vision_tokens
+from dartfx.vision import media_tokens, vision_tokens
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "compile",
     "explain",
     "kept_tokens",
+    "media_tokens",
     "overlay",
     "overlay_html",
     "register_selector",

@@ -22,6 +22,9 @@ DUMP_VARIABLE = "DARTFX_DUMP"
 # Neither reaches a tensor: one says how loudly a refusal is reported, one where graphs are written.
 _NO_EFFECT_ON_RESULT = frozenset({"dump", "on_unsupported"})
 
+# The same option for tokens of any kind: of audio, say.
+_SYNONYMS = {"pivot_media_tokens": "pivot_image_tokens"}
+
 # Compiled code does size arithmetic in 64 bits. Below this numerator, 2 * N * p + q stays inside
 # them for every N up to 2**24 vision tokens (a float has at most 17 decimals, so q <= 10**17).
 _LARGEST_SYMBOLIC_NUMERATOR = 1 << 37
@@ -36,7 +39,8 @@ class DartConfig:
     layer: index of the first decoder layer that sees the pruned sequence, at least 1.  Several
         ascending layers prune in stages; then ``retain_tokens`` (falling) or ``reduction_ratio``
         (rising; of the prompt's vision tokens) gives one value for each.
-    pivot_image_tokens, pivot_text_tokens: pivots of either kind.
+    pivot_image_tokens, pivot_text_tokens: pivots of either kind.  ``pivot_media_tokens`` in
+        options is the first by a name that fits audio as well.
     selector: a name in the selector registry.
     kv_layout: "layered", "uniform" or "auto".
     kernel: "triton", "torch" or "auto"; "triton" raises KernelUnavailableError where it cannot run.
@@ -87,8 +91,13 @@ class DartConfig:
         given: dict[str, Any] = dict(options or {})
         valid = [f.name for f in fields(cls)]
         for key in given:
-            if key not in valid:
+            if key not in valid and key not in _SYNONYMS:
                 raise ConfigError(f"unknown option {key!r}; {choices(key, valid)}")
+        for key, name in _SYNONYMS.items():
+            if key in given and name in given:
+                raise ConfigError(f"{key} and {name} are the same option; give one of them")
+            if key in given:
+                given[name] = given.pop(key)
         if given.get("retain_tokens") is not None and "reduction_ratio" in given:
             raise ConfigError(
                 f"retain_tokens={given['retain_tokens']!r} and "

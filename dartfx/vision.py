@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dartfx.listening import listening
 
-__all__ = ["Found", "find", "forget", "given", "note", "noting", "vision_tokens"]
+__all__ = ["Found", "find", "forget", "given", "media_tokens", "note", "noting", "vision_tokens"]
 
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,10 @@ def vision_tokens(mask: Tensor) -> Iterator[None]:
         yield
     finally:
         _given.reset(token)
+
+
+# The same for tokens of any kind: all that is looked at is where they are.
+media_tokens = vision_tokens
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -11,7 +11,7 @@ import sympy
 import torch
 import torch.fx.traceback
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -28,7 +28,8 @@ def normalise(
     """Re-trace a dynamo graph into pre-dispatch ATen with fake values on every node.
 
     examples: fake inputs; by default dynamo's own, so sizes it holds symbolic stay symbolic.
-    extra: fake values of placeholders to add in front, which later passes may use.
+    extra: values of placeholders to add in front, which later passes may use: fake ones of the
+    graph's own mode, or tensors that stand for any of their shape.
     Parameters stay placeholders, SDPA stays one call, and each node keeps its module path and
     source line.  Raises Refusal when the graph cannot be re-traced (an operator without a fake
     implementation).
@@ -36,6 +37,7 @@ def normalise(
     if examples is None:
         examples = example_values(module)
     mode = _fake_mode(examples)
+    extra = [_fake(mode, value) for value in extra]
     _require_own_gradients(module.graph)
 
     def run(*args: Any) -> Any:
@@ -58,6 +60,12 @@ def normalise(
     traced.recompile()
     traced.meta["seconds"] = time.perf_counter() - start
     return traced
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return value
+    return mode.from_tensor(value, static_shapes=True)
 
 
 def _keep_what_inputs_are(old: Graph, new: Graph, extra: int) -> None:
@@ -163,7 +171,7 @@ def _sym_int(mode: FakeTensorMode, value: Any, example: int, source: Any = None)
 
 def _fake_mode(examples: Sequence[object]) -> FakeTensorMode:
     for value in examples:
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, FakeTensor):
             return value.fake_mode
     raise Refusal("the graph's inputs carry no fake tensors")
 
