@@ -15,7 +15,43 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from dartfx.zoo.hooked import _CACHE_UPDATE, Inputs, _Hooks, float64_selector, take
+from dartfx.zoo.hooked import (
+    _CACHE_UPDATE,
+    Evidence,
+    Inputs,
+    Selector,
+    _Hooks,
+    float64_selector,
+    take,
+)
+from dartfx.zoo.oracle import as_float64
+from dartfx.zoo.oracle import select as oracle_select
+
+
+def selector(vision_tokens: int | None) -> Selector:
+    """The oracle's selection from rows that hold ``vision_tokens`` each, by the plan.
+
+    A row that had to keep more at an earlier cut holds more; S' does not depend on it.
+    """
+
+    def select(evidence: Evidence, retain: int) -> Tensor:
+        if vision_tokens is None:
+            return float64_selector(evidence, retain)
+        hidden, keys = as_float64(evidence.hidden), as_float64(evidence.keys)
+        rows, length = [], hidden.shape[1] - vision_tokens + retain
+        for row, (vision, valid) in enumerate(zip(evidence.vision, evidence.valid, strict=True)):
+            pool, words, pads = (
+                marks.nonzero()[:, 0].tolist()
+                for marks in (vision, valid & ~vision, ~valid & ~vision)
+            )
+            budget = min(len(pool), max(retain, length - len(words) - len(pads)))
+            after = [p for p in words if p > pool[-1]]
+            kept = oracle_select(hidden[row], keys[row], pool, after, budget, 4, 4).kept
+            spare = length - len(words) - len(kept)
+            rows.append(sorted(kept + words + pads[len(pads) - spare :]))
+        return torch.tensor(rows)
+
+    return select
 
 
 class Stages:
@@ -24,8 +60,11 @@ class Stages:
     def __init__(
         self, model: Any, inputs: Inputs, layers: Sequence[int], retain: Sequence[int]
     ) -> None:
-        pairs = list(zip(layers, retain, strict=True))
-        self.hooks = [_Hooks(model, inputs, k, r, float64_selector) for k, r in pairs]
+        held = [None, *retain]
+        self.hooks = [
+            _Hooks(model, inputs, layer, left, selector(before))
+            for layer, left, before in zip(layers, retain, held, strict=False)
+        ]
         self.decoder = self.hooks[0].decoder
 
     @property
@@ -79,7 +118,19 @@ class Stages:
             for hooks in self.hooks:
                 hooks.prefilling = False
 
-        handles = [self.decoder.register_forward_hook(after_decoder)]
+        def before_decoder(_: Any, args: Any, kwargs: Any) -> Any:
+            padding, keeps = kwargs.get("attention_mask"), self.keep_idx
+            if uniform and len(keeps) == len(self.hooks) and isinstance(padding, Tensor):
+                # Decode reads the caches by the mask's first columns, so those are gathered alike.
+                prompt = self.hooks[0].valid.shape[1]
+                columns = padding[:, :prompt].gather(1, self.kept(len(keeps)))
+                kwargs["attention_mask"] = torch.cat([columns, padding[:, prompt:]], 1)
+            return args, kwargs
+
+        handles = [
+            self.decoder.register_forward_hook(after_decoder),
+            self.decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
+        ]
         for index, layer in enumerate(self.decoder.layers):
             handles.append(
                 layer.register_forward_pre_hook(
