@@ -171,10 +171,13 @@ def test_other_lengths_add_no_graph(llava: Family) -> None:
     assert pruned().retained == RETAIN[-1]
 
 
-def test_verify(llava: Family) -> None:
-    inputs = llava.make_inputs()
+@pytest.mark.parametrize("name", ["llava", "kimi_k25", "qwen3_vl", "gemma4"])
+def test_verify(name: str) -> None:
+    """Where caches hold no keys, features enter between layers, or windows slide, too."""
+    family = load(name)
     options = {"layer": LAYERS, "retain_tokens": RETAIN}
-    found = dartfx.verify(llava.model.generate, options=options, **inputs, max_new_tokens=2)
+    inputs = family.make_inputs()
+    found = dartfx.verify(family.model.generate, options=options, **inputs, max_new_tokens=2)
     assert found.ok, str(found)
     assert "tokens before layer 1, 2, 3: verified" in str(found)
 
