@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import time
 from html import unescape
 from pathlib import Path
@@ -13,15 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from browser import dom, needs_browser
 from decoders import Decoder, Layer, Sizes, Style, changed, prompt, run
 
 import dartfx
 from dartfx.passes.facts import Declined, Pruned
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="needs chromium (apt-get install chromium)"
-)
 LAYERS, CUT, LENGTH, KEPT = 4, 2, 24, 17
 
 
@@ -172,23 +167,17 @@ def test_a_graph_without_vision_tokens(tmp_path: Path) -> None:
 
 def shown_by_browser(page: Path, at: str) -> str:
     """The page's elements after its script ran.  at: the value to show, or ?what to search for."""
-    assert BROWSER is not None
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    done = subprocess.run(
-        [*command, f"{page.as_uri()}#{at}"], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return dom(f"{page.as_uri()}#{at}")
 
 
 @needs_browser
 def test_a_browser_shows_a_value_and_its_lineage(page: Shown) -> None:
-    dom = shown_by_browser(page.path, "view_9")
-    (before,) = re.findall(r'<pre id="before">(.*?)</pre>', dom)
-    (after,) = re.findall(r'<pre id="after">(.*?)</pre>', dom)
+    shown = shown_by_browser(page.path, "view_9")
+    (before,) = re.findall(r'<pre id="before">(.*?)</pre>', shown)
+    (after,) = re.findall(r'<pre id="after">(.*?)</pre>', shown)
     assert f"f32[1, {LENGTH}, " in before
     assert f"f32[1, {KEPT}, " in after
-    (lineage,) = re.findall(r'<ul id="lineage">(.*?)</ul>', dom)
+    (lineage,) = re.findall(r'<ul id="lineage">(.*?)</ul>', shown)
     assert re.search(r'dim 1 ← dim 1 of <a href="#\w+">\w+</a> \(\w+\).*masked_scatter', lineage)
 
 
@@ -212,11 +201,11 @@ def test_a_graph_of_32_layers_opens_at_once(tmp_path: Path) -> None:
     assert len(page.graph["values"]) > 4000
     assert page.path.stat().st_size < 2_000_000
     start = time.perf_counter()
-    dom = shown_by_browser(page.path, "?layers.31")
-    (ready,) = re.findall(r'data-ready="(\d+)"', dom)
+    shown = shown_by_browser(page.path, "?layers.31")
+    (ready,) = re.findall(r'data-ready="(\d+)"', shown)
     assert int(ready) < 3000, "milliseconds until everything is shown"
     assert time.perf_counter() - start < 30
-    (found,) = re.findall(r'<span id="found">(\d+) values', dom)
-    rows = dom.count("<tr data-i=")
+    (found,) = re.findall(r'<span id="found">(\d+) values', shown)
+    rows = shown.count("<tr data-i=")
     assert 100 < int(found) < 4000 / 32 + 50
     assert rows == int(found)
