@@ -1,15 +1,16 @@
 """Rebuilds the graph of a ``repro.py`` and runs the pipeline on it: no model, no weights, no data.
 
-:mod:`dartfx.repro` writes such scripts.  Inputs are fake tensors of the recorded shapes, strides,
-dtypes and devices, so that a graph of any size is rebuilt on any machine.
+:mod:`dartfx.repro` writes such scripts.  The passes see fake tensors of the recorded shapes,
+strides, dtypes and devices, so that a graph of any size is rebuilt on any machine; then
+:mod:`dartfx.trial` runs the graph, pruned and unpruned, on random inputs of the same form.
 """
 
 from __future__ import annotations
 
 import builtins
-import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.node import map_aggregate
 
-from dartfx import report, vision
+from dartfx import report
 from dartfx.backend import Host, NeedsGraphBreaks, compile_graph
 from dartfx.config import DartConfig
 from dartfx.passes.facts import Size
 from dartfx.passes.normalise import fresh_size
 from dartfx.report import Report
 from dartfx.repro import Arrival
+from dartfx.trial import Trial, arriving
 
 __all__ = ["Replay", "find", "missing"]
 
@@ -40,6 +43,7 @@ class Replay:
         self.mode = mode or FakeTensorMode(shape_env=ShapeEnv())
         self.root = nn.Module()
         self.graph = Graph()
+        self.missing: set[str] = set()  # kinds of devices that the graph ran on, and not here
         self._scalars = 0
 
     def size(self, example: int) -> torch.SymInt:
@@ -49,9 +53,32 @@ class Replay:
     def tensor(
         self, shape: Sequence[Size], stride: Sequence[Size], dtype: torch.dtype, device: str
     ) -> Tensor:
-        """A fake tensor; a device that this machine lacks is fine."""
+        """A fake tensor; on the CPU where this machine lacks the device."""
         with self.mode:
-            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            return torch.empty_strided(shape, stride, dtype=dtype, device=self.device(device))
+
+    def constant(
+        self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: str
+    ) -> Tensor:
+        """A constant too large to be written down: normal values, or zeros for integers."""
+        made = torch.empty_strided(shape, stride, dtype=dtype, device=self.device(device))
+        return made.normal_() if made.is_floating_point() else made.zero_()
+
+    def device(self, name: str) -> torch.device:
+        """The device of this name, or the CPU where this machine has none of its kind."""
+        device = torch.device(name)
+        present = device.type in ("cpu", "meta") or torch.get_device_module(device).is_available()
+        if not present:
+            self.missing.add(device.type)
+        return device if present else torch.device("cpu")
+
+    def _here(self, argument: Any) -> Any:
+        """An argument, its devices replaced as :meth:`device` says."""
+        if isinstance(argument, torch.device):
+            return self.device(str(argument))
+        if isinstance(argument, str) and re.fullmatch(r"(cuda|xpu|mps|hpu|npu)(:\d+)?", argument):
+            return str(self.device(argument))
+        return argument
 
     def scalar(self, value: float) -> Tensor:
         """A fake number [] that the graph may read: dynamo wraps Python floats so, when dynamic."""
@@ -73,6 +100,7 @@ class Replay:
         if not isinstance(value, Tensor):
             inner = Replay(self.mode)
             value(inner)
+            self.missing |= inner.missing
             self.root.add_module(name, GraphModule(inner.root, inner.graph))
         else:
             self.root.register_buffer(name, value)
@@ -88,7 +116,8 @@ class Replay:
     ) -> Node:
         """A call of a function, or of the first argument's method of this name."""
         op = "call_method" if isinstance(target, str) else "call_function"
-        node = self.graph.create_node(op, target, args, dict(kwargs), name)
+        args, kwargs = map_aggregate((args, dict(kwargs)), self._here)
+        node = self.graph.create_node(op, target, args, kwargs, name)
         paths, source = origin
         node.meta["nn_module_stack"] = {path: (path, "") for path in paths}
         if source is not None:
@@ -107,43 +136,33 @@ class Replay:
         host: tuple[bool, bool] = (False, False),
         arrival: Arrival | None = None,
         dump: str | None = None,
+        run: bool | None = None,
+        seed: int = 0,
     ) -> list[Report]:
-        """Send the graph through the backend without compiling it; prints and returns its reports.
+        """Send the graph through the backend, print and return its reports; then run it.
 
         host: whether the caller may break the graph, and recounts caches (dartfx.compile does).
+        run: whether to run the graph on random inputs, pruned and unpruned; None: where they fit
+        into half of this machine's memory.  Raises what the pruned graph raises on inputs that
+        the unpruned one takes.
         """
         module = GraphModule(self.root, self.graph)
         examples = [n.meta["example_value"] for n in self.graph.nodes if n.op == "placeholder"]
         given = {"lowering": "eager", "on_unsupported": "ignore", "dump": dump}
-        config = DartConfig.from_options({**options, **given})
-        with report.collecting() as reports, _arriving(arrival, examples):
+        config, compiled = DartConfig.from_options({**options, **given}), None
+        with report.collecting() as reports, arriving(arrival, examples):
             try:
-                compile_graph(config, module, examples, Host(*host))
+                compiled = compile_graph(config, module, examples, Host(*host))
             except NeedsGraphBreaks as needs:
                 print(f"asks for several graphs: {needs}")  # noqa: T201  its reader is a terminal
         for made in reports:
             print(made)  # noqa: T201
+        if self.missing:
+            print(f"no {', '.join(sorted(self.missing))} here: on the CPU instead")  # noqa: T201
+        trial = Trial(module, examples, arrival, seed)
+        for line in trial.lines(compiled, any(r.pruned for r in reports), run):
+            print(line)  # noqa: T201
         return reports
-
-
-@contextlib.contextmanager
-def _arriving(arrival: Arrival | None, inputs: Sequence[Any]) -> Iterator[None]:
-    """Let a mask arrive with one of the inputs, as in the recorded call."""
-    if arrival is None:
-        yield
-        return
-    place, rows, is_given = arrival
-    like = inputs[place]
-    if not is_given:
-        with like.fake_mode:
-            mask = torch.empty(like.shape[:2], dtype=torch.bool, device=like.device)
-        vision.note(like, mask, rows)
-        yield
-        return
-    shape = [int(s) for s in like.shape[:2]]
-    marked = torch.arange(shape[0] * shape[1]).reshape(shape) < rows
-    with vision.vision_tokens(marked):
-        yield
 
 
 def find(name: str) -> Any:

@@ -33,8 +33,9 @@ _OWN_SELECTORS = {"dart", "random", "uniform"}
 _SMALL = 64  # values of a constant that are worth writing down
 
 _SCRIPT = '''\
-"""A graph that dartfx met, without its model: python repro.py [--dump DIR]
+"""A graph that dartfx met, without its model: python repro.py [--dump DIR] [--[no-]run]
 
+Sends the graph through the passes, then runs it, pruned and unpruned, on random inputs.
 Written by dartfx {dartfx}, torch {torch}, Python {python}.
 """
 
@@ -65,10 +66,15 @@ def at(module, source):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dump", help="directory for the graph after every pass")
-    dump = parser.parse_args(arguments).dump
+    parser.add_argument(
+        "--run", action=argparse.BooleanOptionalAction,
+        help="run the graph on random inputs (default: where they fit into half of the memory)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    given = vars(parser.parse_args(arguments))
     replay = Replay()
     graph(replay)
-    return replay.run(OPTIONS, host=HOST, arrival=ARRIVAL, dump=dump)
+    return replay.run(OPTIONS, host=HOST, arrival=ARRIVAL, **given)
 
 
 if __name__ == "__main__":
@@ -171,19 +177,19 @@ class _Writer:
         if isinstance(value, GraphModule):
             written = f"{function}_{node.name}"
         elif isinstance(value, Tensor) and value.numel() <= _SMALL and not _is_fake(value):
-            device = f"device={str(value.device)!r}"
+            device = f"device=replay.device({str(value.device)!r})"
             written = f"torch.tensor({_literal(value.tolist())}, dtype={value.dtype}, {device})"
         else:
-            written = self._value(value)
+            written = self._value(value, "constant")
         return f"{node.name} = replay.attribute({name!r}, {written})"
 
-    def _value(self, value: Any) -> str:
+    def _value(self, value: Any, kind: str = "tensor") -> str:
         if isinstance(value, Tensor):
             number = getattr(value, "item_memo", None)
             if isinstance(number, torch.SymFloat | torch.SymInt) and number.node.hint is not None:
                 return f"replay.scalar({number.node.hint!r})"
             shape, stride = _sizes(value.shape), _sizes(value.stride())
-            return f"replay.tensor({shape}, {stride}, {value.dtype}, {str(value.device)!r})"
+            return f"replay.{kind}({shape}, {stride}, {value.dtype}, {str(value.device)!r})"
         return _size(value) if isinstance(value, int | torch.SymInt) else _literal(value)
 
     def _origin(self, node: Node) -> str:
