@@ -16,6 +16,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from dartfx import kept, report, vision
+from dartfx.arrangement import Untold
 from dartfx.backend import compile_graph
 from dartfx.config import DartConfig
 from dartfx.errors import ConfigError
@@ -132,7 +133,8 @@ def explain(
 
     target: a model, or its bound ``generate``; it is called with args and kwargs, its graphs run
     eagerly.  options: as in ``torch.compile``; default: those the model was compiled with by
-    :func:`dartfx.compile`, else the defaults.  tokens: also tell which vision tokens are kept.
+    :func:`dartfx.compile`, else the defaults.  tokens: also tell which vision tokens are kept, and
+    where in the image as far as kwargs tell (:mod:`dartfx.arrangement`).
     Raises what the call raises; TypeError when target belongs to no module.
     """
     if isinstance(target, nn.Module):
@@ -159,9 +161,22 @@ def explain(
         finally:
             owner._compiled_call_impl = current
     pruned = any(made.pruned for made in collected)
-    shown = tuple(kept_tokens()) if tokens and pruned else ()
-    notes = (_BYPASSED,) if current is None and _is_bypassed(owner, target) else ()
-    return Explanation(tuple(collected), shown, notes)
+    shown, notes = _shown(kwargs) if tokens and pruned else ((), [])
+    if current is None and _is_bypassed(owner, target):
+        notes.append(_BYPASSED)
+    return Explanation(tuple(collected), shown, tuple(notes))
+
+
+def _shown(arguments: Mapping[str, Any]) -> tuple[tuple[KeptTokens, ...], list[str]]:
+    """The kept tokens, laid out as the call's arguments tell; and a note where they do not."""
+    try:
+        return tuple(kept_tokens(arguments)), []
+    except Untold:
+        return tuple(kept_tokens()), []
+    except ValueError as error:
+        # A square number of tokens may still be tiles: better no place than a wrong one.
+        unplaced = (dataclasses.replace(k, layout=None) for k in kept_tokens())
+        return tuple(unplaced), [f"NOTE: {error}"]
 
 
 _BYPASSED = (

@@ -7,7 +7,7 @@ under Inductor, in CUDA graphs and across graph breaks.  Without the option noth
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import dartfx.ops.attribution  # noqa: F401  registers torch.ops.dartfx.picked_by
+from dartfx.arrangement import from_inputs
 from dartfx.config import DartConfig
 from dartfx.errors import DartfxError
 from dartfx.layout import Cell, Layout, layout_of
@@ -76,8 +77,8 @@ class KeptTokens:
         found = self.layout if layout is None else layout_of(layout)
         if found is None:
             raise ValueError(
-                f"{len(self.positions)} vision tokens are no square; say how they lie in the image "
-                "by a grid (rows, columns) or (frames, rows, columns), or by dartfx.layout"
+                f"how {len(self.positions)} vision tokens lie in the image is not known; say it by "
+                "a grid (rows, columns) or (frames, rows, columns), or by dartfx.layout.Layout"
             )
         if len(found.cells) != len(self.positions):
             raise ValueError(
@@ -189,15 +190,16 @@ def _expose(module: GraphModule, tokens: bool) -> int:
 
 
 def kept_tokens(
-    layouts: Sequence[Layout | Sequence[int]] | None = None,
+    layouts: Sequence[Layout | Sequence[int]] | Mapping[str, Any] | None = None,
 ) -> list[KeptTokens]:
     """Which vision tokens the last pruned call kept, per image, in prompt order.
 
-    layouts: how each image's tokens lie, in the order of the images over all rows: a grid (rows,
-    columns) or (frames, rows, columns), or a Layout.  They also say where one image ends and the
-    next begins.  Without them every unbroken run of vision tokens is an image, and square where its
-    number of tokens is.  Waits for the call's device.  Raises DartfxError when nothing was
-    recorded, ValueError for layouts of another number of tokens.
+    layouts: the call's keyword arguments, where they tell sizes (:mod:`dartfx.arrangement`); or how
+    each image's tokens lie, in the order of the images over all rows: a grid (rows, columns) or
+    (frames, rows, columns), or a Layout.  They also say where one image ends and the next begins.
+    Without them every unbroken run of vision tokens is an image, and square where its number of
+    tokens is.  Waits for the call's device.  Raises DartfxError when nothing was recorded,
+    ValueError for layouts of another number of tokens or arguments that do not tell them.
     """
     with _LOCK:
         record = _last
@@ -209,6 +211,8 @@ def kept_tokens(
     vision = [row.nonzero()[:, 0].tolist() for row in record.vision.cpu()]
     keep = [set(row) for row in record.keep.tolist()]
     pickers = record.picker.tolist() if record.picker is not None else [None] * len(keep)
+    if isinstance(layouts, Mapping):
+        layouts = from_inputs(layouts, [len(run) for _, _, run, _ in _images(vision, None)])
     found = []
     for row, image, positions, layout in _images(vision, layouts):
         kept = [i for i, p in enumerate(positions) if p in keep[row]]

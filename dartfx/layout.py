@@ -1,7 +1,8 @@
 """Where vision tokens lie in the picture they come from: grids, tiles, frames.
 
 A layout lists one cell per vision token, in prompt order.  Models differ in how they lay tokens
-out, so a caller names the form; nothing here knows a model.
+out; :mod:`dartfx.arrangement` finds the form where a call's arguments tell it, else a caller names
+it.  Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Layout:
         """``rows`` by ``columns`` tiles of ``tile`` tokens each, tile after tile.
 
         overview: "first", "last" or None: where one more tile shows the whole image, as InternVL
-        (last) and Idefics3 or SmolVLM (last) have it.  Raises ValueError for another word.
+        and most models that tile have it (last).  Raises ValueError for another word.
         """
         if overview not in ("first", "last", None):
             raise ValueError(f"overview is 'first', 'last' or None, got {overview!r}")

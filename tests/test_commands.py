@@ -79,11 +79,50 @@ def test_show(saved: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
+    ("more", "views"),
+    [
+        (("--tiles", "1x3"), 2),
+        (("--tiles", "2x2", "--overview", "none"), 1),
+        (("--anyres", "3x3"), 2),
+        (("--grid", "4x2x2"), 4),
+    ],
+)
+def test_show_takes_the_layout_that_is_named(
+    saved: Path, tmp_path: Path, more: tuple[str, ...], views: int
+) -> None:
+    out = tmp_path / "kept.html"
+    assert call("show", saved, "--out", str(out), *more) == 0
+    shown = re.findall(r'<rect x="(\d+)"', out.read_text())
+    assert len(shown) == (13 if "--anyres" in more else 16), "newlines have no place"
+    starts = {int(x) // 340 for x in shown} if views == 4 else {int(x) // 680 for x in shown}
+    assert starts == set(range(views))
+
+
+def test_show_says_which_option_names_a_layout_that_is_not_known(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dartfx import arrangement, kept
+
+    def untold(inputs: Any, runs: Any) -> Any:
+        raise arrangement._unknown("tiles of unknown numbers")
+
+    monkeypatch.setattr(kept, "from_inputs", untold)
+    assert call("show", saved, "--out", str(tmp_path / "kept.png")) == 2
+    error = capsys.readouterr().err
+    assert "is not known: tiles of unknown numbers; name it" in error
+    assert error.endswith("here by --grid, --tiles or --anyres\n")
+
+
+@pytest.mark.parametrize(
     ("more", "told"),
     [
         (("--out", "kept.gif"), "--out must end in .png or .html"),
         (("--grid", "five"), "--grid is like 24x24"),
         (("--grid", "3x3"), "the layouts have 9 tokens, but the prompt 16"),
+        (("--tiles", "2x0"), "--tiles is like 2x3, got '2x0'"),
+        (("--tiles", "2x2"), "the layouts have 5 tokens, but the prompt 16"),
+        (("--anyres", "3"), "--anyres is like 36x48, got '3'"),
+        (("--anyres", "4x4"), "the layouts have 20 tokens, but the prompt 16"),
         (("--selector", "drat"), "did you mean 'dart'?"),
         (("--model", "no/such/folder/here"), "cannot load the model"),
         (("--image", "none.png"), "cannot read the image 'none.png'"),

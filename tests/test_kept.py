@@ -185,7 +185,7 @@ def test_images_by_runs_and_by_layouts() -> None:
     with pytest.raises(ValueError, match="layouts have 9 tokens, but the prompt 12 vision tokens"):
         dartfx.kept_tokens([(3, 3)])
     with pytest.raises(
-        ValueError, match=r"5 vision tokens are no square; .*grid \(rows, columns\)"
+        ValueError, match=r"how 5 vision tokens lie .* not known; .*grid \(rows, columns\)"
     ):
         dartfx.kept_tokens()[0].cells()
     with pytest.raises(ValueError, match="the layout has 6 tokens, but the image 5"):

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
+from math import isqrt
 from pathlib import Path
-from typing import Any
 
 import dartfx
 from dartfx.commands.loading import CommandError, add_arguments, load, options
 from dartfx.kept import KeptTokens
-from dartfx.layout import Layout, layout_of, merged
+from dartfx.layout import Layout, layout_of
 
 __all__ = ["configure", "run"]
+
+_OPTIONS = "here by --grid, --tiles or --anyres"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_arguments(parser)
-    parser.add_argument(
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
         "--grid",
         help="how the tokens lie, as 24x24 or frames as 8x12x16 (default: from the inputs)",
+    )
+    form.add_argument("--tiles", help="rows and columns of square tiles, as 2x3")
+    form.add_argument(
+        "--anyres", help="rows and columns of tokens after a square overview, as 36x48; newlines"
+    )
+    parser.add_argument(
+        "--overview",
+        choices=("first", "last", "none"),
+        default="last",
+        help="with --tiles: where one more tile shows the whole image (%(default)s)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("kept.png"), help="a .png or .html file (%(default)s)"
@@ -31,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the picture; returns 1 when nothing was pruned, 2 when something is missing."""
     try:
-        layout = None if arguments.grid is None else _grid(arguments.grid)
+        layout = _named(arguments)
         if arguments.out.suffix not in (".png", ".html"):
             raise CommandError(f"--out must end in .png or .html, got {str(arguments.out)!r}")
         model, inputs = load(arguments)
@@ -42,7 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
         if not found.tokens:
             print(found, file=sys.stderr)
             return 1
-        (kept, *_) = _whole(layout, inputs, found.tokens)
+        (kept, *_) = found.tokens
+        if layout is not None:
+            (kept,) = dartfx.kept_tokens([layout(sum(len(k.positions) for k in found.tokens))])
+        elif kept.layout is None:
+            told = found.notes[0] if found.notes else "NOTE: the tokens make no square; name it"
+            raise CommandError(f"{told.removeprefix('NOTE: ')}: {_OPTIONS}")
         _write(arguments, kept)
     except (CommandError, dartfx.ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,21 +70,36 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _grid(text: str) -> Layout:
-    try:
-        return layout_of([int(part) for part in text.split("x")])
-    except ValueError as error:
-        raise CommandError(f"--grid is like 24x24 or 8x12x16, got {text!r}") from error
+def _named(arguments: argparse.Namespace) -> Callable[[int], Layout] | None:
+    """The layout that the options name, as a function of the number of vision tokens."""
+    if arguments.grid is not None:
+        grid = _numbers("--grid", arguments.grid, (2, 3), "24x24 or 8x12x16")
+        return lambda tokens: layout_of(grid)
+    if arguments.tiles is not None:
+        rows, columns = _numbers("--tiles", arguments.tiles, (2,), "2x3")
+        overview = None if arguments.overview == "none" else arguments.overview
+
+        def tiles(tokens: int) -> Layout:
+            side = isqrt(tokens // (rows * columns + (overview is not None)))
+            return Layout.tiles(rows, columns, (side, side), overview)
+
+        return tiles
+    if arguments.anyres is not None:
+        high, wide = _numbers("--anyres", arguments.anyres, (2,), "36x48")
+
+        def anyres(tokens: int) -> Layout:
+            side = isqrt(max(tokens - high * (wide + 1), 0))
+            return Layout.anyres((side, side), (high, wide))
+
+        return anyres
+    return None
 
 
-def _whole(
-    layout: Layout | None, inputs: Mapping[str, Any], tokens: tuple[KeptTokens, ...]
-) -> list[KeptTokens]:
-    """The image's record with its layout: given, from the processor's patch grid, or a square."""
-    grid = next((v for k, v in inputs.items() if k.endswith("_grid_thw")), None)
-    if layout is None and grid is not None:
-        layout = merged(grid[0].tolist(), sum(len(k.positions) for k in tokens))
-    return list(tokens) if layout is None else dartfx.kept_tokens([layout])
+def _numbers(option: str, text: str, counts: tuple[int, ...], example: str) -> list[int]:
+    parts = text.split("x")
+    if len(parts) not in counts or not all(part.isdecimal() and int(part) for part in parts):
+        raise CommandError(f"{option} is like {example}, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _write(arguments: argparse.Namespace, kept: KeptTokens) -> None:
@@ -76,4 +109,4 @@ def _write(arguments: argparse.Namespace, kept: KeptTokens) -> None:
         else:
             dartfx.overlay(arguments.image, kept).save(arguments.out)
     except ValueError as error:
-        raise CommandError(f"{error}; give --grid") from error
+        raise CommandError(f"{error}: {_OPTIONS}") from error
