@@ -22,7 +22,7 @@ from dartfx.config import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.forward import Forward, compiled_forward, watch_generate
 from dartfx.kept import KeptTokens, kept_tokens
-from dartfx.passes.facts import Declined, HandsOn
+from dartfx.passes.facts import Outcome, Untouched
 from dartfx.report import Report
 
 __all__ = ["Explanation", "compile", "explain", "reset"]
@@ -110,7 +110,7 @@ class Explanation:
         return any(r.pruned for r in self.reports)
 
     def __str__(self) -> str:
-        told = [r for r in self.reports if r.pruned or isinstance(r.outcome, Declined | HandsOn)]
+        told = [r for r in self.reports if _is_worth_telling(r.outcome)]
         quiet = len(self.reports) - len(told)
         lines = [str(r) for r in told]
         if quiet:
@@ -120,6 +120,13 @@ class Explanation:
         elif not told:
             lines.append("nothing to prune: this call carries no vision tokens")
         return "\n".join([*lines, *map(str, self.tokens), *self.notes])
+
+
+def _is_worth_telling(outcome: Outcome) -> bool:
+    """Whether a graph had to do with vision tokens, or may have had."""
+    if isinstance(outcome, Untouched):
+        return outcome.all_retained or outcome.unsure
+    return True
 
 
 def explain(

@@ -109,6 +109,12 @@ def test_explain_a_refusal_and_a_text_prompt(llava: Family) -> None:
     assert "nothing to prune: this call carries no vision tokens" in str(text)
 
 
+def test_explain_tells_when_there_is_nothing_to_drop(llava: Family) -> None:
+    text = str(dartfx.explain(llava.model, **llava.make_inputs(), options={"retain_tokens": 99}))
+    assert "nothing to drop: 99 tokens to retain of 16" in text
+    assert "no vision tokens\n" not in text + "\n"
+
+
 def test_explain_wants_a_model() -> None:
     with pytest.raises(TypeError, match="needs a model or a method of one"):
         dartfx.explain(len, [1])
