@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 from typing import Any
 
 import torch
@@ -46,6 +48,9 @@ def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     Raises CommandError when a package, the image or the model is missing.
     """
+    if "TORCH_LOGS" not in os.environ:
+        # A graph break is part of what is explained; torch prints a page of its own about it.
+        logging.getLogger("torch._dynamo.variables.tensor").setLevel(logging.ERROR)
     try:
         from PIL import Image, UnidentifiedImageError
         from transformers import AutoModelForImageTextToText, AutoProcessor
