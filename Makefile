@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: .venv demo test lint bench docs
+.PHONY: .venv demo test lint bench docs pictures
 
 .venv: $(STAMP)
 
@@ -34,3 +34,7 @@ lint: $(STAMP)
 # A warning is an error: a page left out of the navigation, a link or a name that leads nowhere.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The pictures of docs/design.md, drawn anew from real runs (about a minute).
+pictures: $(STAMP)
+	$(BIN)/python docs/pictures.py

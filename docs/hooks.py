@@ -1,4 +1,4 @@
-"""MkDocs hook: what a page links to outside of docs/ is named, since the site does not hold it."""
+"""MkDocs hooks: links out of docs/ become names of files, and roles of docstrings plain names."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
+_ROLE = re.compile(r":(?:class|func|meth|mod):(?=<code>)")
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([\w/.-]+)\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """A page whose links to other files of the repository are text and path instead."""
     return _OUTSIDE.sub(_named, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A page without the roles that stand before names in docstrings."""
+    return _ROLE.sub("", html)
 
 
 def _named(link: re.Match[str]) -> str:
