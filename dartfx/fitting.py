@@ -47,13 +47,15 @@ class Reading:
 class Demand:
     """A mask that must mark so many positions: one per row of what is written there.
 
-    repeated: how often the mask says the same of one position, along the rows' own dim.  source:
+    dims: of what is written to, the rows' own included.  repeated: how often the mask says the
+    same of one position, along the rows' own dim.  source:
     the input that it is made of, and the number that marks a position there (None: a mask itself);
     None where no input was found.
     """
 
     mask: Node
     rows: int
+    dims: int
     repeated: int
     source: tuple[Node, int | None] | None
 
@@ -143,7 +145,7 @@ def demands(module: GraphModule) -> Iterator[Demand]:
         width = hint(into.shape[-1]) if into.ndim > 1 else 1
         whole = chosen.ndim == into.ndim > 1 and hint(chosen.shape[-1]) == width
         rows = prod(sized(held.shape)) // max(width, 1)
-        yield Demand(mask, rows, width if whole else 1, _source(mask))
+        yield Demand(mask, rows, into.ndim, width if whole else 1, _source(mask))
 
 
 def _source(mask: Node) -> tuple[Node, int | None] | None:

@@ -66,14 +66,14 @@ class RandomInputs:
         read, shape = self._reads[node], tuple(like.shape)
         if like.dtype == torch.bool or (read.as_mask and read.rows is None):
             return torch.ones(shape, dtype=like.dtype)
-        last = shape[-1] if shape else 1
+        last = shape[-1] if shape else 0
         if read.rows is not None and not is_state(node):
             values = torch.randint(read.rows, shape, generator=generator)
             # What it is compared with marks something; plain text has none of it.
             plain = next((i for i in range(read.rows) if i not in read.compared), 0)
             for marked in read.compared:
                 values = torch.where(values == marked, plain, values)
-        elif read.compared or unknown == "zero":
+        elif read.compared or unknown == "zero" or not (shape or unknown == "one"):
             values = torch.zeros(shape, dtype=torch.int64)
         elif unknown == "one":
             values = torch.ones(shape, dtype=torch.int64)
@@ -94,7 +94,9 @@ class RandomInputs:
             value = drawn[node]
             if mark is None:
                 value = drawn[node] = torch.zeros_like(value)
-            rows = value.reshape(-1, value.shape[-1])
+            # A mask may have the features' dim, too, as large as theirs or 1.
+            own = 2 if mark is None and value.ndim == demand.dims else 1
+            rows = value.reshape(-1, *value.shape[-own:])
             share, more = divmod(demand.rows, max(len(rows), 1))
             start = after.get(node, 1 if share + 2 <= rows.shape[1] else 0)
             for i, row in enumerate(rows):

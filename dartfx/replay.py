@@ -67,7 +67,12 @@ class Replay:
     def device(self, name: str) -> torch.device:
         """The device of this name, or the CPU where this machine has none of its kind."""
         device = torch.device(name)
-        present = device.type in ("cpu", "meta") or torch.get_device_module(device).is_available()
+        try:
+            present = (
+                device.type in ("cpu", "meta") or torch.get_device_module(device).is_available()
+            )
+        except RuntimeError:  # torch was built without its module
+            present = False
         if not present:
             self.missing.add(device.type)
         return device if present else torch.device("cpu")

@@ -76,8 +76,16 @@ class Trial:
         yield f"random inputs (seed {self._seed}): {len(values)}, {size / 1e6:,.1f} MB"
         yield from _marks(inputs, values)
         yield f"unpruned, it runs:  {_shown(outputs)}"
-        if compiled is not None and pruned:
-            yield f"pruned, it runs:    {_shown(self._pruned(compiled, values))}"
+        if compiled is None or not pruned:
+            return
+        try:
+            made = self._pruned(compiled, values)
+        except Exception as error:
+            if all(marked == demand.rows for demand, marked in inputs.met(values)):
+                raise
+            yield f"pruned, it refuses these values: {str(error).splitlines()[0]}"
+            return
+        yield f"pruned, it runs:    {_shown(made)}"
 
     def _unpruned(self, inputs: RandomInputs) -> tuple[list[Any], Any]:
         """Values that the graph takes, the first whose outputs are numbers; and its outputs."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from decoders import IMAGE, Decoder, Sizes, Style, changed, prompt, run
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dartfx
 from dartfx import trial
@@ -258,16 +259,44 @@ def test_marks_are_as_many_as_rows_and_never_by_accident() -> None:
 
 
 class Overlapping(nn.Module):
-    """Reads an expanded input and a number that dynamo holds as a tensor."""
+    """Reads an expanded input and an integer without dims, as a cache's own length is."""
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return x.masked_fill(~mask, 0.0)
+    def forward(self, x: Tensor, mask: Tensor, length: Tensor) -> Tensor:
+        return x.masked_fill(~mask, 0.0) + length
 
 
-def test_expanded_inputs_keep_their_strides() -> None:
-    inputs = {"x": torch.zeros(1, 3).expand(4, 3), "mask": torch.ones(4, 3, dtype=torch.bool)}
-    found, _ = drawn(Overlapping(), inputs, dynamic=False)
-    x, mask = found.draw()
+def test_expanded_inputs_keep_their_strides_and_numbers_are_known_or_zero() -> None:
+    inputs = {
+        "x": torch.zeros(1, 3).expand(4, 3),
+        "mask": torch.ones(4, 3, dtype=torch.bool),
+        "length": torch.tensor(3),
+    }
+    found, examples = drawn(Overlapping(), inputs, dynamic=False)
+    x, mask, length = found.draw()
     assert x.stride() == (0, 1)
     assert torch.equal(x[0], x[3])
     assert mask.all()
+    assert length == 3, "dynamo knew it"
+    with FakeTensorMode():
+        unknown = torch.empty((), dtype=torch.int64)
+    again = RandomInputs(found._module, [*examples[:2], unknown])
+    assert [int(again.draw(unknown=u)[2]) for u in ("count", "one", "zero")] == [0, 1, 0]
+
+
+class Given(nn.Module):
+    """A merge whose mask [B, S, D] is an input, as after a graph break."""
+
+    def forward(self, x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        return x.masked_scatter(mask, features)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_mask_with_the_features_dim_marks_whole_positions(width: int) -> None:
+    mask = torch.zeros(2, 9, width, dtype=torch.bool)
+    inputs = {"x": torch.zeros(2, 9, 4), "mask": mask, "features": torch.zeros(6, 4)}
+    found, _ = drawn(Given(), inputs, dynamic=False)
+    values = found.draw()
+    ((demand, marked),) = found.met(values)
+    assert marked == demand.rows == 6
+    (mask,) = (v for v in values if v.dtype == torch.bool)
+    assert mask.sum(1).tolist() == [[3] * width] * 2
