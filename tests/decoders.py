@@ -129,6 +129,19 @@ class Decoder(nn.Module):
         context.add("mask", mask, mask.ndim - 2, mask.ndim - 1)
 
 
+class Halves(Decoder):
+    """A decoder whose merge dynamo compiles apart from its layers."""
+
+    def forward(self, ids: Tensor, features: Tensor, valid: Tensor | None = None) -> Any:
+        x, _ = self.merge(ids, features)
+        torch._dynamo.graph_break()
+        context, outputs = self.context(x, valid), []
+        for layer in self.layers:
+            x, k, v = layer(x, context)
+            outputs += [k, v]
+        return self.finish(x, outputs, [])
+
+
 # final-normed hidden, keys, vision, valid (or None), N, R -> kept positions [B, S']
 Select = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int], Tensor]
 
@@ -243,5 +256,5 @@ def assert_same(one: Any, other: Any, **tolerance: float) -> None:
         torch.testing.assert_close(a, b, **({"rtol": 1e-5, "atol": 1e-5} | tolerance))
 
 
-__all__ = ["IMAGE", "Decoder", "Inputs", "Layer", "Sizes", "Style", "assert_same", "changed",
-           "compiled", "flat", "prompt", "pruned_by_hand", "replace", "run"]  # fmt: skip
+__all__ = ["IMAGE", "Decoder", "Halves", "Inputs", "Layer", "Sizes", "Style", "assert_same",
+           "changed", "compiled", "flat", "prompt", "pruned_by_hand", "replace", "run"]  # fmt: skip

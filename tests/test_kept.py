@@ -8,6 +8,7 @@ import pytest
 import torch
 from decoders import (
     Decoder,
+    Halves,
     Inputs,
     Sizes,
     Style,
@@ -131,19 +132,6 @@ def test_each_call_replaces_the_last() -> None:
     dartfx.reset()
     with pytest.raises(DartfxError):
         dartfx.kept_tokens()
-
-
-class Halves(Decoder):
-    """A decoder whose merge dynamo compiles apart from its layers."""
-
-    def forward(self, ids: Tensor, features: Tensor, valid: Tensor | None = None) -> Any:
-        x, _ = self.merge(ids, features)
-        torch._dynamo.graph_break()
-        context, outputs = self.context(x, valid), []
-        for layer in self.layers:
-            x, k, v = layer(x, context)
-            outputs += [k, v]
-        return self.finish(x, outputs, [])
 
 
 def test_across_a_graph_break() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Decoder, Sizes, Style, changed, prompt, run
+from decoders import Decoder, Halves, Sizes, Style, changed, prompt, run
 
 import dartfx
 from dartfx.passes.facts import Declined, Outcome, Pruned
@@ -86,19 +86,6 @@ def test_the_script_runs_by_itself(tmp_path: Path) -> None:
     report, ran = done.stdout.split("random inputs (seed 0): ")
     assert report == f"{dartfx.reports()[0]}\n"
     assert "pruned, it runs:" in ran
-
-
-class Halves(Decoder):
-    """A decoder whose merge dynamo compiles apart from its layers."""
-
-    def forward(self, ids: Any, features: Any, valid: Any = None) -> Any:
-        x, _ = self.merge(ids, features)
-        torch._dynamo.graph_break()
-        context, outputs = self.context(x, valid), []
-        for layer in self.layers:
-            x, k, v = layer(x, context)
-            outputs += [k, v]
-        return self.finish(x, outputs, [])
 
 
 def test_a_mask_that_came_from_an_earlier_graph(tmp_path: Path) -> None:

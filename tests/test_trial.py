@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import IMAGE, Decoder, Sizes, Style, changed, prompt, run
+from decoders import IMAGE, Decoder, Halves, Sizes, Style, changed, prompt, run
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -75,19 +75,6 @@ def test_both_run_and_show_their_shapes(
     assert shapes(pruned) == sorted(list(t.shape) for t in wanted)
     assert shapes(unpruned) == sorted(list(t.shape) for t in model(**prompt(z, pads)))
     assert "NOT" not in unpruned + pruned
-
-
-class Halves(Decoder):
-    """A decoder whose merge dynamo compiles apart from its layers."""
-
-    def forward(self, ids: Tensor, features: Tensor, valid: Tensor | None = None) -> Any:
-        x, _ = self.merge(ids, features)
-        torch._dynamo.graph_break()
-        context, outputs = self.context(x, valid), []
-        for layer in self.layers:
-            x, k, v = layer(x, context)
-            outputs += [k, v]
-        return self.finish(x, outputs, [])
 
 
 def test_with_a_mask_from_an_earlier_graph(
