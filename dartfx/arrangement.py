@@ -56,7 +56,9 @@ def from_inputs(inputs: Mapping[str, Any], runs: Sequence[int]) -> list[Layout]:
 
 
 def _given(inputs: Mapping[str, Any], name: str) -> bool:
-    return inputs.get(name) is not None and len(inputs[name]) > 0
+    """Whether an argument is there and has a form to be read."""
+    value = inputs.get(name)
+    return value is not None and len(value) > 0 and ("pixel" not in name or hasattr(value, "shape"))
 
 
 def _unknown(because: str) -> ValueError:
@@ -64,8 +66,11 @@ def _unknown(because: str) -> ValueError:
 
 
 def _rows(value: Any) -> list[tuple[int, ...]]:
+    """Sizes [images, numbers], or the same in one list per row of the batch."""
     listed = value.tolist() if hasattr(value, "tolist") else value
-    return [tuple(map(int, row)) for row in listed]
+    if hasattr(listed[0], "__len__") and hasattr(listed[0][0], "__len__"):
+        listed = [size for row in listed for size in row]
+    return [tuple(map(int, size)) for size in listed]
 
 
 def _flat(value: Any) -> list[int]:

@@ -70,7 +70,7 @@ class Trial:
             values, outputs = self._unpruned(inputs)
         except _Misfit as misfit:
             # torch adds its own account of where, in lines of its own.
-            yield f"no values were found that this graph accepts: {str(misfit).splitlines()[0]}"
+            yield f"no values were found that this graph accepts: {_first_line(misfit)}"
             yield from _marks(inputs, inputs.draw(self._seed))
             return
         yield f"random inputs (seed {self._seed}): {len(values)}, {size / 1e6:,.1f} MB"
@@ -80,10 +80,10 @@ class Trial:
             return
         try:
             made = self._pruned(compiled, values)
-        except Exception as error:
+        except Exception as error:  # what it raises is the finding, unless the values are to blame
             if all(marked == demand.rows for demand, marked in inputs.met(values)):
                 raise
-            yield f"pruned, it refuses these values: {str(error).splitlines()[0]}"
+            yield f"pruned, it refuses these values: {_first_line(error)}"
             return
         yield f"pruned, it runs:    {_shown(made)}"
 
@@ -121,8 +121,8 @@ class _Watched(Interpreter):
         try:
             return super().run_node(n)
         except Exception as error:  # any operator may refuse a value, each in its own way
-            told = str(error).strip().split("\n")[0]
-            raise _Misfit(f"{n.name} ({source_line(n)}) says: {told}") from error
+            told = f"{n.name} ({source_line(n)}) says: {_first_line(error)}"
+            raise _Misfit(told) from error
 
 
 @contextlib.contextmanager
@@ -163,6 +163,10 @@ def _marks(inputs: RandomInputs, values: Sequence[Any]) -> Iterator[str]:
             "" if marked == demand.rows else ": these values do NOT fit, so what follows may fail"
         )
         yield f"mask {demand.mask.name}: {marked} positions for {demand.rows} rows{fits}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _bytes(example: Any) -> int:

@@ -159,6 +159,8 @@ def test_images_of_sizes_of_their_own() -> None:
     # Each row of an image is a run of its own where a token ends it.
     runs = [6] * 4 + [3] * 2
     assert from_inputs(inputs, runs) == [Layout.grid(4, 6), Layout.grid(2, 3)]
+    nested = inputs | {"image_sizes": torch.tensor([[(64, 96), (32, 48)]])}
+    assert from_inputs(nested, runs) == from_inputs(inputs, runs)
     with pytest.raises(ValueError, match="do not end where runs"):
         from_inputs(inputs, [25, 5])
     with pytest.raises(ValueError, match="do not explain 29 vision tokens"):
@@ -207,9 +209,10 @@ def test_what_is_not_told_is_refused(inputs: Any, runs: list[int], because: str)
         from_inputs(inputs, runs)
 
 
-def test_no_argument_that_tells() -> None:
+@pytest.mark.parametrize("value", [None, [], [torch.zeros(3, 28, 28)]])
+def test_no_argument_that_tells(value: Any) -> None:
     with pytest.raises(Untold, match="no argument of this call"):
-        from_inputs({"input_ids": torch.ones(1, 4), "pixel_values": None}, [4])
+        from_inputs({"input_ids": torch.ones(1, 4), "pixel_values": value}, [4])
 
 
 @pytest.mark.parametrize(("name", "layout"), [("qwen2_5_vl", (1, 4, 4)), ("llava", (4, 4))])
