@@ -124,7 +124,9 @@ def test_a_mask_that_the_caller_gave(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma3"])
-def test_graphs_of_whole_models(tmp_path: Path, name: str) -> None:
+def test_graphs_of_whole_models(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Masks made under vmap, experts, and what else transformers writes into a graph."""
     family = load(name)
     model = dartfx.compile(family.model, retain_tokens=6, lowering="eager", dump=tmp_path)
@@ -133,6 +135,9 @@ def test_graphs_of_whole_models(tmp_path: Path, name: str) -> None:
     assert expected
     found = [o for folder in folders(tmp_path) for o in replayed(folder)]
     assert [o for o in found if isinstance(o, Pruned)] == expected
+    ran = capsys.readouterr().out
+    assert ran.count("\npruned, it runs:") == len(expected)
+    assert "NOT" not in ran
 
 
 def test_what_cannot_be_written_down_says_so_when_run(tmp_path: Path) -> None:
