@@ -24,6 +24,7 @@ from .graph import (
     without_gradient,
 )
 from .shrink import reroute_sizes, shrink
+from .unite import unite
 
 Step = Callable[[str], AbstractContextManager[None]]
 
@@ -80,6 +81,7 @@ def cut(
     with step("insert"):
         emit = region.emitter()
         keep, mask = insert.insert(emit, site, axes, stage.select, budget, needs)
+        keep, across = unite(keep, stage.select)
         left = Emitter(keep.next)(torch.ops.aten.gather.default, mask, 1, keep)
         kept = emit.size(keep, 1)
     with step("gather"):
@@ -96,7 +98,7 @@ def cut(
         check.check(module.graph, tokens, shapes)
         module.recompile()
     counts = hint(value_of(budget.vision_tokens)), hint(value_of(budget.retain))
-    what = Cut(site.layer, *counts, (length, hint(value_of(kept))), crossings)
+    what = Cut(site.layer, *counts, (length, hint(value_of(kept))), crossings, across)
     entering = frontier.crossed()[site.hidden]
     return Made(what, Vision(entering, (left,), (), site.vision.how), uniform)
 

@@ -179,11 +179,25 @@ class Crossing:
 
 
 @dataclass(frozen=True)
+class Across:
+    """How the ranks of a tensor-parallel graph come to select the same tokens.
+
+    group: the process group's name; ranks: its size; how: what of the keys is exchanged; proof:
+    digest of how the kept tokens come about, which must be equal on every rank.
+    """
+
+    group: str
+    ranks: int
+    how: str
+    proof: str
+
+
+@dataclass(frozen=True)
 class Cut:
     """One cut that was made before decoder layer ``layer``.  Sizes are those of the example.
 
     vision_tokens, retained: per sample, before and after; sequence: S and S'; crossings: every
-    value that was gathered there.
+    value that was gathered there; across: what ranks exchange, None in a graph of one process.
     """
 
     layer: int
@@ -191,6 +205,7 @@ class Cut:
     retained: int
     sequence: tuple[int, int]
     crossings: tuple[Crossing, ...]
+    across: Across | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -19,6 +19,19 @@ from torch.fx.proxy import GraphAppendingTracer, Proxy
 from .facts import Size
 
 aten = torch.ops.aten
+
+
+class Shards(NamedTuple):
+    """How the ranks' tensors make up one parameter.
+
+    group: name of the process group, "" where all its ranks hold the same; dim: that their tensors
+    are laid end to end along, None where it is none; ranks: how many there are.
+    """
+
+    group: str
+    dim: int | None
+    ranks: int
+
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<fn>.+)\n\s*(?P<code>.*)')
 _INDEXED = re.compile(r"^(?P<container>.+?)(?:\.(\d+)|\[(\d+)\])$")

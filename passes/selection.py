@@ -37,10 +37,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class ByOperator:
-    """Selects by one operator: operator(normed, keys, vision_mask, valid, N, R, *args)."""
+    """Selects by one operator: operator(normed, keys, vision_mask, valid, N, R, *args).
+
+    reads: what it reads of keys, "norms" (L1, over heads and channels) or "heads";
+    checks_ranks: compare the ranks' selections at run time.  Both matter under tensor parallelism.
+    """
 
     operator: torch._ops.OpOverload
     args: tuple[object, ...] = ()
+    reads: str = "heads"
+    checks_ranks: bool = False
 
     def __call__(self, emit: Emitter, evidence: Evidence) -> Node:
         return emit(

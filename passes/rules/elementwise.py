@@ -44,12 +44,23 @@ def broadcast(axes: Axes, node: Node, out: Node) -> None:
         "lift_fresh", "lift_fresh_copy", "zeros_like", "ones_like", "full_like", "empty_like",
         "rand_like", "randn_like", "softmax", "_softmax", "_safe_softmax", "log_softmax",
         "_log_softmax", "fill_", "zero_", "bernoulli", "bernoulli_",
-    )
+    ),
+    "_c10d_functional::all_reduce",
+    "_c10d_functional::wait_tensor",
+    "_c10d_functional::broadcast",
 )  # fmt: skip
 def same_shape(axes: Axes, node: Node, out: Node) -> None:
     """The first operand's dims, unchanged.  Softmax weighs tokens but does not order them."""
     first = node.all_input_nodes[0]
     for dim in range(len(sizes(out))):
+        axes.tie(node, (first, dim), (out, dim))
+
+
+@rule("_c10d_functional::all_gather_into_tensor")
+def all_gather(axes: Axes, node: Node, out: Node) -> None:
+    """The ranks' values end to end along dim 0; other dims stay."""
+    first = node.all_input_nodes[0]
+    for dim in range(1, len(sizes(out))):
         axes.tie(node, (first, dim), (out, dim))
 
 

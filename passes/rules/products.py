@@ -64,12 +64,14 @@ def loss(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("linear"))
 def linear(axes: Axes, node: Node, out: Node) -> None:
     """x [.., I] @ weight [O, I].T; a weight along the token axis would mix positions: opaque."""
-    x, weight = argument(node, "input"), argument(node, "weight")
+    x, weight, bias = (argument(node, n) for n in ("input", "weight", "bias"))
     for dim in range(len(sizes(out)) - 1):
         axes.tie(node, (x, dim), (out, dim))
     axes.unify((x, -1), (weight, -1))
     if len(sizes(weight)) == 2:
         axes.unify((weight, 0), (out, -1))
+    if bias is not None and len(sizes(bias)) == 1:
+        axes.unify((bias, 0), (out, -1))
 
 
 @rule(*named("matmul", "bmm", "mm"))
