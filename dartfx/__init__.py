@@ -11,6 +11,7 @@ from dartfx.errors import (
     DartfxError,
     KernelUnavailableError,
     PruningWarning,
+    RanksError,
     SelectionError,
     UnsupportedGraphError,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "DartfxError",
     "KernelUnavailableError",
     "PruningWarning",
+    "RanksError",
     "Report",
     "SelectionError",
     "UnsupportedGraphError",

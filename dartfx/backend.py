@@ -34,8 +34,10 @@ from dartfx.passes.normalise import normalise
 from dartfx.passes.pipeline import internal_error, prune
 from dartfx.passes.screen import holds_layers, writes_rows
 from dartfx.passes.selection import ByOperator
+from dartfx.ranks import Ranks
 from dartfx.report import Report, discard, record
 from dartfx.symbolic_text import keep_sizes_symbolic
+from dartfx.vision import LOST_ADVICE
 
 __all__ = ["compile_graph", "dart"]
 
@@ -89,7 +91,12 @@ def request_of(config: DartConfig, host: Host) -> Request:
     """What the passes need of the options, and of who calls the compiled code."""
     pivots = config.pivot_image_tokens, config.pivot_text_tokens
     operator = torch.ops.dartfx.select_tokens.default
-    select = ByOperator(operator, (*pivots, config.selector, config.kernel))
+    select = ByOperator(
+        operator,
+        (*pivots, config.selector, config.kernel),
+        reads="norms" if config.selector in _READS_NORMS else "heads",
+        checks_ranks=config.check_ranks or config.selector not in _DETERMINISTIC,
+    )
     return Request(
         stages=tuple(
             Stage(layer, partial(config.retain_for, stage=number), select)
@@ -99,6 +106,17 @@ def request_of(config: DartConfig, host: Host) -> Request:
         recounts=host.recounts,
         remasks=host.remasks,
     )
+
+
+# What is known of dartfx's own selectors; anybody's else may read keys in any way, or draw numbers.
+_READS_NORMS = {"dart", "random", "uniform"}
+_DETERMINISTIC = {"dart", "uniform"}
+
+
+_NO_LAYERS = (
+    "vision tokens enter a tensor-parallel graph that holds no whole decoder stack (dynamo broke "
+    "the graph between its layers)"
+)
 
 
 class NeedsGraphBreaks(Exception):
@@ -139,46 +157,61 @@ class GraphCompiler:
         self.config, self.module, self.host = config, module, host
         self.nodes = len(module.graph.nodes)
         self.reported: list[Report] = []
+        self.ranks = Ranks(module)
         self.dump = Dump(config, module, (host.may_break, host.recounts))
 
     def with_merge(self, inputs: Sequence[Any]) -> Compiled | None:
         """Compile a graph that may merge vision tokens; None when it turns out not to."""
-        try:
-            rewritten = normalise(self.module)
-        except Refusal as refusal:
-            self.announce(refusal.declined)
-            return self.dump.lower(self.config, self.module, inputs)
-        self.dump("normalise", rewritten)
         request = request_of(self.config, self.host)
-        outcome = prune(rewritten, request, observe=self.dump)
-        if outcome is not None:
-            self.announce(outcome)
-            if not isinstance(outcome, Pruned):
-                return self.dump.lower(self.config, self.module, inputs)
-            return recording(
-                self.config,
-                rewritten,
-                lambda m: self.dump.lower(self.config, m, inputs),
-                hands=outcome.hands_kept(request),
+        outcome, rewritten, place = self._rewritten(request)
+        outcome = self.ranks.agree(outcome)
+        if outcome is None:
+            return None
+        self.announce(outcome)
+        if isinstance(outcome, Pruned):
+            return self.ranks.wrap(
+                recording(
+                    self.config,
+                    rewritten,
+                    lambda m: self.dump.lower(self.config, m, self.ranks.inputs(inputs)),
+                    hands=outcome.hands_kept(request),
+                )
             )
+        if isinstance(outcome, HandsOn) and place is not None:
+            lowered = self.dump.lower(self.config, rewritten, self.ranks.inputs(inputs))
+            return self.ranks.wrap(NotesMask(lowered, place))
+        return self.dump.lower(self.config, self.module, inputs)
+
+    def _rewritten(self, request: Request) -> tuple[Outcome | None, GraphModule, int | None]:
+        """What becomes of a graph that may merge vision tokens, the graph then, and which of its
+        outputs the merged embeddings are where it hands their mask on."""
         try:
-            place = hand_on(rewritten)
-        except Exception as error:
-            self.announce(internal_error("hand on", error))
-            return None
-        if place is None:
-            return None
-        self.announce(HandsOn("merges vision tokens and hands their mask on to a later graph"))
-        return NotesMask(self.dump.lower(self.config, rewritten, inputs), place)
+            rewritten = normalise(self.ranks.module)
+        except Refusal as refusal:
+            return refusal.declined, self.module, None
+        self.dump("normalise", rewritten)
+        outcome, place = prune(rewritten, request, observe=self.dump), None
+        if outcome is None:
+            try:
+                place = hand_on(rewritten)
+            except Exception as error:
+                return internal_error("hand on", error), rewritten, None
+            if place is not None:
+                outcome = HandsOn("merges vision tokens and hands their mask on to a later graph")
+        return outcome, rewritten, place
 
     def without_merge(self, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph whose vision tokens, if any, were merged elsewhere."""
         request = request_of(self.config, self.host)
         taker = TakesMask(
-            self.config, self.module, request, self.announce, self.dump, self.dump.lower
+            self.config, self.module, request, self.announce, self.dump, self.dump.lower, self.ranks
         )
         arrival = taker.arrival(inputs)
         could_come = holds_layers(self.module.graph) and taker.may_take_masks
+        if arrival is not None and not could_come and self.ranks.group:
+            # Whether masks came is asked of all ranks, so only where all of them would ask.
+            self.announce(Declined(_NO_LAYERS, advice=LOST_ADVICE))
+            return self.dump.lower(self.config, self.module, inputs)
         if could_come or arrival is not None:
             if arrival is None:
                 self.announce(self._no_mask(taker, "no vision tokens came with this call"))

@@ -51,6 +51,8 @@ class DartConfig:
     on_unsupported: "warn", "error" or "ignore" when vision tokens cannot be pruned.
     dump: directory for graph dumps.
     tokens: record which tokens each pruned call keeps, for :func:`dartfx.kept_tokens`.
+    check_ranks: under tensor parallelism, compare at run time that all ranks keep the same tokens,
+        and raise SelectionError naming the rank that does not.
     """
 
     retain_tokens: int | tuple[int, ...] | None = None
@@ -67,6 +69,7 @@ class DartConfig:
     on_unsupported: str = "warn"
     dump: str | os.PathLike[str] | None = None
     tokens: bool = False
+    check_ranks: bool = False
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():

@@ -16,11 +16,20 @@ from dartfx.config import DartConfig
 from dartfx.kept import recording
 from dartfx.passes import locate
 from dartfx.passes.attention import attends_causally
-from dartfx.passes.facts import NoDecoder, Outcome, Pruned, Request, Untouched, Vision
+from dartfx.passes.facts import (
+    Declined,
+    NoDecoder,
+    Outcome,
+    Pruned,
+    Request,
+    Untouched,
+    Vision,
+)
 from dartfx.passes.graph import is_one, is_state, module_paths, same_size, split_index
 from dartfx.passes.normalise import example_values, fresh_size, independent, normalise
 from dartfx.passes.pipeline import Observer, internal_error, prune
 from dartfx.passes.screen import masks_attention
+from dartfx.ranks import Ranks
 
 __all__ = ["NotesMask", "TakesMask", "prompts"]
 
@@ -64,9 +73,11 @@ class TakesMask:
         announce: Callable[[Outcome], None],
         observe: Observer,
         lower: Lower,
+        ranks: Ranks,
     ) -> None:
         self._config, self._module, self._request = config, module, request
         self._announce, self._observe, self._lower = announce, observe, lower
+        self._ranks = ranks
         self._embeds, self._ids = prompts(module)
         self._plain: Compiled | None = None
         self._pruned: dict[int | None, Compiled | None] = {}
@@ -102,20 +113,38 @@ class TakesMask:
 
         Raises UnsupportedGraphError through ``announce`` when that call cannot be pruned.
         """
-        arrival = self.arrival(inputs)
+        arrival = self._arrival(inputs)
         if arrival is None or self._pruned_for(arrival) is None:
             self._plain = self._lower(self._config, self._module, inputs)
 
     def __call__(self, *args: Any) -> Any:
-        arrival = self.arrival(args)
+        arrival = self._arrival(args)
         pruned = self._pruned_for(arrival) if arrival is not None else None
         if arrival is not None and pruned is not None:
             mask, rows = arrival.found.mask, arrival.found.rows
-            return pruned(mask, mask.new_empty((rows, 0)), *args)
+            return pruned(mask, mask.new_empty((rows, 0)), *self._ranks.inputs(args))
         if self._plain is None:
             with self._lock:
                 self._plain = self._plain or self._compile(self._module)
         return self._plain(*args)
+
+    def _arrival(self, inputs: Sequence[Any]) -> Arrival | None:
+        """The mask that comes with these inputs on every rank."""
+        arrival = self.arrival(inputs)
+        came = None if arrival is None else [arrival.embeds, arrival.like, arrival.found.rows]
+        # A graph without embeddings has no notes on them, as in every decode step.
+        asks = self._embeds or vision.given() is not None
+        told = self._ranks.alike(came) if asks else None
+        if told is None:
+            return arrival
+        self._announce(
+            Declined(
+                "the vision tokens that came with a call are not the same on every rank of a "
+                f"tensor-parallel model (input, its like, feature rows by rank: {told})",
+                advice="the same inputs, and dartfx.vision_tokens, on every rank",
+            )
+        )
+        return None
 
     def arrival(self, inputs: Sequence[Any]) -> Arrival | None:
         """The mask that comes with these inputs: noted for one of them, or given."""
@@ -137,6 +166,9 @@ class TakesMask:
                 return None
             if arrival.embeds not in self._pruned:
                 outcome, module = self._rewrite(arrival)
+                agreed = self._ranks.agree(outcome)
+                assert agreed is not None
+                outcome = agreed
                 self._announce(outcome)
                 if isinstance(outcome, Untouched) and outcome.all_retained:
                     self._all_retained.add(size)
@@ -153,16 +185,19 @@ class TakesMask:
     def _rewrite(self, arrival: Arrival) -> tuple[Outcome, GraphModule]:
         """The graph with two inputs more, mask [B, S] and carrier [rows, 0], pruned."""
         try:
-            examples = independent(example_values(self._module))
-            like, found = examples[arrival.like], arrival.found
+            local, place = self._ranks.module, self._ranks.place
+            examples = independent(example_values(local))
+            like, found = examples[place(arrival.like)], arrival.found
             with like.fake_mode as mode:
                 mask = torch.empty(like.shape[:2], dtype=torch.bool, device=found.mask.device)
                 carrier = torch.empty((fresh_size(mode, found.rows), 0), device=found.mask.device)
-            module = normalise(self._module, examples, extra=(mask, carrier))
+            module = normalise(local, examples, extra=(mask, carrier))
         except Exception as error:
             return internal_error("normalise", error), self._module
         self._observe("normalise", module)
-        outcome = prune(module, self._request, partial(_entering, arrival), self._observe)
+        embeds = None if arrival.embeds is None else place(arrival.embeds)
+        entering = partial(_entering, arrival._replace(embeds=embeds))
+        outcome = prune(module, self._request, entering, self._observe)
         assert outcome is not None
         return outcome, module
 

@@ -7,6 +7,7 @@ __all__ = [
     "DartfxError",
     "KernelUnavailableError",
     "PruningWarning",
+    "RanksError",
     "SelectionError",
     "UnsupportedGraphError",
 ]
@@ -26,6 +27,10 @@ class SelectionError(DartfxError, ValueError):
 
 class KernelUnavailableError(DartfxError, RuntimeError):
     """The kernel that was asked for by name cannot run on this machine."""
+
+
+class RanksError(DartfxError, RuntimeError):
+    """A rank of a tensor-parallel model did not answer, so what all must do is not known."""
 
 
 class UnsupportedGraphError(DartfxError, RuntimeError):

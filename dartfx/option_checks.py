@@ -195,4 +195,5 @@ CHECKS: dict[str, Check] = {
     "on_unsupported": _choice(lambda: ("warn", "error", "ignore")),
     "dump": _path,
     "tokens": _flag,
+    "check_ranks": _flag,
 }
