@@ -9,7 +9,11 @@ __all__ = ["HELP", "configure", "run"]
 
 HELP = "time what dartfx does on this machine"
 
-BENCHMARKS = {"generate": "dartfx.bench.generate", "kernel": "dartfx.bench.kernel"}
+BENCHMARKS = {
+    "generate": "dartfx.bench.generate",
+    "kernel": "dartfx.bench.kernel",
+    "ranks": "dartfx.bench.ranks",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
