@@ -19,7 +19,7 @@ from dartfx.passes.facts import Site
 from dartfx.passes.graph import hint, render, sizes
 from dartfx.report import Report, as_json
 
-__all__ = ["Dump"]
+__all__ = ["Dump", "ExportDump"]
 
 # tlparse shows the graph before the first pass and after the last one (of each cut).
 _TRACED = {"normalise": "dartfx_graph_before", "check": "dartfx_graph_after"}
@@ -31,6 +31,8 @@ class Dump:
     host: whether the caller may break the graph, and recounts caches; ``repro.py`` repeats it.
     """
 
+    first = "dynamo"  # who made the graph
+
     def __init__(
         self, config: DartConfig, module: GraphModule, host: tuple[bool, bool] = (False, False)
     ) -> None:
@@ -41,7 +43,7 @@ class Dump:
         self._arrival: repro.Arrival | None = None
         self._report: Report | None = None
         self._output_code: list[str] = []
-        self("dynamo", module)
+        self(self.first, module)
 
     def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None:
         """The graph after the pass ``name``; site: where it is cut, once that is known."""
@@ -62,8 +64,7 @@ class Dump:
         self._report = report
         if self._folder is None:
             return
-        written = repro.script(self._config, self._module, self._host, self._arrival)
-        (self._folder / "repro.py").write_text(written)
+        self._write_repro(self._folder)
         self._write_report()
 
     def lower(
@@ -82,6 +83,10 @@ class Dump:
         self._write_report()
         return compiled
 
+    def _write_repro(self, folder: Path) -> None:
+        written = repro.script(self._config, self._module, self._host, self._arrival)
+        (folder / "repro.py").write_text(written)
+
     def _write_report(self) -> None:
         if self._folder is None or self._report is None:
             return
@@ -92,6 +97,15 @@ class Dump:
         files = sorted(f.name for f in self._folder.iterdir() if f.name != "report.html")
         page = self._page.html(self._report, files, self._output_code)
         (self._folder / "report.html").write_text(page)
+
+
+class ExportDump(Dump):
+    """The stages of an exported program, which is its own repro: ``torch.export.save`` it."""
+
+    first = "exported"
+
+    def _write_repro(self, folder: Path) -> None:
+        pass
 
 
 def _trace(name: str, encoding: str, payload: Callable[[], str]) -> None:

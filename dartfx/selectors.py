@@ -104,8 +104,10 @@ def is_exact(name: str) -> bool:
 
 
 def _register(name: str, *, exact: bool) -> Callable[[_F], _F]:
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"a selector's name must be a non-empty string, got {name!r}")
+    if not isinstance(name, str) or not name or " @ " in name:
+        raise ConfigError(
+            f"a selector's name must be a non-empty string without ' @ ', got {name!r}"
+        )
 
     def add(function: _F) -> _F:
         if name in _ENTRIES:

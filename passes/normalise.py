@@ -50,7 +50,7 @@ def normalise(
             source = expand_vmap(module, examples)
             traced = make_fx(run, pre_dispatch=True)(*extra, *examples)
         _keep_what_inputs_are(module.graph, traced.graph, len(extra))
-        _drop_aliases(traced.graph)
+        drop_aliases(traced.graph)
         canonicalise(traced.graph)
     except Exception as error:  # any operator may fail here, each in its own way
         raise Refusal(
@@ -90,7 +90,7 @@ def _require_own_gradients(graph: Graph) -> None:
             )
 
 
-def _drop_aliases(graph: Graph) -> None:
+def drop_aliases(graph: Graph) -> None:
     """Remove conversions that convert nothing, and dropout where it drops nothing.
 
     They return their operand itself, so the tracer took each for the origin of every later use:

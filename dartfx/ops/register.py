@@ -95,7 +95,7 @@ def choose_kernel(
     return "torch" if reason else "triton"
 
 
-def _select(
+def selection(
     hidden: Tensor,
     keys: Tensor,
     vision_mask: Tensor,
@@ -110,6 +110,8 @@ def _select(
     traced: bool = False,
 ) -> Tensor:
     pivots = {"pivot_image_tokens": pivot_image_tokens, "pivot_text_tokens": pivot_text_tokens}
+    # Behind the name may stand what identifies the result, for caches that hash the call.
+    selector = selector.partition(" @ ")[0]
     checks.check_arguments(hidden, keys, vision_mask, valid_mask, retain=retain, **pivots)
     checks.check_vision_tokens(vision_tokens, hidden)
     unsupported = functools.partial(launch.unsupported, hidden, keys, selector, **pivots)
@@ -149,7 +151,7 @@ def checked(kept: Tensor, vision_mask: Tensor, budget: Tensor, who: str) -> Tens
 
 _select_tokens = custom_op(
     "dartfx::select_tokens",
-    _select,
+    selection,
     mutates_args=(),
     schema=(
         "(Tensor hidden, Tensor keys, Tensor vision_mask, Tensor? valid_mask, "
@@ -181,7 +183,7 @@ def _decompose(
     kwargs: Mapping[str, Any],
 ) -> Tensor:
     with mode:
-        return _select(*args, **kwargs, traced=True)
+        return selection(*args, **kwargs, traced=True)
 
 
 _select_tokens.register_torch_dispatch(FunctionalTensorMode, _decompose)

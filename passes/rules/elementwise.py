@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch.fx import Node
 
 from dartfx.passes.graph import (
+    argument,
     sizes,
 )
 
@@ -75,6 +76,13 @@ def type_as(axes: Axes, node: Node, out: Node) -> None:
 def new(axes: Axes, node: Node, out: Node) -> None:
     """The operand is asked for its dtype and device only; what is written later ties the dims."""
     only_asked(axes, node, node.all_input_nodes[0])
+
+
+@rule(*named("_assert_tensor_metadata"))
+def assert_metadata(axes: Axes, node: Node, out: Node) -> None:
+    """The operand is asked for its dtype and device; one asked for its shape would fail later."""
+    if argument(node, "size") is None and argument(node, "stride") is None:
+        only_asked(axes, node, node.all_input_nodes[0])
 
 
 @rule(*named("view_as_complex", "view_as_real", "one_hot"))

@@ -55,7 +55,7 @@ def relate(axes: Axes, node: Node) -> None:
         source = node.args[0]
         if isinstance(source, Node) and tensor(node) is not None and packet(source) in _MANY:
             _apply(axes, source, node)
-    elif tensor(node) is not None:
+    elif tensor(node) is not None or packet(node) is aten._assert_tensor_metadata:
         _apply(axes, node, node)
 
 
