@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch.utils._pytree as pytree
-from torch.export import ExportedProgram, ExportGraphSignature, ModuleCallSignature
+from torch.export import ExportedProgram, ExportGraphSignature
 from torch.export.graph_signature import (
     InputKind,
     OutputKind,
@@ -56,17 +57,18 @@ def finished(
     inputs with ``program``.  Raises what torch's verifier finds wrong.
     """
     signature = copy.deepcopy(program.graph_signature)
-    calls = copy.deepcopy(program.module_call_graph)
-    call = calls[0].signature
+    root, *calls = program.module_call_graph
+    call = root.signature
     assert call is not None
     if tokens:
         _return_kept(module, operator)
-        _add_output(call)
+        call = replace(call, out_spec=_with_one_more(call.out_spec))
     _place_in_modules(module, program.graph)
     inline(module, PLAIN)
     _require_portable(module)
     signature.output_specs = _output_specs(module, signature)
-    call.outputs = [copy.copy(s.arg) for s in signature.output_specs if s.kind in _RETURNED]
+    outputs = [copy.copy(s.arg) for s in signature.output_specs if s.kind in _RETURNED]
+    root = replace(root, signature=replace(call, outputs=outputs))
     module, signature = restore_regions(module, signature)
     for node in module.graph.find_nodes(op="placeholder"):
         node.meta.pop("tensor_dict", None)
@@ -76,7 +78,7 @@ def finished(
         graph_signature=signature,
         state_dict=dict(program.state_dict),
         range_constraints=_range_constraints(program, module),
-        module_call_graph=calls,
+        module_call_graph=[root, *map(copy.copy, calls)],
         example_inputs=program.example_inputs,
         constants=dict(program.constants),
         verifiers=list(program.verifiers),
@@ -90,10 +92,9 @@ def _return_kept(module: GraphModule, operator: object) -> None:
     output.args = ((*output.args[0], select),)
 
 
-def _add_output(call: ModuleCallSignature) -> None:
-    """Let the program's result be (what it was, one tensor)."""
-    leaf = pytree.tree_structure(0)
-    call.out_spec = pytree.TreeSpec(tuple, None, [call.out_spec, leaf])
+def _with_one_more(result: pytree.TreeSpec) -> pytree.TreeSpec:
+    """(what the result was, one tensor)"""
+    return pytree.TreeSpec(tuple, None, [result, pytree.tree_structure(0)])
 
 
 def _place_in_modules(module: GraphModule, original: Graph) -> None:

@@ -26,7 +26,7 @@ from torch.utils._sympy.functions import Mod, PythonMod
 
 from .canonical import canonicalise
 from .facts import Refusal
-from .graph import aten, packet, set_argument
+from .graph import argument, aten, packet, set_argument, sizes
 from .normalise import drop_aliases
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -52,6 +52,7 @@ def opened(module: GraphModule, state: Collection[str]) -> GraphModule:
         if node.name in state:
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "exported"}
     drop_aliases(graph)
+    _return_without_copies(graph)
     _assert_no_sizes(graph)
     canonicalise(graph)
     own.recompile()
@@ -108,7 +109,8 @@ def refuse_new_guards(graph: Graph, before: int) -> None:
             raise Refusal(
                 "what is to be dropped depends on the program's dynamic sizes: it would be right "
                 f"only where {guard.expr}",
-                advice="exporting with a fixed number of vision tokens",
+                advice="exporting with a fixed number of vision tokens, or with bounds (min and max "
+                "of torch.export.Dim) that decide it",
             )
     del guards[before:]
 
@@ -240,6 +242,31 @@ def restore_regions(
         break
     module, new = replace_autocast_with_hop_pass(module, signature)
     return module, new or signature
+
+
+# --- outputs ----------------------------------------------------------------------------------
+
+
+def _return_without_copies(graph: Graph) -> None:
+    """Return what a layer computed itself, where it is only joined to nothing on its way out.
+
+    So a cache is flattened that is rebuilt from its keys and values, outside of every layer.
+    """
+    (output,) = graph.find_nodes(op="output")
+    for node in output.all_input_nodes:
+        source = node
+        while packet(source) is aten.cat and len(source.users) == 1:
+            parts = [p for p in argument(source, "tensors") if not _is_empty(p)]
+            if len(parts) != 1:
+                break
+            source = parts[0]
+        if source is not node:
+            output.replace_input_with(node, source)
+            graph.erase_node(node)
+
+
+def _is_empty(node: Node) -> bool:
+    return any(type(s) is int and s == 0 for s in sizes(node))
 
 
 # --- assertions -------------------------------------------------------------------------------

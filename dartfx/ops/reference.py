@@ -87,11 +87,13 @@ def plan_turns(
     n_image = torch.where(n_image + n_text == 0, budget, n_image)
 
     order = stable_order(-_key_norms(keys))
-    image_pivots, text_pivots = _take_in_turn(
+    pivots_of_both = _take_in_turn(
         order.repeat(2, 1)[:, None],
         torch.cat([vision_mask, text_mask]),
         torch.cat([n_image, n_text])[:, None],
-    ).chunk(2)
+    )
+    # Not chunk(2): the number of its parts would be a guard where the batch is symbolic.
+    image_pivots, text_pivots = pivots_of_both.view(2, *vision_mask.shape).unbind()
     if slots == 0:
         none = budget.new_empty((budget.shape[0], 0))
         return Turns(image_pivots, text_pivots, none, none)
