@@ -3,7 +3,7 @@
 //   run_package PACKAGE INPUTS OUTPUTS
 //
 // INPUTS: a list of tensors that Python wrote with torch.save, the program's flat inputs in their
-// order. OUTPUTS: where the list of flat outputs goes, for torch.load. Exit status 1 with the reason
+// order. OUTPUTS: where the tuple of flat outputs goes, for torch.load. Exit status 1 with the reason
 // on stderr when the program refuses its inputs.
 
 #include <fstream>
@@ -37,11 +37,9 @@ int main(int argc, char** argv) {
     for (const auto& output : outputs) {
       std::cout << output.dtype() << " " << output.sizes() << "\n";
     }
-    c10::List<c10::IValue> list{c10::AnyType::get()};
-    for (const auto& output : outputs) {
-      list.push_back(output);
-    }
-    auto bytes = torch::pickle_save(list);
+    // A tuple: lists are written with their type, which torch.load takes for code.
+    std::vector<c10::IValue> values(outputs.begin(), outputs.end());
+    auto bytes = torch::pickle_save(c10::ivalue::Tuple::create(std::move(values)));
     std::ofstream(argv[3], std::ios::binary).write(bytes.data(), bytes.size());
   } catch (const std::exception& error) {
     std::cerr << error.what() << "\n";

@@ -109,8 +109,8 @@ def refuse_new_guards(graph: Graph, before: int) -> None:
             raise Refusal(
                 "what is to be dropped depends on the program's dynamic sizes: it would be right "
                 f"only where {guard.expr}",
-                advice="exporting with a fixed number of vision tokens, or with bounds (min and max "
-                "of torch.export.Dim) that decide it",
+                advice="exporting with a fixed number of vision tokens, or with bounds (min and "
+                "max of torch.export.Dim) that decide it",
             )
     del guards[before:]
 

@@ -45,9 +45,7 @@ def export(
     with torch.set_grad_enabled(grad), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # strict export speaks of what transformers' hooks write
         model(**inputs)
-        return torch.export.export(
-            model, (), inputs, strict=strict, dynamic_shapes=dynamic, **more
-        )
+        return torch.export.export(model, (), inputs, strict=strict, dynamic_shapes=dynamic, **more)
 
 
 def prefill(family: Family, inputs: Inputs, strict: bool = False, **more: Any) -> ExportedProgram:

@@ -55,9 +55,17 @@ def assert_same(output: Any, wanted: hooked.Pruned) -> None:
         torch.testing.assert_close(values, wanted_values, **CLOSE)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
-@pytest.mark.parametrize("variant", ["one", "pad2"])
-@pytest.mark.parametrize("name", ["llava", "internvl", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "variant", "strict"),
+    [
+        ("llava", "one", False),
+        ("llava", "one", True),
+        ("llava", "pad2", False),
+        ("llava", "pad2", True),
+        ("internvl", "pad2", False),
+        ("gemma3", "one", True),
+    ],
+)
 def test_equal_to_hooks(name: str, variant: str, strict: bool) -> None:
     family = load(name)
     inputs = family.make_inputs(variant)
@@ -176,7 +184,7 @@ def test_refused_where_dynamic_sizes_decide(qwen: Family) -> None:
     given = language_inputs(qwen, qwen.make_inputs())
     features = {**dict.fromkeys(given), "features": {0: Dim.AUTO}}
     exported = export(LanguageHalf(qwen.model), given, strict=False, dynamic=features)
-    with pytest.raises(dartfx.UnsupportedGraphError, match="dynamic sizes.*only where .* > 6"):
+    with pytest.raises(dartfx.UnsupportedGraphError, match=r"dynamic sizes.*only where .* > 6"):
         dartfx.prune_exported(exported, retain_tokens=RETAIN)
 
 
@@ -207,9 +215,13 @@ def test_what_changed_is_stated_and_travels(llava: Family, program: ExportedProg
     assert told.outputs[0].before == ("1", "29", "200")
     assert told.outputs[0].after == ("1", "19", "200")
     config = dartfx.DartConfig(retain_tokens=RETAIN, selector="uniform", kernel="torch")
-    assert told.fingerprint == dartfx.DartConfig.from_options(
-        {"retain_tokens": RETAIN, "selector": "uniform", "kernel": "torch"}
-    ).fingerprint() == config.fingerprint()
+    assert (
+        told.fingerprint
+        == dartfx.DartConfig.from_options(
+            {"retain_tokens": RETAIN, "selector": "uniform", "kernel": "torch"}
+        ).fingerprint()
+        == config.fingerprint()
+    )
     assert "29 -> 19 tokens" in str(told)
     assert dartfx.exported_pruning(program) is None
     (report,) = dartfx.reports()

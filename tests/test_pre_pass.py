@@ -145,7 +145,7 @@ def test_a_merge_in_an_earlier_graph_is_refused() -> None:
             with pytest.raises(Exception, match="a later one, and a pass on graphs cannot"):
                 run(family, host, fullgraph=False, **inputs)
             continue
-        with pytest.warns(dartfx.PruningWarning, match="a later one.*backend=\"dart\""):
+        with pytest.warns(dartfx.PruningWarning, match='a later one.*backend="dart"'):
             output = run(family, host, fullgraph=False, **inputs)
         torch.testing.assert_close(output.logits, wanted, **CLOSE)
         assert any(isinstance(r.outcome, Declined) for r in dartfx.reports())
