@@ -73,11 +73,11 @@ class TakesMask:
         announce: Callable[[Outcome], None],
         observe: Observer,
         lower: Lower,
-        ranks: Ranks,
+        ranks: Ranks | None = None,
     ) -> None:
         self._config, self._module, self._request = config, module, request
         self._announce, self._observe, self._lower = announce, observe, lower
-        self._ranks = ranks
+        self._ranks = Ranks(module) if ranks is None else ranks
         self._embeds, self._ids = prompts(module)
         self._plain: Compiled | None = None
         self._pruned: dict[int | None, Compiled | None] = {}
