@@ -69,7 +69,16 @@ def localise(module: GraphModule) -> Localised:
             "a tensor-parallel graph that computes gradients",
             advice="torch.no_grad() or torch.inference_mode() around the call",
         )
-    return _Rewriting(module).run()
+    try:
+        return _Rewriting(module).run()
+    except Refusal:
+        raise
+    except Exception as error:  # whatever an operator on DTensors says to being traced
+        raise Refusal(
+            "the operators on distributed tensors could not be traced on local ones: "
+            f"{type(error).__name__}: {error}",
+            advice="please report it with the model and its tp_plan",
+        ) from error
 
 
 def _example(node: object) -> Any:

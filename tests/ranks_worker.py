@@ -24,7 +24,7 @@ from transformers.distributed import DistributedConfig
 
 import dartfx
 from dartfx import ranks, vision
-from dartfx.passes import gather, hand_on
+from dartfx.passes import gather, hand_on, localise
 from dartfx.passes.facts import Pruned
 
 NEW_TOKENS = 3
@@ -134,6 +134,11 @@ def one_rank_fails(model: Any, inputs: Result, given: Result) -> Result:
         return generate(model, inputs, given)
 
 
+def one_rank_cannot_localise(model: Any, inputs: Result, given: Result) -> Result:
+    with failing(localise, "make_fx", given.pop("rank")):
+        return generate(model, inputs, given)
+
+
 def one_rank_fails_in_several_graphs(model: Any, inputs: Result, given: Result) -> Result:
     with failing(gather, "gather_frontier", given.pop("rank")):
         return in_several_graphs(model, inputs, given)
@@ -194,6 +199,7 @@ CASES: dict[str, Callable[[Any, Result, Result], Result]] = {
         in_several_graphs,
         with_gradients,
         one_rank_fails,
+        one_rank_cannot_localise,
         one_rank_fails_in_several_graphs,
         one_rank_does_not_hand_on,
         other_prompt_on_rank_1,
