@@ -23,7 +23,12 @@ ROOT = Path(__file__).parent.parent
 RETAIN = 6
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a g++")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a g++"),
+    # Inductor copies a graph whose signature holds what it warns of.
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is dep:FutureWarning"),
+]
 
 ALONE = """
 import sys
@@ -74,7 +79,6 @@ def assert_same(outputs: list[torch.Tensor], family: Family, inputs: Inputs) -> 
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.slow
 def test_in_a_process_without_dartfx(llava: Family, package: Path, tmp_path: Path) -> None:
     inputs = llava.make_inputs("pad2", length=40)
     given, returned = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
@@ -88,7 +92,6 @@ def test_in_a_process_without_dartfx(llava: Family, package: Path, tmp_path: Pat
     assert "imported: []" in done.stdout
 
 
-@pytest.mark.slow
 def test_from_cpp(llava: Family, package: Path, tmp_path: Path) -> None:
     program = tmp_path / "run_package"
     torch_folder = Path(torch.__file__).parent
@@ -120,7 +123,6 @@ def test_from_cpp(llava: Family, package: Path, tmp_path: Path) -> None:
     assert "received" in refused.stderr
 
 
-@pytest.mark.slow
 def test_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
