@@ -29,7 +29,12 @@ _COMPILES = (
     "it says how torch.compile lowers a graph, and an exported program is only rewritten; give "
     "Inductor's options to torch._inductor.aoti_compile_and_package(inductor_configs=...)"
 )
-_NOT_HERE = {"lowering": _COMPILES, "inductor": _COMPILES, "mode": _COMPILES}
+_NOT_HERE = {
+    "lowering": _COMPILES,
+    "inductor": _COMPILES,
+    "mode": _COMPILES,
+    "check_ranks": "it compares the ranks of a tensor-parallel model, which a program knows not of",
+}
 
 
 def prune_exported(program: ExportedProgram, **options: object) -> ExportedProgram:
@@ -111,7 +116,7 @@ class _Exported:
             if not isinstance(outcome, Pruned):
                 return outcome or _NO_MERGE, None
             step = "finish"
-            pruned = finished(self.program, module, request.operator, self.config.tokens)
+            pruned = finished(self.program, module, self.config.tokens)
             refuse_new_guards(module.graph, guards)
         except Exception as error:
             return internal_error(step, error), None

@@ -7,6 +7,7 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram, ExportGraphSignature
 from torch.export.graph_signature import (
@@ -20,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
 from dartfx.passes.exported import free_symbols, restore_regions, shape_env
 from dartfx.passes.facts import Refusal
+from dartfx.passes.graph import Emitter
 from dartfx.passes.inline import inline
 from dartfx.plain import PLAIN
 
@@ -48,20 +50,18 @@ def require_plain_signature(program: ExportedProgram) -> None:
         )
 
 
-def finished(
-    program: ExportedProgram, module: GraphModule, operator: object, tokens: bool
-) -> ExportedProgram:
+def finished(program: ExportedProgram, module: GraphModule, tokens: bool) -> ExportedProgram:
     """The program that computes the pruned graph ``module``, in plain ATen.
 
-    operator: the selection's.  tokens: return what it selects as well.  Shares weights and example
-    inputs with ``program``.  Raises what torch's verifier finds wrong.
+    tokens: return what is left of the prompt as well.  Shares weights and example inputs with
+    ``program``.  Raises what torch's verifier finds wrong.
     """
     signature = copy.deepcopy(program.graph_signature)
     root, *calls = program.module_call_graph
     call = root.signature
     assert call is not None
     if tokens:
-        _return_kept(module, operator)
+        _return_kept(module)
         call = replace(call, out_spec=_with_one_more(call.out_spec))
     _place_in_modules(module, program.graph)
     inline(module, PLAIN)
@@ -85,11 +85,14 @@ def finished(
     )
 
 
-def _return_kept(module: GraphModule, operator: object) -> None:
-    """Append what the last selection kept to what the graph returns."""
+def _return_kept(module: GraphModule) -> None:
+    """Append the positions in the prompt that are left after the last cut to what is returned."""
+    operator = torch.ops.dartfx.select_tokens.default
+    keep, *later = module.graph.find_nodes(op="call_function", target=operator)
+    for select in later:  # positions among what the cut before it left
+        keep = Emitter(select.next)(torch.ops.aten.gather.default, keep, 1, select)
     (output,) = module.graph.find_nodes(op="output")
-    *_, select = (n for n in module.graph.nodes if n.target is operator)
-    output.args = ((*output.args[0], select),)
+    output.args = ((*output.args[0], keep),)
 
 
 def _with_one_more(result: pytree.TreeSpec) -> pytree.TreeSpec:

@@ -42,14 +42,14 @@ class ExportedPruning:
     """How a program differs from the one it was made of.
 
     outputs: those of another shape; all others are as they were.  kept: place of keep_idx among the
-    flat outputs, None without the option ``tokens``.  stack, layer: where the cut is.
+    flat outputs, None without the option ``tokens``.  stack, layers: where the cuts are.
     vision_tokens, retained: per sample; sequence: before and after; symbolic sizes as in the traced
     example.  kv_layout: "layered", "uniform" or "none returned".  fingerprint: of the options and
     of the dartfx that did it.
     """
 
     stack: str
-    layer: int
+    layers: tuple[int, ...]
     vision_tokens: int
     retained: int
     sequence: tuple[int, int]
@@ -59,9 +59,9 @@ class ExportedPruning:
     fingerprint: str
 
     def __str__(self) -> str:
-        before, after = self.sequence
+        cuts, (before, after) = ", ".join(map(str, self.layers)), self.sequence
         lines = [
-            f"pruned before decoder layer {self.layer} of {self.stack}: {before} -> {after} "
+            f"pruned before decoder layer {cuts} of {self.stack}: {before} -> {after} "
             f"tokens, {self.vision_tokens} -> {self.retained} vision tokens per sample"
         ]
         for o in self.outputs:
@@ -82,7 +82,8 @@ def exported_pruning(program: ExportedProgram) -> ExportedPruning | None:
         ChangedOutput(o["name"], o["place"], *(tuple(o[k]) for k in ("dims", "before", "after")))
         for o in noted["outputs"]
     )
-    return ExportedPruning(**{**noted, "outputs": outputs, "sequence": tuple(noted["sequence"])})
+    pairs = {k: tuple(noted[k]) for k in ("sequence", "layers")}
+    return ExportedPruning(**{**noted, "outputs": outputs, **pairs})
 
 
 def note_pruning(
@@ -92,7 +93,7 @@ def note_pruning(
     changed = _changed(pruned, original)
     noted = ExportedPruning(
         stack=outcome.stack,
-        layer=outcome.layer,
+        layers=tuple(cut.layer for cut in outcome.cuts),
         vision_tokens=outcome.vision_tokens,
         retained=outcome.retained,
         sequence=outcome.sequence,

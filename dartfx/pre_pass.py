@@ -14,9 +14,11 @@ from dartfx.dispatch import TakesMask
 from dartfx.errors import ConfigError
 from dartfx.passes.facts import Declined, Pruned, Refusal, Request
 from dartfx.passes.hand_on import hand_on
+from dartfx.passes.localise import dtensors, groups
 from dartfx.passes.normalise import normalise
 from dartfx.passes.pipeline import internal_error, prune
 from dartfx.passes.screen import writes_rows
+from dartfx.passes.selection import ByOperator
 
 __all__ = ["PrePass", "as_pre_pass"]
 
@@ -27,7 +29,13 @@ _NOT_HERE = {
     "mode": _COMPILES,
     "tokens": "which tokens are kept is recorded around the compiled code, which the host makes; "
     'use backend="dart"',
+    "check_ranks": 'tensor-parallel graphs are left to backend="dart", whose ranks agree',
 }
+_SEVERAL_RANKS = Declined(
+    "this graph runs on several ranks, which must all prune it or none, and a pass on one graph "
+    "does not ask the others",
+    advice='backend="dart"',
+)
 _WHOLE = 'fullgraph=True, model.generate, or backend="dart", which takes the mask at run time'
 
 
@@ -78,6 +86,9 @@ class _Hosted(GraphCompiler):
     def rewritten(self, inputs: Sequence[Any]) -> GraphModule:
         """The graph to compile."""
         if writes_rows(self.module.graph):
+            if groups(self.module.graph) or dtensors(self.module.graph):
+                self.announce(_SEVERAL_RANKS)
+                return self.module
             try:
                 rewritten = normalise(self.module)
             except Refusal as refusal:
@@ -94,7 +105,13 @@ class _Hosted(GraphCompiler):
     def _without_merge(self, inputs: Sequence[Any]) -> GraphModule:
         request = _request(self.config)
         taker = TakesMask(
-            self.config, self.module, request, self.announce, self.dump, self.dump.lower
+            self.config,
+            self.module,
+            request,
+            self.announce,
+            self.dump,
+            self.dump.lower,
+            self.ranks,
         )
         if taker.arrival(inputs) is not None:
             declined = Declined(
@@ -111,9 +128,14 @@ class _Hosted(GraphCompiler):
 def _request(config: DartConfig) -> Request:
     """The selection's name for the cut carries the fingerprint: graphs are all that hosts hash."""
     request = request_of(config, Host())
-    pivots, kernel = request.operator_args[:2], request.operator_args[3]
-    name = f"{config.selector} @ {config.fingerprint()}"
-    return dataclasses.replace(request, operator_args=(*pivots, name, kernel))
+    stages = []
+    for stage in request.stages:
+        assert isinstance(stage.select, ByOperator)
+        *pivots, _, kernel = stage.select.args
+        name = f"{config.selector} @ {config.fingerprint()}"
+        select = dataclasses.replace(stage.select, args=(*pivots, name, kernel))
+        stages.append(dataclasses.replace(stage, select=select))
+    return dataclasses.replace(request, stages=tuple(stages))
 
 
 def _merges_for_later(rewritten: GraphModule) -> Declined | None:

@@ -204,11 +204,31 @@ def test_dynamic_cache_as_a_pytree_and_keep_idx(llava: Family, strict: bool) -> 
     assert told.kept == 10  # logits, 4 layers of keys and values, image features
 
 
+def test_several_stages(llava: Family, program: ExportedProgram) -> None:
+    """Two cuts of an exported program keep what the same two keep under torch.compile."""
+    inputs = llava.make_inputs()
+    options = {"layer": [1, 3], "retain_tokens": [10, 4], "kv_layout": "layered"}
+    pruned = dartfx.prune_exported(program, **options, tokens=True)
+    told = dartfx.exported_pruning(pruned)
+    assert told is not None
+    assert (told.layers, told.sequence) == ((1, 3), (29, 17))
+    compiled = torch.compile(llava.model, backend="dart", options=options | {"lowering": "eager"})
+    with torch.no_grad():
+        wanted = compiled(**inputs)
+    (logits, layers), keep = pruned.module()(**inputs)
+    torch.testing.assert_close(logits, wanted.logits, **CLOSE)
+    assert [k.shape[2] for k, _ in layers] == [29, 23, 23, 17]
+    ids = inputs["input_ids"].gather(1, keep)
+    assert keep.shape == (1, 17)
+    assert int((ids == llava.image_token_id).sum()) == 4
+
+
 def test_what_changed_is_stated_and_travels(llava: Family, program: ExportedProgram) -> None:
     pruned = dartfx.prune_exported(program, retain_tokens=RETAIN, selector="uniform")
     told = dartfx.exported_pruning(pruned)
     assert told is not None
-    assert (told.layer, told.vision_tokens, told.retained, told.kept) == (2, 16, RETAIN, None)
+    assert (told.layers, told.vision_tokens, told.retained) == ((2,), 16, RETAIN)
+    assert told.kept is None
     assert (told.sequence, told.kv_layout) == ((29, 19), "uniform")
     assert [o.name for o in told.outputs][:3] == ["[0]", "[1][0][0]", "[1][0][1]"]
     assert told.outputs[0].dims == (1,)
@@ -285,6 +305,7 @@ def test_unflattened_it_is_the_same(llava: Family, program: ExportedProgram) -> 
         ({"lowering": "eager"}, r"lowering has no meaning.*aoti_compile_and_package"),
         ({"inductor": {}}, "inductor has no meaning"),
         ({"mode": "default"}, "mode has no meaning"),
+        ({"check_ranks": True}, "check_ranks has no meaning"),
         ({"kernel": "triton"}, "kernel='triton' has no meaning"),
         ({"retain_token": 3}, "did you mean 'retain_tokens'"),
     ],

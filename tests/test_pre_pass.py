@@ -209,7 +209,7 @@ def test_cached_code_of_an_edited_operator_is_not_used(
         assert hits() == 0
 
 
-@pytest.mark.parametrize("option", ["lowering", "inductor", "mode", "tokens"])
+@pytest.mark.parametrize("option", ["lowering", "inductor", "mode", "tokens", "check_ranks"])
 def test_options_of_the_host(option: str) -> None:
     with pytest.raises(dartfx.ConfigError, match=f"{option} has no meaning for dartfx.as_pre_pass"):
         dartfx.as_pre_pass({option: "eager"})
