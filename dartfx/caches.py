@@ -18,6 +18,7 @@ from torch import Tensor
 from dartfx.errors import SelectionError
 
 __all__ = [
+    "dropped",
     "empty_static",
     "fill",
     "growing",
@@ -38,16 +39,21 @@ def tokens_given(kwargs: Mapping[str, Any]) -> int:
     return 0
 
 
+def dropped(cache: Any) -> int:
+    """How many tokens of every row pruning left out of a transformers cache's shortest layer."""
+    return int(getattr(cache, _DROPPED, 0))
+
+
 def require_unpruned(cache: Any, given: int) -> None:
     """Raise SelectionError where several tokens would continue a cache that pruning shortened.
 
     transformers takes the length of the cache for the tokens seen so far, and so would feed tokens
     of the prompt again, or leave rejected guesses in the cache.
     """
-    dropped = getattr(cache, _DROPPED, 0)
-    if dropped and given > 1 and int(cache.get_seq_length()) > 0:
+    lacking = dropped(cache)
+    if lacking and given > 1 and int(cache.get_seq_length()) > 0:
         raise SelectionError(
-            f"{given} tokens continue a cache that pruning left {dropped} tokens shorter than the "
+            f"{given} tokens continue a cache that pruning left {lacking} tokens shorter than the "
             "text it stands for, so where they belong is not known. Give the whole conversation "
             "without past_key_values, and decode one token at a time (no assisted decoding or "
             "prompt lookup)"
@@ -69,6 +75,17 @@ def note_pruned(cache: Any, given: int, handed: Sequence[Tensor]) -> None:
         setattr(cache, _DROPPED, max(lacking))
         if handed and handed[-1].shape[0] > 1:
             setattr(cache, _KEPT, (given, handed[-1]))
+            _count_kept(cache, handed[-1].shape[1])
+
+
+def _count_kept(cache: Any, kept: int) -> None:
+    """Let sliding layers count the kept tokens only: by that they find their columns of a mask.
+
+    Of one that :func:`with_kept_columns` gathered; a window that is full is no exception.
+    """
+    for layer in cache.layers:
+        if getattr(layer, "is_sliding", False):
+            layer.cumulative_length = kept
 
 
 def _wanted(layer: Any, given: int) -> int:
@@ -151,7 +168,7 @@ def fill(static: Any, grown: Any) -> None:
         )
     for slot, layer in zip(static.layers, grown.layers, strict=True):
         slot.update(layer.keys, layer.values)
-    setattr(static, _DROPPED, getattr(grown, _DROPPED, 0))
+    setattr(static, _DROPPED, dropped(grown))
 
 
 def recount(cache: Any) -> None:

@@ -71,6 +71,20 @@ def test_caches_shorter_than_the_window(family: Family, variant: str) -> None:
     assert lengths == [min(left, window) if s else left for s in sliding]
 
 
+def test_padded_rows_in_a_window_that_is_full() -> None:
+    """Caches of 7 tokens; what is read of the mask for them goes by how many tokens were kept."""
+    family = load("gemma3", sliding_window=8)
+    inputs = family.make_inputs("pad2")
+    oracle = hooked.pruned_generate(
+        family.model, inputs, retain=RETAIN, max_new_tokens=STEPS, kv_layout="uniform"
+    )
+    dartfx.compile(family.model, retain_tokens=RETAIN, lowering="eager")
+    output = generate(family.model, inputs)
+    torch.testing.assert_close(torch.stack(output.logits, 1), oracle.logits, rtol=1e-4, atol=1e-4)
+    left = inputs["input_ids"].shape[1] - 10 + STEPS - 1
+    assert {layer.get_seq_length() for layer in output.past_key_values.layers} == {left}
+
+
 def test_refused_where_nobody_counts_the_tokens_anew(family: Family) -> None:
     inputs = family.make_inputs()
     options = {"retain_tokens": RETAIN, "lowering": "eager"}
