@@ -223,7 +223,9 @@ def _is_state(node: Node) -> bool:
     """Whether a dynamo input is a parameter, a buffer, or a layer's KV cache."""
     if is_state(node):
         return True
-    in_layers = all(any(map(split_index, module_paths(user))) for user in node.users)
+    # Whoever makes the decode mask asks for a cache's size, and that tells nothing of its contents.
+    reads = [user for user in node.users if user.target not in ("numel", "size")]
+    in_layers = all(any(map(split_index, module_paths(user))) for user in reads)
     return node.meta["example_value"].ndim == 4 and in_layers
 
 

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from decoders import Decoder, Sizes, prompt, run
 
 import dartfx
+from dartfx.zoo.registry import load
 
 LINE = (
     r"graph 0: L\['self'\]\.layers\.2: 24 -> 17 tokens \(12 -> 5 vision tokens per sample, "
@@ -70,3 +72,14 @@ def test_torch_logs_and_torch_trace(tmp_path: Path) -> None:
     assert json.loads(report)["sequence"] == [24, 17]
     # tlparse files artifacts under the compilation that they came from.
     assert all(about["frame_id"] == 0 for about, _ in shown.values())
+
+
+def test_decode_steps_of_a_padded_batch_raise_no_suspicion() -> None:
+    # Their mask's size is asked of a cache, outside of any layer.
+    torch.compiler.reset()
+    dartfx.reset()
+    family = load("llava")
+    dartfx.compile(family.model, retain_tokens=6, lowering="eager")
+    family.model.generate(**family.make_inputs("pad2"), max_new_tokens=4, do_sample=False)
+    assert [r.pruned for r in dartfx.reports()] == [True, False, False]
+    assert not any(getattr(r.outcome, "unsure", False) for r in dartfx.reports())
