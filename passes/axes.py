@@ -150,6 +150,12 @@ class Axes:
         """Whether two dims are one axis."""
         return bool(self._value[_positive(a)] == self._value[_positive(b)])
 
+    def earliest(self, var: Var) -> Var:
+        """The first dim in graph order of those that are one axis with this one."""
+        axis = self._value[_positive(var)]
+        found: Var = min(v for v in list(self._value) if self._value[v] == axis)
+        return found
+
     def aligned(self, a: Var, b: Var) -> bool:
         """Whether two dims stand in one place, size-1 broadcasts included."""
         return bool(self._place[_positive(a)] == self._place[_positive(b)])

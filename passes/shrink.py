@@ -62,13 +62,17 @@ def _argument(
     emit = Emitter(node)
     product: int | Node = 1
     for factor in factors:
-        part = kept if axes.is_token_factor(factor) else _size(emit, factor)
+        part = kept if axes.is_token_factor(factor) else _size(emit, factor, axes)
         product = emit.arithmetic(operator.mul, product, part)
     return product
 
 
-def _size(emit: Emitter, factor: Factor) -> int | Node:
-    return emit.size(*factor) if isinstance(factor, tuple) else factor
+def _size(emit: Emitter, factor: Factor, axes: TokenAxes) -> int | Node:
+    """A factor's size, read off a value that stands above where it is used."""
+    if not isinstance(factor, tuple):
+        return factor
+    # A product is known by the dims that some view split it into, and that view may come later.
+    return emit.size(*factor if factor[0] < emit.anchor else axes.axes.earliest(factor))
 
 
 def _open_end(node: Node, axes: TokenAxes) -> None:
