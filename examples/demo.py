@@ -1,8 +1,12 @@
-"""One photograph and one question through a vision-language model, with and without dartfx.
+"""Two things about dropping vision tokens: what it costs in answers, and what it saves in time.
 
-The same weights run twice in this process: compiled by plain Inductor, and by dartfx, which keeps
-a few of the vision tokens and then hands over to Inductor. Printed is what was pruned and where,
-what became of the sequence and of the KV cache, what a prefill takes, and what was generated.
+First a small model that was trained here answers questions about pictures it never saw, with all
+vision tokens and with a few; one picture is written with what was kept drawn over it.
+
+Then one photograph and one question go through a larger model, twice in this process with the same
+weights: compiled by plain Inductor, and by dartfx, which keeps a few of the vision tokens and then
+hands over to Inductor. Printed is what was pruned and where, what became of the sequence and of the
+KV cache, what a prefill takes, and what was generated.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import seeing
 import torch
 import vlm
 from PIL import Image, UnidentifiedImageError
@@ -42,11 +47,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--model",
         help="a vision-language model on the Hugging Face hub or in a folder, for example "
-        "llava-hf/llava-1.5-7b-hf (default: a small LLaVA-1.5 with random weights, made here)",
+        "llava-hf/llava-1.5-7b-hf, without the first part (default: a LLaVA-1.5 shape with random "
+        "weights, made here)",
     )
+    add("--questions", type=int, default=40, help="asked in the first part (%(default)s); 0: none")
+    add("--out", type=Path, default=Path("kept.png"), help="its picture (%(default)s)")
     add("--image", default=SAMPLES[0], help=f"an image file, or scikit-learn's {SAMPLES}")
     add("--prompt", default="What is shown in this photograph?", help="the question")
-    add("--retain-tokens", type=int, help="vision tokens kept per sample (64; 4 with --tiny)")
+    add("--retain-tokens", type=int, help="kept per sample (64; 4 with --tiny)")
     add("--layer", type=int, default=2, help="first decoder layer that sees the pruned sequence")
     add("--max-new-tokens", type=int, default=8, help="tokens to generate (%(default)s)")
     add("--repeat", type=int, default=5, help="timed prefills of each (%(default)s)")
@@ -60,11 +68,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what compiles both; anything but inductor compiles fast and runs slowly",
     )
     args = parser.parse_args(argv)
+    if args.questions < 0:
+        parser.error("--questions must not be negative")
     for name in ("max_new_tokens", "repeat"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.retain_tokens is None:
-        args.retain_tokens = 4 if args.tiny else 64
     return args
 
 
@@ -173,6 +181,22 @@ def show_answers(models: Sequence[Any], inputs: vlm.Inputs, args: Any, processor
 
 def run(args: argparse.Namespace) -> None:
     """The demo; raises DemoError when something is missing or nothing was pruned."""
+    if args.model is None and args.questions:
+        print("1. WHAT IT COSTS: a small trained model that sees (examples/tiny_vlm)\n")
+        retain = 64 if args.retain_tokens is None else args.retain_tokens
+        try:
+            seeing.show(args.questions, retain, args.layer, args.out)
+        except ValueError as error:
+            raise DemoError(f"the trained model: {error}; try --questions 0") from error
+        print("\nso small a model gains no time; a larger one, with RANDOM weights, shows that:\n")
+        print('2. WHAT IT SAVES: plain Inductor beside backend="dart"\n')
+    if args.retain_tokens is None:
+        args.retain_tokens = 4 if args.tiny else 64
+    compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """The second part; raises DemoError when something is missing or nothing was pruned."""
     image = load_image(args.image)
     model, processor = load_model(args)
     inputs = make_inputs(processor, image, args.prompt, model)
@@ -206,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 when there is nothing to show."""
     try:
         run(parse(argv))
-    except (DemoError, dartfx.ConfigError) as error:
+    except (DemoError, dartfx.DartfxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

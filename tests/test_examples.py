@@ -21,6 +21,7 @@ N, RETAIN, LAYERS, CUT = 16, 4, 4, 2  # of --tiny
 # fp32, keys and values, hidden size 64
 BYTES_PER_TOKEN = 4 * 2 * 64
 EAGER = ("--lowering", "eager")
+ONLY_TIMES = ("--questions", "0")
 FEW = ("--max-new-tokens", "2")
 
 
@@ -77,16 +78,53 @@ def check_demo(text: str, retain: int) -> None:
     assert len(plain.split(",")) == len(dart.split(",")) == 2
 
 
-def test_demo_on_the_sample_photograph() -> None:
+def check_answers(text: str, asked: int, picture: Path) -> None:
+    """The first part counts as the measure does, and shows the questions it says it shows."""
+    from PIL import Image, ImageStat
+
+    from dartfx.evaluate.questions import load as load_questions
+
+    questions = load_questions(EXAMPLES / "tiny_vlm" / "heldout" / "questions.jsonl")
+    assert f"first {asked} held-out questions" in text
+    [full, of] = numbers(r"all 576 vision tokens +(\d+) of (\d+)", text)
+    [few, of_few] = numbers(r"64 of them, by DART +(\d+) of (\d+)", text)
+    assert of == of_few == asked
+    assert asked - 1 <= full <= asked  # 93% are right in the model card
+    shown = re.findall(
+        r"(both answer right|pruning got wrong): question (\d+), .*\n +question +(.*)\n"
+        r" +answer +(.*)\n +576 tokens +(.*)\n +64 tokens +(.*)\n",
+        text,
+    )
+    assert [each[0] for each in shown] == ["both answer right", "pruning got wrong"]
+    for (_, number, question, answer, said, said_of_few), right in zip(
+        shown, (True, False), strict=True
+    ):
+        expected = questions[int(number) - 1]
+        assert (question, answer, said) == (expected.text, expected.answer, expected.answer)
+        assert (said_of_few == answer) == right
+    assert few < full
+    # The first that both get right comes after as many as pruning can have got wrong before it.
+    assert int(shown[0][1]) <= asked - few + 1
+    with Image.open(picture) as drawn:
+        assert drawn.size == (672 * 2 + 8, 672)
+        left, right_half = drawn.crop((0, 0, 672, 672)), drawn.crop((680, 0, 1352, 672))
+        dark = [sum(ImageStat.Stat(half).sum) for half in (left, right_half)]
+    assert dark[1] < 0.8 * dark[0]  # 512 of 576 patches are dimmed
+
+
+def test_demo_on_the_trained_model_and_the_sample_photograph(tmp_path: Path) -> None:
     # As make does it: a process of its own.
+    picture = tmp_path / "kept.png"
+    arguments = ["--tiny", *EAGER, *FEW, "--repeat", "2", "--questions", "8", "--out", picture]
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "demo.py"), "--tiny", *EAGER, *FEW, "--repeat", "2"],
+        [sys.executable, EXAMPLES / "demo.py", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     text = done.stdout
+    check_answers(text, 8, picture)
     assert "RANDOM weights" in text
     assert "china.jpg 640x427" in text
     check_demo(text, RETAIN)
@@ -108,11 +146,13 @@ def test_demo_on_a_saved_model_and_image(saved: Path, capsys: pytest.CaptureFixt
     check_demo(text, 5)
     assert "plain text:" in text
     assert "RANDOM" not in text
+    assert "trained model" not in text  # a model of one's own is all that is shown
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--questions", "1", "--retain-tokens", "576"], "the trained model: nothing was pruned"),
         (["--image", "nowhere.jpg"], "no image file 'nowhere.jpg'"),
         (["--image", __file__], "not an image that Pillow can read"),
         (["--model", "./no-such-model"], "cannot load the model './no-such-model'"),
@@ -124,7 +164,7 @@ def test_demo_on_a_saved_model_and_image(saved: Path, capsys: pytest.CaptureFixt
 def test_demo_says_what_stopped_it(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert load("demo").main(["--tiny", *arguments]) == 1
+    assert load("demo").main(["--tiny", *ONLY_TIMES, *arguments]) == 1
     assert message in capsys.readouterr().err
 
 
