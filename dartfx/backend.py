@@ -36,6 +36,7 @@ from dartfx.passes.screen import holds_layers, writes_rows
 from dartfx.passes.selection import ByOperator
 from dartfx.ranks import Ranks
 from dartfx.report import Report, discard, record
+from dartfx.selectors import asks_for
 from dartfx.symbolic_text import keep_sizes_symbolic
 from dartfx.vision import LOST_ADVICE
 
@@ -94,6 +95,7 @@ def request_of(config: DartConfig, host: Host) -> Request:
     select = ByOperator(
         operator,
         (*pivots, config.selector, config.kernel),
+        queries="queries" in asks_for(config.selector),
         reads="norms" if config.selector in _READS_NORMS else "heads",
         checks_ranks=config.check_ranks or config.selector not in _DETERMINISTIC,
     )
@@ -110,7 +112,7 @@ def request_of(config: DartConfig, host: Host) -> Request:
 
 # What is known of dartfx's own selectors; anybody's else may read keys in any way, or draw numbers.
 _READS_NORMS = {"dart", "random", "uniform"}
-_DETERMINISTIC = {"dart", "uniform"}
+_DETERMINISTIC = {"dart", "fastv", "uniform"}
 
 
 _NO_LAYERS = (

@@ -20,6 +20,7 @@ from dartfx.config import DartConfig
 from dartfx.passes.facts import Size
 from dartfx.passes.graph import expr, frame, hint, module_paths
 from dartfx.passes.normalise import example_values
+from dartfx.selectors import BUILT_IN
 
 __all__ = ["Arrival", "script"]
 
@@ -29,7 +30,6 @@ feature rows, and whether the caller gave it (dartfx.vision_tokens)."""
 
 # Neither changes what the passes do.
 _LEFT_OUT = {"dump", "on_unsupported", "lowering", "inductor", "mode", "kernel"}
-_OWN_SELECTORS = {"dart", "random", "uniform"}
 _SMALL = 64  # values of a constant that are worth writing down
 
 _SCRIPT = '''\
@@ -116,7 +116,7 @@ def _options(config: DartConfig) -> dict[str, object]:
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _LEFT_OUT}
     changed = {k: v for k, v in given.items() if v != getattr(default, k)}
     # A selector of the user's own is not registered where the script runs; the passes never look.
-    if changed.get("selector", "dart") not in _OWN_SELECTORS:
+    if changed.get("selector", "dart") not in BUILT_IN:
         del changed["selector"]
     return changed
 

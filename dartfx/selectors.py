@@ -15,14 +15,17 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from dartfx.errors import ConfigError
-from dartfx.ops.reference import dart, stable_order, take_first
+from dartfx.ops.reference import dart
+from dartfx.selection import attention, simple
 
 __all__ = [
+    "BUILT_IN",
+    "OPTIONAL",
     "Selector",
+    "asks_for",
     "get_selector",
     "is_exact",
     "register_selector",
@@ -31,13 +34,24 @@ __all__ = [
 ]
 
 
+# What a selector is given only where its signature names it, keyword-only: what nobody asks for is
+# not carried into the compiled graph.
+OPTIONAL = ("queries", "valid_mask")
+
+
 class Selector(Protocol):
     """Chooses exactly ``budget[b]`` vision tokens in every row ``b``.
 
     hidden: [B, S, D] float, after the final norm.  keys: [B, H, S, Dh] float, after rotary
     embedding.  vision_mask: [B, S] bool.  text_mask: [B, S] bool, valid text after the row's last
     vision token.  budget: [B] int64, at most the row's vision tokens.  Returns kept: [B, S] bool,
-    inside vision_mask.
+    inside vision_mask.  Keywords: pivot_image_tokens, pivot_text_tokens: int.
+
+    A selector that has a keyword-only parameter of that name is also given
+    queries: [B, Hq, S, Dh] float, after rotary embedding, of the layer whose keys these are; Hq is
+    a multiple of H, each key serving Hq / H of them in turn, and ``queries @ keys.T / sqrt(Dh)``
+    are that layer's attention scores before its mask (and before a soft cap, where it has one).
+    valid_mask: [B, S] bool, False at pads.
 
     It is traced once and compiled: shapes must not depend on values, and sizes may be symbolic.
     """
@@ -50,9 +64,8 @@ class Selector(Protocol):
         text_mask: Tensor,
         budget: Tensor,
         /,
-        *,
-        pivot_image_tokens: int,
-        pivot_text_tokens: int,
+        *none: Any,  # nothing is: with this and the next, mypy lets selectors name what they take
+        **keywords: Any,
     ) -> Tensor: ...
 
 
@@ -64,6 +77,7 @@ class _Entry:
     selector: Selector
     fingerprint: str
     exact: bool
+    asks_for: tuple[str, ...]
 
 
 _ENTRIES: dict[str, _Entry] = {}
@@ -103,6 +117,11 @@ def is_exact(name: str) -> bool:
     return _entry(name).exact
 
 
+def asks_for(name: str) -> tuple[str, ...]:
+    """Which of ``OPTIONAL`` the selector takes; raises ConfigError for an unknown name."""
+    return _entry(name).asks_for
+
+
 def _register(name: str, *, exact: bool) -> Callable[[_F], _F]:
     if not isinstance(name, str) or not name or " @ " in name:
         raise ConfigError(
@@ -117,17 +136,27 @@ def _register(name: str, *, exact: bool) -> Callable[[_F], _F]:
         plain = inspect.unwrap(function)
         if not isinstance(plain, FunctionType):
             raise ConfigError(f"selector {name!r} must be a Python function, got {function!r}")
-        try:
-            inspect.signature(function).bind(*range(5), pivot_image_tokens=4, pivot_text_tokens=4)
-        except TypeError as error:
-            raise ConfigError(
-                f"selector {name!r} cannot be called as a selector ({error}); it takes (hidden, "
-                "keys, vision_mask, text_mask, budget, *, pivot_image_tokens, pivot_text_tokens)"
-            ) from None
-        _ENTRIES[name] = _Entry(function, _fingerprint(plain), exact)
+        _ENTRIES[name] = _Entry(function, _fingerprint(plain), exact, _asked(name, function))
         return function
 
     return add
+
+
+def _asked(name: str, function: Callable[..., Tensor]) -> tuple[str, ...]:
+    """The optional inputs in a selector's signature; raises ConfigError where it is none."""
+    signature = inspect.signature(function)
+    keywords = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    asked = tuple(optional for optional in OPTIONAL if optional in keywords)
+    given = dict.fromkeys(("pivot_image_tokens", "pivot_text_tokens", *asked))
+    try:
+        signature.bind(*range(5), **given)
+    except TypeError as error:
+        raise ConfigError(
+            f"selector {name!r} cannot be called as a selector ({error}); it takes (hidden, keys, "
+            "vision_mask, text_mask, budget, *, pivot_image_tokens, pivot_text_tokens) and, "
+            f"keyword-only, any of {', '.join(OPTIONAL)}"
+        ) from None
+    return asked
 
 
 def _entry(name: str) -> _Entry:
@@ -168,35 +197,10 @@ def _code(code: CodeType) -> Iterator[bytes]:
             yield repr(constant).encode()
 
 
-def _random(
-    hidden: Tensor,
-    keys: Tensor,
-    vision_mask: Tensor,
-    text_mask: Tensor,
-    budget: Tensor,
-    **pivots: Any,
-) -> Tensor:
-    """A uniformly random subset of the vision tokens, drawn from torch's global generator."""
-    scores = torch.rand(vision_mask.shape, device=vision_mask.device)
-    return take_first(stable_order(scores), vision_mask, budget)
-
-
-def _uniform(
-    hidden: Tensor,
-    keys: Tensor,
-    vision_mask: Tensor,
-    text_mask: Tensor,
-    budget: Tensor,
-    **pivots: Any,
-) -> Tensor:
-    """Vision tokens at even distances in vision order: the middle one of each of R equal bins."""
-    total = vision_mask.sum(1, keepdim=True).clamp(min=1)
-    share, half = budget[:, None], total // 2
-    # Token number t (from 1) is kept where round(t * R / N) steps up from that of t - 1.
-    number = vision_mask.cumsum(1)
-    return vision_mask & ((number * share + half) // total > ((number - 1) * share + half) // total)
-
-
 _register("dart", exact=True)(dart)
-_register("random", exact=True)(_random)
-_register("uniform", exact=True)(_uniform)
+_register("fastv", exact=True)(attention.fastv)
+_register("random", exact=True)(simple.random)
+_register("uniform", exact=True)(simple.uniform)
+
+# What is there without a registration of the user's own.
+BUILT_IN = selector_names()

@@ -19,6 +19,7 @@ _SOFTMAX = {aten.softmax, aten._softmax, aten._safe_softmax}
 _PRODUCTS = {aten.matmul, aten.bmm, aten.einsum}
 _MASKING = {aten.add, aten.add_, aten.masked_fill, aten.masked_fill_, aten.where}
 _ELEMENTWISE = {*_MASKING, aten.to, aten._to_copy, aten.dropout, aten.mul_, aten.div_}
+_SCALINGS = {aten.mul, aten.mul_, aten.div, aten.div_}
 _VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.clone, aten.contiguous}
 
 
@@ -31,6 +32,29 @@ class Mask:
 
     node: Node | None = None
     hides: bool = False
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Post-RoPE queries [B, Hq, S, Dh] as they meet the keys.
+
+    scale: what the layer multiplies their products with the keys by, before its mask.
+    """
+
+    node: Node
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a softmax of scores is made of: ``softmax(mask(product * scale))``.
+
+    scale: None where it is not a number of the graph.
+    """
+
+    product: Node
+    mask: Mask
+    scale: float | None
 
 
 def is_attention(node: Node) -> bool:
@@ -69,24 +93,18 @@ def attends_causally(stack: Stack) -> bool:
         if packet(node) is _SDPA:
             return bool(argument(node, "is_causal")) or argument(node, "attn_mask") is not None
         if packet(node) in _SOFTMAX and is_attention(node):
-            return _eager_attention(node)[1].node is not None
+            return _eager_attention(node).mask.node is not None
     return False
 
 
 def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Mask]:
     """Post-RoPE keys [B, H, S, Dh] of one layer and the mask it attends with."""
-    cores = [n for n in stack.nodes(index) if is_attention(n)]
-    if len(cores) != 1:
-        raise Refusal(
-            f"layer {index} of {stack.path} holds {len(cores)} attention operations, expected one",
-            cores[0] if cores else None,
-            advice="another layer: the one before the cut must be self-attention",
-        )
-    core = cores[0]
+    core = _core(stack, index)
     if packet(core) is _SDPA:
         keys, mask = argument(core, "key"), Mask(argument(core, "attn_mask"))
     else:
-        keys, mask = _eager_attention(core)
+        scores = _eager_attention(core)
+        keys, mask = _keys(scores.product), scores.mask
         _require_whole_weights(core)
     keys = _unrepeated(keys)
     if len(sizes(keys)) != 4:
@@ -94,12 +112,47 @@ def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Mask]:
     return keys, mask
 
 
-def _eager_attention(softmax: Node) -> tuple[Node, Mask]:
-    """Keys and mask of ``softmax(mask(q @ k.T * scale))``."""
+def queries_of(stack: Stack, index: int) -> Queries:
+    """The queries of one layer's attention.  Raises Refusal where they cannot be told."""
+    core = _core(stack, index)
+    if packet(core) is _SDPA:
+        node, scale = argument(core, "query"), argument(core, "scale")
+        scale = sizes(node)[-1] ** -0.5 if scale is None else scale
+    else:
+        scores = _eager_attention(core)
+        node, scale = _queries(scores.product), scores.scale
+    if not isinstance(scale, int | float):
+        raise Refusal(
+            "the scale of attention scores is no number of the graph, so the selector cannot be "
+            "given queries",
+            core,
+            advice="a selector that asks for no queries",
+        )
+    if len(sizes(node)) != 4:
+        raise Refusal("attention queries are not [B, Hq, S, Dh]", core)
+    return Queries(node, float(scale))
+
+
+def _core(stack: Stack, index: int) -> Node:
+    """The one attention operation of a layer."""
+    cores = [n for n in stack.nodes(index) if is_attention(n)]
+    if len(cores) != 1:
+        raise Refusal(
+            f"layer {index} of {stack.path} holds {len(cores)} attention operations, expected one",
+            cores[0] if cores else None,
+            advice="another layer: the one before the cut must be self-attention",
+        )
+    return cores[0]
+
+
+def _eager_attention(softmax: Node) -> _Scores:
+    """The parts of ``softmax(mask(q @ k.T * scale))``."""
     node, mask = argument(softmax, "self"), Mask()
+    scale: float | None = 1.0
     while packet(node) not in _PRODUCTS:
         operands = [n for n in node.all_input_nodes if tensor(n) is not None]
         scores = next(n for n in operands if _product_above(n) is not None)
+        scale = _scaled(scale, node)
         for other in operands:
             if other is scores or all(map(is_one, sizes(other))):
                 continue
@@ -109,7 +162,17 @@ def _eager_attention(softmax: Node) -> tuple[Node, Mask]:
             if not _fills_with_a_score(node):
                 mask = Mask(other, hides=_hides(node, scores))
         node = scores
-    return _keys(node), mask
+    return _Scores(node, mask, scale)
+
+
+def _scaled(scale: float | None, node: Node) -> float | None:
+    """``scale`` times what this call multiplies scores by; None where that is a tensor."""
+    if scale is None or packet(node) not in _SCALINGS:
+        return scale
+    factors = [a for a in node.args if isinstance(a, int | float)]
+    if len(factors) != 1:
+        return None
+    return scale / factors[0] if packet(node) in (aten.div, aten.div_) else scale * factors[0]
 
 
 def _fills_with_a_score(node: Node) -> bool:
@@ -129,6 +192,22 @@ def _require_whole_weights(weights: Node) -> None:
                 raise Refusal("attention weights meet a tensor that may hide keys", user)
 
 
+def _queries(product: Node) -> Node:
+    """The queries [B, Hq, S, Dh] of a query-key product."""
+    if packet(product) is aten.einsum:
+        found = argument(product, "tensors")[0] if _einsum_keys(product) is not None else None
+    else:
+        found = argument(product, "self")
+    queries = found if found is None or len(sizes(found)) == 4 else _through(found, _VIEWS)
+    if queries is None or found is None or not _ends_alike(queries, found):
+        raise Refusal(
+            "the queries of the query-key product are not [B, Hq, S, Dh]",
+            product,
+            advice="a selector that asks for no queries",
+        )
+    return queries
+
+
 def _keys(product: Node) -> Node:
     """The keys [B, H, S, Dh] of a query-key product."""
     if packet(product) is aten.einsum:
@@ -137,11 +216,16 @@ def _keys(product: Node) -> Node:
         transposed = _through(product.all_input_nodes[-1], _VIEWS)
         found = transposed.all_input_nodes[0] if _swaps_last(transposed) else None
     keys = found if found is None or len(sizes(found)) == 4 else _through(found, _VIEWS)
-    if keys is None or found is None or not all(map(same_size, sizes(keys)[2:], sizes(found)[-2:])):
+    if keys is None or found is None or not _ends_alike(keys, found):
         raise Refusal(
             "the keys of the query-key product are not a transposed [B, H, S, Dh]", product
         )
     return keys
+
+
+def _ends_alike(one: Node, other: Node) -> bool:
+    """Whether the last two dims of [B, H, S, Dh] are those of a view of it."""
+    return all(map(same_size, sizes(one)[2:], sizes(other)[-2:]))
 
 
 def _einsum_keys(product: Node) -> Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Node
 
-from .attention import HIDING
+from .attention import HIDING, queries_of
 from .axes import TokenAxes
 from .facts import Refusal, Request, Site, Stage, Vision
 from .graph import (
@@ -126,10 +127,10 @@ def insert(
         )
     mask = vision_mask(emit, site.vision)
     valid = _valid_mask(emit, site, axes)
-    normed = partial(_normed, emit, site)
+    normed, queries = partial(_normed, emit, site), partial(_queries, emit, site, axes)
     keep = select(
         emit,
-        Evidence(normed, site.keys, mask, valid, budget.vision_tokens, budget.retain),
+        Evidence(normed, site.keys, mask, valid, budget.vision_tokens, budget.retain, queries),
     )
     if caches.even_rows and not is_one(sizes(site.hidden)[0]):
         alike = emit(aten.eq.Scalar, emit(aten.sum.dim_IntList, mask, [1]), budget.vision_tokens)
@@ -208,6 +209,21 @@ def _valid_mask(emit: Emitter, site: Site, axes: TokenAxes) -> Node | None:
         embeds = site.vision.embeds
         seen = emit(aten.expand.default, seen, [emit.size(embeds, 0), emit.size(embeds, 1)])
     return seen
+
+
+def _queries(emit: Emitter, site: Site, axes: TokenAxes) -> Node:
+    """Queries of layer K-1, so scaled that ``q @ k.T / sqrt(Dh)`` are its scores."""
+    found = queries_of(site.stack, site.layer - 1)
+    if axes.dims(found.node) != (2,):
+        raise Refusal(
+            f"the queries of layer {site.layer - 1} are not one per token of this call",
+            found.node,
+            advice="a selector that asks for no queries",
+        )
+    factor = found.scale * math.sqrt(sizes(found.node)[-1])
+    if math.isclose(factor, 1, rel_tol=1e-6):
+        return found.node
+    return emit(aten.mul.Tensor, found.node, factor)
 
 
 def _normed(emit: Emitter, site: Site) -> Node:

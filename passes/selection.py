@@ -24,7 +24,9 @@ class Evidence:
     keys: post-RoPE keys of layer K-1 [B, H, S, Dh];
     vision_mask: bool [B, S];
     valid: bool [B, S], False at pads, or None where no mask reaches attention;
-    vision_tokens, retain: N and R, literals or nodes.
+    vision_tokens, retain: N and R, literals or nodes;
+    queries: gives post-RoPE queries of layer K-1 [B, Hq, S, Dh], so scaled that their products with
+    the keys over sqrt(Dh) are that layer's scores.  Raises Refusal where they cannot be told.
     """
 
     normed: Callable[[], Node]
@@ -33,18 +35,21 @@ class Evidence:
     valid: Node | None
     vision_tokens: int | Node
     retain: int | Node
+    queries: Callable[[], Node]
 
 
 @dataclass(frozen=True)
 class ByOperator:
     """Selects by one operator: operator(normed, keys, vision_mask, valid, N, R, *args).
 
+    queries: whether it is also given queries, as its last argument;
     reads: what it reads of keys, "norms" (L1, over heads and channels) or "heads";
     checks_ranks: compare the ranks' selections at run time.  Both matter under tensor parallelism.
     """
 
     operator: torch._ops.OpOverload
     args: tuple[object, ...] = ()
+    queries: bool = False
     reads: str = "heads"
     checks_ranks: bool = False
 
@@ -58,6 +63,7 @@ class ByOperator:
             evidence.vision_tokens,
             evidence.retain,
             *self.args,
+            *((evidence.queries(),) if self.queries else ()),
         )
 
 

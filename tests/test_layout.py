@@ -26,6 +26,7 @@ FOUNDATIONS = [
     "option_checks.py",
     "fingerprint.py",
     "selectors.py",
+    "selection",
     "ops",
 ]
 FOUNDATIONS_MUST_NOT_IMPORT = {"dartfx.backend", "dartfx.passes"}

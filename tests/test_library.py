@@ -26,12 +26,12 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 # the major version.
 SURFACE = {
     "Axes": "(graph)",
-    "ByOperator": "(operator, args=..., reads=..., checks_ranks=...)",
+    "ByOperator": "(operator, args=..., queries=..., reads=..., checks_ranks=...)",
     "Crossing": "(name, shape, dims, where)",
     "Cut": "(layer, vision_tokens, retained, sequence, crossings, across=...)",
     "Declined": "(because, where=..., advice=..., broken_may_do=...)",
     "Emitter": "(anchor)",
-    "Evidence": "(normed, keys, vision_mask, valid, vision_tokens, retain)",
+    "Evidence": "(normed, keys, vision_mask, valid, vision_tokens, retain, queries)",
     "Gatherer": "(axes, keep)",
     "Given": "(place=...)",
     "Merge": "(node, mask, features)",

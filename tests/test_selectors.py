@@ -17,7 +17,13 @@ from dartfx import selectors
 from dartfx.errors import ConfigError, SelectionError
 from dartfx.ops import select_tokens
 from dartfx.ops.batch import enforce_budget
-from dartfx.selectors import get_selector, register_selector, selector_fingerprint, selector_names
+from dartfx.selectors import (
+    asks_for,
+    get_selector,
+    register_selector,
+    selector_fingerprint,
+    selector_names,
+)
 
 BUILT_IN = ("dart", "random", "uniform")
 
@@ -178,6 +184,39 @@ def test_bad_registrations_are_refused() -> None:
     with pytest.raises(ConfigError, match="'object' must be a Python function"):
         register_selector("object")(torch.nn.Identity())  # type: ignore[type-var]
     assert not {"", "short", "object"} & set(selector_names())
+
+
+def test_what_a_selector_asks_for_is_read_off_its_signature() -> None:
+    assert {name: asks_for(name) for name in ("dart", "random", "uniform", "fastv")} == {
+        "dart": (),
+        "random": (),
+        "uniform": (),
+        "fastv": ("queries", "valid_mask"),
+    }
+    register_selector("positional")(lambda h, k, v, t, queries, /, **valid_mask: v)
+    assert asks_for("positional") == ()
+    with pytest.raises(ConfigError, match=r"missing a required argument: 'values'.* any of quer"):
+        register_selector("more")(lambda h, k, v, t, b, *, queries, values, **pivots: v)
+
+
+def test_a_selector_that_asks_for_queries_must_be_given_them() -> None:
+    with pytest.raises(SelectionError, match="queries must be given: selector 'fastv' asks"):
+        select_tokens(**batch(), selector="fastv")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 4, 24), r"queries must be \[B, Hq, S, Dh\], got shape \(2, 4, 24\)"),
+        ((2, 3, 24, 4), "a multiple of their heads"),
+        ((1, 4, 24, 4), r"got shape \(1, 4, 24, 4\) beside keys of \(2, 2, 24, 4\)"),
+        ((2, 4, 23, 4), "must be"),
+        ((2, 4, 24, 8), "must be"),
+    ],
+)
+def test_queries_of_another_shape_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        select_tokens(**batch(), selector="fastv", queries=torch.zeros(shape))
 
 
 WRONG = {

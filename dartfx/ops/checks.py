@@ -19,6 +19,7 @@ def check_arguments(
     keys: Tensor,
     vision_mask: Tensor,
     valid_mask: Tensor | None,
+    queries: Tensor | None = None,
     **counts: object,
 ) -> None:
     """Raise SelectionError for the first argument of wrong type, rank, shape, dtype or device.
@@ -39,7 +40,14 @@ def check_arguments(
     _check_mask("vision_mask", vision_mask, hidden)
     if valid_mask is not None:
         _check_mask("valid_mask", valid_mask, hidden)
-    for name, tensor in (("keys", keys), ("vision_mask", vision_mask), ("valid_mask", valid_mask)):
+    if queries is not None:
+        _check_queries(queries, keys)
+    for name, tensor in (
+        ("keys", keys),
+        ("vision_mask", vision_mask),
+        ("valid_mask", valid_mask),
+        ("queries", queries),
+    ):
         if tensor is not None and tensor.device != hidden.device:
             raise fail(name, f"is on {tensor.device}, but hidden is on {hidden.device}")
     for name, value in counts.items():
@@ -71,6 +79,19 @@ def _check_float(name: str, tensor: object, shape: str, rank: int) -> None:
         raise fail(name, f"must be a floating-point tensor, got {tensor.dtype}")
     if tensor.dim() != rank:
         raise fail(name, f"must be {shape}, got shape {tuple(tensor.shape)}")
+
+
+def _check_queries(queries: object, keys: Tensor) -> None:
+    _check_float("queries", queries, "[B, Hq, S, Dh]", 4)
+    assert isinstance(queries, Tensor)
+    batch, heads, sequence, width = queries.shape
+    groups = guard_or_false(heads % keys.shape[1] != 0)
+    if groups or _differ((batch, sequence, width), (keys.shape[0], *keys.shape[2:])):
+        raise fail(
+            "queries",
+            "must be [B, Hq, S, Dh] as keys, with a multiple of their heads, "
+            f"got shape {tuple(queries.shape)} beside keys of {tuple(keys.shape)}",
+        )
 
 
 def _check_mask(name: str, mask: object, hidden: Tensor) -> None:

@@ -22,30 +22,36 @@ def select_tokens(
     pivot_text_tokens: int = 4,
     selector: str = "dart",
     kernel: str = "auto",
+    queries: Tensor | None = None,
 ) -> Tensor:
     """Positions that stay when every sample keeps about ``retain`` vision tokens.
 
     hidden: [B, S, D] float, decoder layer output after the model's final norm.  keys: [B, H, S,
     Dh] float, the same layer's keys after rotary embedding.  vision_mask: [B, S] bool.
-    valid_mask: [B, S] bool, False at pads; None means no pads.  Returns keep_idx: [B, S'] int64,
-    ascending in every row, with S' = S - N + min(retain, N) and N the vision tokens per row,
-    rounded down.  Every row keeps all its valid text; pads, lowest position first, and in rows of
-    unequal vision tokens also the number of vision tokens kept, make up the difference.
+    valid_mask: [B, S] bool, False at pads; None means no pads.  queries: [B, Hq, S, Dh] float, the
+    same layer's queries after rotary embedding, for selectors that ask for them (Hq a multiple of
+    H; scaled so that their products with the keys over sqrt(Dh) are attention scores).
+
+    Returns keep_idx: [B, S'] int64, ascending in every row, with S' = S - N + min(retain, N) and N
+    the vision tokens per row, rounded down.  Every row keeps all its valid text; pads, lowest
+    position first, and in rows of unequal vision tokens also the number of vision tokens kept,
+    make up the difference.
 
     Arithmetic is float32 (float64 for float64 inputs), ties go to the lowest position, NaN ranks
     last.  Source: DART (arXiv 2502.11494) section 3.  N is read from ``vision_mask`` on the host,
     once per call; inside a compiled graph call ``torch.ops.dartfx.select_tokens``, which takes N.
 
-    Raises SelectionError for arguments of the wrong rank, shape, dtype, device or range, and for
-    a row whose text would not fit; ConfigError for an unknown selector or kernel;
-    KernelUnavailableError for a kernel that cannot run here.
+    Raises SelectionError for arguments of the wrong rank, shape, dtype, device or range, for a row
+    whose text would not fit, and for a selector that asks for queries where none are given;
+    ConfigError for an unknown selector or kernel; KernelUnavailableError for a kernel that cannot
+    run here.
     """
     counts = {
         "retain": retain,
         "pivot_image_tokens": pivot_image_tokens,
         "pivot_text_tokens": pivot_text_tokens,
     }
-    check_arguments(hidden, keys, vision_mask, valid_mask, **counts)
+    check_arguments(hidden, keys, vision_mask, valid_mask, queries, **counts)
     vision_tokens = _read_vision_tokens(vision_mask, valid_mask, retain)
     keep_idx: Tensor = torch.ops.dartfx.select_tokens(
         hidden,
@@ -58,6 +64,7 @@ def select_tokens(
         pivot_text_tokens,
         selector,
         kernel,
+        queries,
     )
     return keep_idx
 

@@ -17,6 +17,7 @@ from torch.library import custom_op
 __all__ = [
     "EPS",
     "Turns",
+    "accumulation_dtype",
     "cosines",
     "dart",
     "plan_turns",
@@ -196,7 +197,7 @@ def _take_in_turn(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
 
 def _key_norms(keys: Tensor) -> Tensor:
     """L1 norm of each position's key over heads and channels: [B, H, S, Dh] to [B, S]."""
-    return keys.abs().sum((1, 3), dtype=_accumulation_dtype(keys))
+    return keys.abs().sum((1, 3), dtype=accumulation_dtype(keys))
 
 
 def cosines(hidden: Tensor, pivots: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def cosines(hidden: Tensor, pivots: Tensor) -> Tensor:
 
     hidden: [B, S, D] float.  pivots: [B, P] int64.  Returns [B, P, S].
     """
-    hidden = hidden.to(_accumulation_dtype(hidden))
+    hidden = hidden.to(accumulation_dtype(hidden))
     # Products and sums rather than a matrix product: they ignore the user's TF32 and autocast
     # settings, sum each position in the same way whatever B and S are (a padded row then selects
     # what it selects alone), and fuse into one pass over the hidden states.
@@ -217,5 +218,6 @@ def cosines(hidden: Tensor, pivots: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a tensor's values are summed in: float32, or float64 for float64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

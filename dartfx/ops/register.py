@@ -106,13 +106,14 @@ def selection(
     pivot_text_tokens: int,
     selector: str,
     kernel: str,
+    queries: Tensor | None = None,
     *,
     traced: bool = False,
 ) -> Tensor:
     pivots = {"pivot_image_tokens": pivot_image_tokens, "pivot_text_tokens": pivot_text_tokens}
     # Behind the name may stand what identifies the result, for caches that hash the call.
     selector = selector.partition(" @ ")[0]
-    checks.check_arguments(hidden, keys, vision_mask, valid_mask, retain=retain, **pivots)
+    checks.check_arguments(hidden, keys, vision_mask, valid_mask, queries, retain=retain, **pivots)
     checks.check_vision_tokens(vision_tokens, hidden)
     unsupported = functools.partial(launch.unsupported, hidden, keys, selector, **pivots)
     if choose_kernel(kernel, hidden.device, unsupported) == "triton":
@@ -123,12 +124,24 @@ def selection(
         return keep_idx
     plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
     budget = torch.ops.dartfx.require_rows(plan.budget, plan.pads_kept >= 0, TEXT_LOST)
+    asked = _asked_for(selector, queries=queries, valid_mask=plan.text | vision_mask)
     kept = selectors.get_selector(selector)(
-        hidden, keys, vision_mask, plan.text_after, budget, **pivots
+        hidden, keys, vision_mask, plan.text_after, budget, **pivots, **asked
     )
     if not selectors.is_exact(selector):
         kept = checked(kept, vision_mask, budget, f"selector {selector!r}")
     return keep_positions(plan, kept)
+
+
+def _asked_for(selector: str, **optional: Tensor | None) -> dict[str, Tensor]:
+    """Those of the optional inputs that the selector asks for by name."""
+    asked = {}
+    for name in selectors.asks_for(selector):
+        value = optional[name]
+        if value is None:
+            raise checks.fail(name, f"must be given: selector {selector!r} asks for them")
+        asked[name] = value
+    return asked
 
 
 def checked(kept: Tensor, vision_mask: Tensor, budget: Tensor, who: str) -> Tensor:
@@ -156,7 +169,7 @@ _select_tokens = custom_op(
     schema=(
         "(Tensor hidden, Tensor keys, Tensor vision_mask, Tensor? valid_mask, "
         "SymInt vision_tokens, SymInt retain, int pivot_image_tokens, int pivot_text_tokens, "
-        "str selector, str kernel) -> Tensor"
+        "str selector, str kernel, Tensor? queries=None) -> Tensor"
     ),
 )
 
@@ -169,7 +182,7 @@ def _select_tokens_fake(
     valid_mask: Tensor | None,
     vision_tokens: Size,
     retain: Size,
-    *static: int | str,
+    *others: int | str | Tensor | None,
 ) -> Tensor:
     length = kept_length(hidden.shape[1], vision_tokens, retain)
     return hidden.new_empty((hidden.shape[0], length), dtype=torch.int64)
