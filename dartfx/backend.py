@@ -111,8 +111,8 @@ def request_of(config: DartConfig, host: Host) -> Request:
 
 
 # What is known of dartfx's own selectors; anybody's else may read keys in any way, or draw numbers.
-_READS_NORMS = {"dart", "random", "uniform"}
-_DETERMINISTIC = {"dart", "fastv", "uniform"}
+_READS_NORMS = {"dart", "random", "spread", "tiled", "uniform"}
+_DETERMINISTIC = {"dart", "fastv", "spread", "tiled", "uniform"}
 
 
 _NO_LAYERS = (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dartfx.errors import ConfigError
 from dartfx.ops.reference import dart
-from dartfx.selection import attention, simple
+from dartfx.selection import attention, simple, spread
 
 __all__ = [
     "BUILT_IN",
@@ -200,6 +200,8 @@ def _code(code: CodeType) -> Iterator[bytes]:
 _register("dart", exact=True)(dart)
 _register("fastv", exact=True)(attention.fastv)
 _register("random", exact=True)(simple.random)
+_register("spread", exact=True)(spread.spread)
+_register("tiled", exact=True)(spread.tiled)
 _register("uniform", exact=True)(simple.uniform)
 
 # What is there without a registration of the user's own.

@@ -20,6 +20,7 @@ __all__ = [
     "accumulation_dtype",
     "cosines",
     "dart",
+    "key_norms",
     "plan_turns",
     "positions_of",
     "stable_order",
@@ -87,7 +88,7 @@ def plan_turns(
     # A row with no pivot at all has nothing to compare with: it keeps its largest key norms.
     n_image = torch.where(n_image + n_text == 0, budget, n_image)
 
-    order = stable_order(-_key_norms(keys))
+    order = stable_order(-key_norms(keys))
     pivots_of_both = _take_in_turn(
         order.repeat(2, 1)[:, None],
         torch.cat([vision_mask, text_mask]),
@@ -195,7 +196,7 @@ def _take_in_turn(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
     return taken
 
 
-def _key_norms(keys: Tensor) -> Tensor:
+def key_norms(keys: Tensor) -> Tensor:
     """L1 norm of each position's key over heads and channels: [B, H, S, Dh] to [B, S]."""
     return keys.abs().sum((1, 3), dtype=accumulation_dtype(keys))
 

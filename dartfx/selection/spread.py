@@ -1,0 +1,111 @@
+"""Selectors that keep what differs and, at the same time, cover the whole image.
+
+Vision order is the only idea of place here: it needs no grid, and holds for many images in a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from dartfx.ops.reference import (
+    EPS,
+    accumulation_dtype,
+    cosines,
+    key_norms,
+    plan_turns,
+    stable_order,
+)
+
+__all__ = ["spread", "tiled"]
+
+
+def tiled(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    budget: Tensor,
+    *,
+    pivot_image_tokens: int,
+    pivot_text_tokens: int,
+) -> Tensor:
+    """Of each of R equal stretches of a row's vision tokens the one that is least like a pivot.
+
+    Arguments and result as in :class:`dartfx.selectors.Selector`.  Pivots are DART's; what counts
+    is the cosine to the nearest of them.  They only guide: none is kept for being one.
+    """
+    turns = plan_turns(keys, vision_mask, text_mask, budget, pivot_image_tokens, pivot_text_tokens)
+    likeness = torch.zeros_like(vision_mask, dtype=accumulation_dtype(hidden))
+    if turns.pivots.shape[1]:
+        pivots = (turns.image_pivots | turns.text_pivots).sum(1)[:, None, None]
+        slot = torch.arange(turns.pivots.shape[1], device=hidden.device)[:, None]
+        to_each = cosines(hidden, turns.pivots)
+        # Slots that a row does not need hold a position all the same.
+        likeness = torch.where(slot < pivots, to_each, -torch.inf).amax(1)
+    order = stable_order(likeness)
+    total = vision_mask.sum(1, keepdim=True).clamp(min=1)
+    stretch = (vision_mask.cumsum(1) - 1) * budget[:, None] // total
+    stretch = torch.where(vision_mask, stretch, -1).gather(1, order)
+    stretch, within = torch.sort(stretch, dim=1, stable=True)
+    first = stretch.diff(dim=1, prepend=torch.full_like(stretch[:, :1], -1)) > 0
+    kept = torch.zeros_like(vision_mask).scatter(1, order.gather(1, within), first)
+    return kept & (budget > 0)[:, None]
+
+
+def spread(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    budget: Tensor,
+    *,
+    pivot_image_tokens: int,
+    pivot_text_tokens: int,
+) -> Tensor:
+    """The vision tokens that farthest-point sampling takes, one after the other.
+
+    The first is that of the largest key norm; then always the one whose nearest kept token is
+    farthest.  Two tokens are apart by 1 less their cosine, and by how many of R equal stretches of
+    the row's vision tokens lie between them, up to one.  Arguments and result as in
+    :class:`dartfx.selectors.Selector`; the numbers of pivots have no say.  One step a kept token:
+    a step for every position of the row where reading the budget would make the host wait.
+    """
+    hidden = hidden.to(accumulation_dtype(hidden))
+    units = hidden / (hidden * hidden).sum(-1, keepdim=True).sqrt().clamp(min=EPS)
+    kept: Tensor = torch.ops.dartfx.take_apart(units, key_norms(keys), vision_mask, budget)
+    return kept
+
+
+# Opaque, because what it is made of is a loop: unrolled into a graph it would be thousands of
+# operators, as many as tokens are kept.
+@custom_op(
+    "dartfx::take_apart",
+    mutates_args=(),
+    schema="(Tensor units, Tensor first, Tensor members, Tensor budget) -> Tensor",
+)
+def _take_apart(units: Tensor, first: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+    position = torch.arange(members.shape[1], device=members.device)
+    place = members.cumsum(1) * (budget / members.sum(1).clamp(min=1)).to(units.dtype)[:, None]
+    # What is no number is taken last, but before what is no member.
+    lowest = torch.finfo(units.dtype).min
+    score = torch.where(first.isnan(), lowest, first)
+    nearest = torch.full_like(score, torch.inf)
+    kept = torch.zeros_like(members)
+    steps = int(budget.max()) if budget.device.type == "cpu" else members.shape[1]
+    for step in range(steps):
+        score = torch.where(members & ~kept, score, -torch.inf)
+        best = score.amax(1, keepdim=True)
+        at = torch.where(score == best, position, members.shape[1]).amin(1, keepdim=True)
+        kept = kept | ((position == at) & members & (step < budget)[:, None])
+        unit = units.gather(1, at[:, :, None].expand(-1, -1, units.shape[2]))
+        apart = 1 - (units * unit).sum(-1) + (place - place.gather(1, at)).abs().clamp(max=1)
+        nearest = torch.minimum(nearest, apart)
+        score = torch.where(nearest.isnan(), lowest, nearest)
+    return kept
+
+
+@_take_apart.register_fake
+def _take_apart_fake(units: Tensor, first: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+    return torch.empty_like(members)
