@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dartfx import evaluate
-from dartfx.evaluate.answers import Answers, Setting
+from dartfx.evaluate import switch
+from dartfx.evaluate.answers import Answers, encode_once
 from dartfx.evaluate.questions import Question, batches, load
-from dartfx.evaluate.results import Results
+from dartfx.evaluate.results import Results, as_lines
+from dartfx.evaluate.resume import Resumed
 from dartfx.evaluate.scores import MEAN, Sample, chance, score
 from dartfx.evaluate.work import load_model
-from dartfx.selectors import get_selector
+from dartfx.ops import select_tokens
+from dartfx.selectors import asks_for, get_selector
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,7 +106,7 @@ def results(*kept: tuple[int, str]) -> Results:
     full = answered("abcd")
     made = Results(questions, 8, score(questions, full, full)["accuracy"])
     for retain, texts in kept:
-        made.add(Setting(2, "dart", retain), 0, score(questions, full, answered(texts)))
+        made.add((2, "dart", retain), 0, score(questions, full, answered(texts)))
     return made
 
 
@@ -120,15 +124,30 @@ def test_seeds_are_averaged_and_selectors_compared_question_by_question() -> Non
     made = results((3, "abcd"))
     full = answered("abcd")
     for seed, texts in enumerate(("abcd", "xxxx")):
-        setting = Setting(2, "random", 3)
-        made.add(setting, seed, score(made.questions, full, answered(texts)))
+        made.add((2, "random", 3), seed, score(made.questions, full, answered(texts)))
     assert made.figures((2, "random", 3), "accuracy")[MEAN].value == 0.5
     assert made.differences((2, "random", 3), "dart")[MEAN].value == 0.5
     text = made.as_markdown()
     assert "| random | 3 | 50.0 ±" in text
     assert "| random | 3 | +50.0 ±" in text
     told = made.as_json()["settings"][1]
-    assert told["right_by_seed"] == {0: "1111", 1: "0000"}
+    assert told["right_by_seed"] == {0: "f", 1: "0"}
+    lines = as_lines(made.as_json())
+    assert json.loads(lines) == json.loads(json.dumps(made.as_json()))
+    assert sum('"selector"' in line for line in lines.splitlines()) == 2
+
+
+def test_a_layer_that_has_read_the_picture_is_void() -> None:
+    """It answers as well with no vision token left, so that no selector can lose anything."""
+    made = results((8, "abcd"), (0, "xxxd"))
+    assert made.void() == []
+    assert "layer 2 | 0 | 0.0 ±" in made.as_markdown()
+    made.add((3, "dart", 0), 0, score(made.questions, answered("abcd"), answered("abcd")))
+    assert made.void() == [(3, "dart", 0)]
+    assert made.as_json()["void_layers"] == [3]
+    text = made.as_markdown()
+    assert "| layer 3: void | 0 | 100.0 ±" in text
+    assert text.index("layer 3: void") < text.index("pruned before layer 2")
 
 
 def test_key_norm_keeps_the_largest_keys() -> None:
@@ -153,14 +172,83 @@ def test_a_wrong_call_is_answered_before_anything_is_loaded(
     assert "no questions at" in capsys.readouterr().err
     there = str(ROOT / evaluate.QUESTIONS)
     assert evaluate.run(parsed("--questions", there, "--selectors", "drat")) == 2
-    assert "unknown selectors: drat; registered: dart" in capsys.readouterr().err
+    assert "unknown selectors: drat; registered: dart, fastv" in capsys.readouterr().err
 
 
-def test_all_and_none_are_measured_once_a_layer() -> None:
-    plan = list(evaluate._plan(parsed("--retain", "9", "4", "0", "--layers", "1", "2"), 8))
-    assert [(s.selector, len(seeds)) for s, seeds in plan if s.retain != 4] == [("dart", 1)] * 4
-    four = [(s.selector, len(seeds)) for s, seeds in plan if s.retain == 4]
-    assert four == [("dart", 1), ("random", 3), ("uniform", 1), ("key_norm", 1)] * 2
+def test_all_and_none_are_measured_first_and_once_a_layer() -> None:
+    asked = ["--retain", "9", "4", "0", "--retain-elsewhere", "0", "3", "--layers", "2", "1"]
+    plan = list(evaluate._plan(parsed(*asked, "--selectors", "dart", "random"), 8))
+    assert [(cut.layer, cut.retain) for cut, _ in plan] == [(2, 9), (2, 0), (2, 4), (1, 0), (1, 3)]
+    one, several = (("dart", 0),), (("dart", 0), ("random", 0), ("random", 1), ("random", 2))
+    assert [draws for _, draws in plan] == [one, one, several, one, several]
+
+
+def test_one_selector_stands_for_others_while_they_are_asked_for() -> None:
+    torch.manual_seed(0)
+    vision = torch.zeros(1, 20, dtype=torch.bool)
+    vision[:, 4:16] = True
+    case = {
+        "hidden": torch.randn(1, 20, 8),
+        "keys": torch.randn(1, 2, 20, 4),
+        "queries": torch.randn(1, 4, 20, 4),
+        "vision_mask": vision,
+        "retain": 5,
+    }
+    for names in (("dart", "spread"), ("fastv", "tiled")):
+        standing = switch.name_for(names)
+        for name in names:
+            with switch.selecting(name):
+                kept = select_tokens(**case, selector=standing)
+            assert torch.equal(kept, select_tokens(**case, selector=name))
+    assert "queries" not in asks_for(switch.name_for(("dart", "spread")))
+
+
+def halves(write: bool = False) -> torch.fx.GraphModule:
+    """x and masks to what is left of x: traced, with the selection in the middle."""
+
+    def pruned(x: torch.Tensor, keys: torch.Tensor, vision: torch.Tensor) -> tuple[Any, ...]:
+        early = torch.nn.functional.gelu(x)
+        given = (early, keys, vision, None, 4, 2, 4, 4, "uniform", "auto")
+        keep = torch.ops.dartfx.select_tokens(*given)
+        if write:
+            early.add_(keep.sum())
+        return early, x.gather(1, keep[:, :, None].expand(-1, -1, 3)) + keep.shape[1]
+
+    example = (torch.zeros(1, 6, 3), torch.zeros(1, 1, 6, 2), torch.ones(1, 6, dtype=torch.bool))
+    return make_fx(pruned, tracing_mode="symbolic")(*example)
+
+
+def test_what_comes_before_the_selection_is_computed_once_for_each_input() -> None:
+    whole, vision = halves(), torch.tensor([[False, True, True, True, True, False]])
+    resumed, counted = Resumed(whole), []
+    first = resumed._first.forward
+    resumed._first.forward = lambda *given: counted.append(1) or first(*given)  # type: ignore[func-returns-value]
+    for value, times in ((1.0, 1), (1.0, 1), (2.0, 2)):
+        inputs = (torch.full((1, 6, 3), value), torch.zeros(1, 1, 6, 2), vision)
+        for one, other in zip(resumed(*inputs), whole(*inputs), strict=True):
+            assert torch.equal(one, other)
+        assert len(counted) == times
+
+
+def test_a_graph_that_writes_to_what_is_remembered_is_not_halved() -> None:
+    with pytest.raises(ValueError, match="writes to a value from before the selection"):
+        Resumed(halves(write=True))
+
+
+def test_pixels_are_encoded_once() -> None:
+    class Base(torch.nn.Module):
+        calls = 0
+
+        def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return pixel_values * 2
+
+    base, pixels = Base(), torch.ones(2)
+    encode_once(base)
+    for given, calls in ((pixels, 1), (pixels, 1), (torch.ones(2), 2)):
+        assert base.get_image_features(pixel_values=given).tolist() == [2, 2]
+        assert base.calls == calls
+    encode_once(torch.nn.Linear(2, 2))  # has nothing to encode
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +256,13 @@ def tiny() -> tuple[Any, Any]:
     return load_model(str(ROOT / evaluate.MODEL))
 
 
-def test_batches_have_one_size_and_no_pads(tiny: tuple[Any, Any]) -> None:
+def test_batches_have_no_pads_and_never_one_row(tiny: tuple[Any, Any]) -> None:
     questions = load(ROOT / evaluate.QUESTIONS, pictures=2)
     made = batches(questions, tiny[1], 4)
     assert sorted(n for batch in made for n in batch.numbers) == list(range(len(questions)))
-    assert {len(batch.inputs["input_ids"]) for batch in made} == {4}
+    sizes = [(len(batch.numbers), len(batch.inputs["input_ids"])) for batch in made]
+    assert all(size == max(asked, 2) <= 4 for asked, size in sizes)
+    assert (1, 2) in sizes
     assert all(bool(batch.inputs["attention_mask"].all()) for batch in made)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import chain
 from typing import Any
 
@@ -13,17 +14,18 @@ from torch import Tensor
 
 import dartfx
 from dartfx.evaluate.questions import Batch
+from dartfx.evaluate.resume import resuming
+from dartfx.evaluate.switch import name_for, selecting
 from dartfx.passes.facts import Pruned
 
-__all__ = ["Answers", "Setting", "answer", "answer_pruned", "vision_tokens"]
+__all__ = ["Answers", "Cut", "answer", "answer_pruned", "encode_once", "vision_tokens"]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One way to prune: the options of these names."""
+class Cut:
+    """Where to prune and to how many tokens: the options of these names."""
 
     layer: int
-    selector: str
     retain: int
 
 
@@ -42,7 +44,7 @@ def answer(model: Any, processor: Any, batches: Sequence[Batch], most: int) -> A
     texts: dict[int, str] = {}
     first: dict[int, Tensor] = {}
     for batch in batches:
-        inputs = _to(batch.inputs, model)
+        inputs = batch.inputs
         made = model.generate(
             **inputs,
             max_new_tokens=most,
@@ -64,12 +66,14 @@ def answer_pruned(
     processor: Any,
     batches: Sequence[Batch],
     most: int,
-    setting: Setting,
-    seeds: Sequence[int] = (0,),
+    cut: Cut,
+    draws: Sequence[tuple[str, int]],
 ) -> Iterator[Answers]:
-    """The same of the model compiled by dartfx, once a seed; ``model`` itself stays as it is.
+    """The same of the model compiled by dartfx; ``model`` itself stays as it is.
 
-    The rewritten graph is run eagerly: compiling it would take longer than running it.  Raises
+    draws: selectors, each with a seed; one result for each.  The rewritten graph is run eagerly:
+    compiling it would take longer than running it, and all selectors then share one graph, which
+    looks them up in every call and computes what comes before them once.  Raises
     UnsupportedModelError where the model cannot be pruned.
     """
     torch.compiler.reset()
@@ -77,17 +81,43 @@ def answer_pruned(
     pruned = _twin(model)
     dartfx.compile(
         pruned,
-        retain_tokens=setting.retain,
-        layer=setting.layer,
-        selector=setting.selector,
+        dynamic=True,  # the prompts' lengths differ
+        retain_tokens=cut.retain,
+        layer=cut.layer,
+        selector=name_for({name for name, _ in draws}),
         lowering="eager",
         on_unsupported="error",
     )
-    for seed in seeds:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            answers = answer(pruned, processor, batches, most)
-        yield answers
+    with resuming():
+        for name, seed in draws:
+            with torch.random.fork_rng(), selecting(name):
+                torch.manual_seed(seed)
+                answers = answer(pruned, processor, batches, most)
+            yield answers
+
+
+def encode_once(model: Any) -> None:
+    """Let the model, and copies made later, remember what it makes of each tensor of pixels.
+
+    ``generate`` calls for image features before the decoder's graph, so that they are the same
+    whatever is dropped there.  A model without that call computes them anew every time.
+    """
+    base = getattr(model, "base_model", model)
+    if not hasattr(base, "get_image_features"):
+        return
+    encode: Callable[..., Any] = base.get_image_features
+    known: dict[int, tuple[Any, Any]] = {}
+
+    @wraps(encode)
+    def features(*args: Any, **kwargs: Any) -> Any:
+        pixels = kwargs.get("pixel_values")
+        if torch.compiler.is_compiling() or args or pixels is None:
+            return encode(*args, **kwargs)
+        if id(pixels) not in known:  # the tensor is kept beside, so its id is not used again
+            known[id(pixels)] = pixels, encode(**kwargs)
+        return known[id(pixels)][1]
+
+    base.get_image_features = features
 
 
 def vision_tokens(model: Any, batch: Batch) -> int:
@@ -95,9 +125,10 @@ def vision_tokens(model: Any, batch: Batch) -> int:
 
     Raises ValueError when there are none to prune.
     """
+    inputs: dict[str, Any] = dict(batch.inputs)
     told = dartfx.explain(
         _twin(model).generate,
-        **_to(batch.inputs, model),
+        **inputs,
         max_new_tokens=1,
         do_sample=False,
         options={"retain_tokens": 0},
@@ -112,8 +143,3 @@ def _twin(model: Any) -> Any:
     """A copy of the module tree that shares every parameter and buffer with ``model``."""
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)
-
-
-def _to(inputs: dict[str, Tensor], model: Any) -> dict[str, Any]:
-    moved = {name: value.to(model.device) for name, value in inputs.items()}
-    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in moved.items()}

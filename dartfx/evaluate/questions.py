@@ -26,9 +26,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of one shape: which questions the first of them are, and the model's arguments.
+    """Prompts of one shape: which questions they are, and the model's arguments.
 
-    What comes after these fills the batch up, so that all batches have one size.
+    A batch of one question holds it twice: sizes that are 1 would be compiled anew.
     """
 
     numbers: tuple[int, ...]
@@ -70,8 +70,7 @@ def batches(questions: Sequence[Question], processor: Any, size: int) -> list[Ba
         group.sort(key=lambda numbered: questions[numbered[0]].type)
         for start in range(0, len(group), size):
             numbers, parts = zip(*group[start : start + size], strict=True)
-            # Another size would be compiled anew, which takes longer than a few prompts more.
-            parts += parts[-1:] * (size - len(parts))
+            parts += parts * (len(parts) == 1)
             inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             made.append(Batch(numbers, inputs))
     return made

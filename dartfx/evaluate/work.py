@@ -10,12 +10,19 @@ from typing import Any
 
 import torch
 
-from dartfx.evaluate.answers import Answers, Setting, answer, answer_pruned, vision_tokens
-from dartfx.evaluate.questions import batches, load
+from dartfx.evaluate.answers import (
+    Answers,
+    Cut,
+    answer,
+    answer_pruned,
+    encode_once,
+    vision_tokens,
+)
+from dartfx.evaluate.questions import Batch, batches, load
 
 __all__ = ["Asker", "answers", "load_model"]
 
-Task = tuple[Setting, range]  # with its seeds
+Task = tuple[Cut, tuple[tuple[str, int], ...]]  # with selectors and seeds
 
 
 class Asker:
@@ -26,7 +33,8 @@ class Asker:
             torch.set_num_threads(1)
         self.questions = load(arguments.questions, arguments.pictures)
         model, processor = load_model(str(arguments.model))
-        prompts = batches(self.questions, processor, arguments.batch)
+        encode_once(model)
+        prompts = [_on(b, model) for b in batches(self.questions, processor, arguments.batch)]
         self._ask = (model, processor, prompts, arguments.max_new_tokens)
 
     def full(self) -> Answers:
@@ -38,7 +46,7 @@ class Asker:
         return vision_tokens(self._ask[0], self._ask[2][0])
 
     def pruned(self, task: Task) -> list[Answers]:
-        """Answers with each seed."""
+        """Answers with each selector and seed."""
         return list(answer_pruned(*self._ask, *task))
 
 
@@ -50,6 +58,12 @@ def load_model(name: str) -> tuple[Any, Any]:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     return model.to(device).eval().requires_grad_(False), AutoProcessor.from_pretrained(name)
+
+
+def _on(batch: Batch, model: Any) -> Batch:
+    moved = {name: value.to(model.device) for name, value in batch.inputs.items()}
+    moved = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in moved.items()}
+    return Batch(batch.numbers, moved)
 
 
 def answers(
