@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dartfx import evaluate
 from dartfx.evaluate import switch
-from dartfx.evaluate.answers import Answers, encode_once
+from dartfx.evaluate.answers import Answers, Choice, PrunedModel, encode_once
 from dartfx.evaluate.questions import Question, batches, load
 from dartfx.evaluate.results import Results, as_lines
 from dartfx.evaluate.resume import Resumed
@@ -178,9 +178,12 @@ def test_a_wrong_call_is_answered_before_anything_is_loaded(
 def test_all_and_none_are_measured_first_and_once_a_layer() -> None:
     asked = ["--retain", "9", "4", "0", "--retain-elsewhere", "0", "3", "--layers", "2", "1"]
     plan = list(evaluate._plan(parsed(*asked, "--selectors", "dart", "random"), 8))
-    assert [(cut.layer, cut.retain) for cut, _ in plan] == [(2, 9), (2, 0), (2, 4), (1, 0), (1, 3)]
-    one, several = (("dart", 0),), (("dart", 0), ("random", 0), ("random", 1), ("random", 2))
-    assert [draws for _, draws in plan] == [one, one, several, one, several]
+    found = [(layer, choices[0].retain) for layer, choices in plan]
+    assert found == [(2, 9), (2, 0), (2, 4), (1, 0), (1, 3)]
+    one, several = [("dart", 0)], [("dart", 0), ("random", 0), ("random", 1), ("random", 2)]
+    drawn = [[(c.selector, c.seed) for c in choices] for _, choices in plan]
+    assert drawn == [one, one, several, one, several]
+    assert all(len({c.retain for c in choices}) == 1 for _, choices in plan)
 
 
 def test_one_selector_stands_for_others_while_they_are_asked_for() -> None:
@@ -203,12 +206,12 @@ def test_one_selector_stands_for_others_while_they_are_asked_for() -> None:
     assert "queries" not in asks_for(switch.name_for(("dart", "spread")))
 
 
-def halves(write: bool = False) -> torch.fx.GraphModule:
+def halves(write: bool = False, retain: int = 2) -> torch.fx.GraphModule:
     """x and masks to what is left of x: traced, with the selection in the middle."""
 
     def pruned(x: torch.Tensor, keys: torch.Tensor, vision: torch.Tensor) -> tuple[Any, ...]:
         early = torch.nn.functional.gelu(x)
-        given = (early, keys, vision, None, 4, 2, 4, 4, "uniform", "auto")
+        given = (early, keys, vision, None, 4, retain, 4, 4, "uniform", "auto")
         keep = torch.ops.dartfx.select_tokens(*given)
         if write:
             early.add_(keep.sum())
@@ -228,6 +231,16 @@ def test_what_comes_before_the_selection_is_computed_once_for_each_input() -> No
         for one, other in zip(resumed(*inputs), whole(*inputs), strict=True):
             assert torch.equal(one, other)
         assert len(counted) == times
+
+
+def test_another_number_of_tokens_needs_no_other_graph() -> None:
+    vision = torch.tensor([[False, True, True, True, True, False]])
+    inputs = (torch.arange(18.0).view(1, 6, 3), torch.zeros(1, 1, 6, 2), vision)
+    resumed = Resumed(halves())
+    for retain in (2, 3, 1):
+        resumed.retain(retain)
+        for one, other in zip(resumed(*inputs), halves(retain=retain)(*inputs), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_a_graph_that_writes_to_what_is_remembered_is_not_halved() -> None:
@@ -264,6 +277,26 @@ def test_batches_have_no_pads_and_never_one_row(tiny: tuple[Any, Any]) -> None:
     assert all(size == max(asked, 2) <= 4 for asked, size in sizes)
     assert (1, 2) in sizes
     assert all(bool(batch.inputs["attention_mask"].all()) for batch in made)
+
+
+@pytest.mark.slow
+def test_one_compilation_gives_what_one_for_each_number_of_tokens_gives(
+    tiny: tuple[Any, Any],
+) -> None:
+    """To the bit, for selectors with and without queries; and not the same for all of them."""
+    questions = load(ROOT / evaluate.QUESTIONS, pictures=2)
+    given = (tiny[1], batches(questions, tiny[1], 16), 2)
+    choices = [Choice(name, 48, 0) for name in ("dart", "fastv")]
+    fresh = PrunedModel(tiny[0], 2, 48, ["dart", "fastv"])
+    want = [fresh.answer(*given, choice) for choice in choices]
+    shared = PrunedModel(tiny[0], 2, 9, ["dart", "fastv"])
+    few = shared.answer(*given, Choice("dart", 9, 0))
+    for choice, expected in zip(choices, want, strict=True):
+        found = shared.answer(*given, choice)
+        assert found.texts == expected.texts
+        assert torch.equal(found.first, expected.first)
+    assert not torch.equal(few.first, want[0].first)
+    assert not torch.equal(want[0].first, want[1].first)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dartfx.evaluate import selectors  # noqa: F401  (registers what dart is compared with)
-from dartfx.evaluate.answers import Cut
+from dartfx.evaluate.answers import Choice
 from dartfx.evaluate.results import Results, as_lines
 from dartfx.evaluate.scores import MEAN, score
 from dartfx.evaluate.work import Asker, Task, answers
@@ -96,19 +96,21 @@ def _measure(arguments: argparse.Namespace) -> Results:
     asker = Asker(arguments)
     questions, full = asker.questions, asker.full()
     unpruned = score(questions, full, full)["accuracy"]
-    results = Results(questions, asker.vision_tokens(), unpruned)
+    results = Results(questions, asker.vision_tokens, unpruned)
     plan = list(_plan(arguments, results.vision_tokens))
     start = time.monotonic()
     for number, made in enumerate(answers(asker, arguments, plan), 1):
-        cut, draws = plan[number - 1]
-        for (selector, seed), one in zip(draws, made, strict=True):
-            results.add((cut.layer, selector, cut.retain), seed, score(questions, full, one))
+        layer, choices = plan[number - 1]
+        retain = choices[0].retain
+        for one, answered in zip(choices, made, strict=True):
+            key = (layer, one.selector, one.retain)
+            results.add(key, one.seed, score(questions, full, answered))
         told = ", ".join(
-            f"{name} {results.figures((cut.layer, name, cut.retain), 'accuracy')[MEAN].value:.1%}"
-            for name in dict(draws)
+            f"{name} {results.figures((layer, name, retain), 'accuracy')[MEAN].value:.1%}"
+            for name in dict.fromkeys(one.selector for one in choices)
         )
         print(
-            f"[{number}/{len(plan)}] layer {cut.layer}, {cut.retain} kept: {told} "
+            f"[{number}/{len(plan)}] layer {layer}, {retain} kept: {told} "
             f"(after {time.monotonic() - start:.0f} s)",
             file=sys.stderr,
             flush=True,
@@ -118,7 +120,7 @@ def _measure(arguments: argparse.Namespace) -> Results:
 
 
 def _plan(arguments: argparse.Namespace, total: int) -> Iterator[Task]:
-    """Every cut with its selectors and seeds.
+    """Every layer and number of tokens, with the choices there.
 
     Where no selector decides (all or none are kept) one stands for all.  Those come first at each
     layer: where nothing is lost with no token left, nothing can be compared.
@@ -130,7 +132,7 @@ def _plan(arguments: argparse.Namespace, total: int) -> Iterator[Task]:
             decided = 0 < retain < total
             names = arguments.selectors if decided else arguments.selectors[:1]
             seeds = {name: arguments.seeds if decided and name == "random" else 1 for name in names}
-            yield Cut(layer, retain), tuple((n, s) for n in names for s in range(seeds[n]))
+            yield layer, tuple(Choice(n, retain, s) for n in names for s in range(seeds[n]))
 
 
 def _write(arguments: argparse.Namespace, results: Results) -> None:

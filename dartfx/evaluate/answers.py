@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
@@ -14,19 +14,20 @@ from torch import Tensor
 
 import dartfx
 from dartfx.evaluate.questions import Batch
-from dartfx.evaluate.resume import resuming
+from dartfx.evaluate.resume import Resumed, resuming
 from dartfx.evaluate.switch import name_for, selecting
 from dartfx.passes.facts import Pruned
 
-__all__ = ["Answers", "Cut", "answer", "answer_pruned", "encode_once", "vision_tokens"]
+__all__ = ["Answers", "Choice", "PrunedModel", "answer", "encode_once", "vision_tokens"]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Where to prune and to how many tokens: the options of these names."""
+class Choice:
+    """What is kept at a cut: so many tokens, by this selector, drawn with this seed."""
 
-    layer: int
+    selector: str
     retain: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -61,39 +62,42 @@ def answer(model: Any, processor: Any, batches: Sequence[Batch], most: int) -> A
     return Answers(tuple(texts[i].strip() for i in order), torch.stack([first[i] for i in order]))
 
 
-def answer_pruned(
-    model: Any,
-    processor: Any,
-    batches: Sequence[Batch],
-    most: int,
-    cut: Cut,
-    draws: Sequence[tuple[str, int]],
-) -> Iterator[Answers]:
-    """The same of the model compiled by dartfx; ``model`` itself stays as it is.
+class PrunedModel:
+    """The model compiled by dartfx to prune before one layer; ``model`` itself stays as it is.
 
-    draws: selectors, each with a seed; one result for each.  The rewritten graph is run eagerly:
-    compiling it would take longer than running it, and all selectors then share one graph, which
-    looks them up in every call and computes what comes before them once.  Raises
-    UnsupportedModelError where the model cannot be pruned.
+    selectors: all that it will be asked for.  retain: the number of tokens that it is compiled
+    with; where some are dropped, any other that drops some may be asked for later.
+
+    The rewritten graph is run eagerly: compiling it would take longer than running it, and the
+    selector is then looked up in every call.  Raises UnsupportedModelError, when first called,
+    where the model cannot be pruned.
     """
-    torch.compiler.reset()
-    dartfx.reset()
-    pruned = _twin(model)
-    dartfx.compile(
-        pruned,
-        dynamic=True,  # the prompts' lengths differ
-        retain_tokens=cut.retain,
-        layer=cut.layer,
-        selector=name_for({name for name, _ in draws}),
-        lowering="eager",
-        on_unsupported="error",
-    )
-    with resuming():
-        for name, seed in draws:
-            with torch.random.fork_rng(), selecting(name):
-                torch.manual_seed(seed)
-                answers = answer(pruned, processor, batches, most)
-            yield answers
+
+    def __init__(self, model: Any, layer: int, retain: int, selectors: Collection[str]) -> None:
+        torch.compiler.reset()
+        dartfx.reset()
+        self._halves: list[Resumed] = []
+        self._model = dartfx.compile(
+            _twin(model),
+            dynamic=True,  # the prompts' lengths differ
+            retain_tokens=retain,
+            layer=layer,
+            selector=name_for(selectors),
+            lowering="eager",
+            on_unsupported="error",
+        )
+
+    def answer(
+        self, processor: Any, batches: Sequence[Batch], most: int, choice: Choice
+    ) -> Answers:
+        """As :func:`answer`, pruned."""
+        with (
+            resuming(self._halves, choice.retain),
+            torch.random.fork_rng(),
+            selecting(choice.selector),
+        ):
+            torch.manual_seed(choice.seed)
+            return answer(self._model, processor, batches, most)
 
 
 def encode_once(model: Any) -> None:

@@ -1,7 +1,7 @@
 """A pruned graph in two halves: what comes before the selection is computed once for each input.
 
-Measuring many selectors at one cut runs the same graph on the same prompts over and over; up to the
-selection nothing of it depends on the selector, and that is most of the work.
+Measuring selectors and numbers of tokens at one layer runs the same graph on the same prompts over
+and over.  Up to the selection nothing of it depends on either, and that is most of the work.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ from dartfx.passes.graph import bases, mutated_operands
 
 __all__ = ["Resumed", "resuming"]
 
+_RETAIN = 5  # its place among the arguments of select_tokens
+
 
 @contextmanager
-def resuming() -> Iterator[None]:
-    """Within it, pruned graphs that dartfx compiles with ``lowering="eager"`` are such halves."""
-    made: list[Resumed] = []
+def resuming(made: list[Resumed], retain: int) -> Iterator[None]:
+    """Within it, pruned graphs that are lowered to eager are such halves, and keep R tokens.
+
+    made: those made before, which new ones are added to.
+    """
 
     def lower(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if config.lowering != "eager" or not _selections(module.graph):
             return lowering.lower(config, module, inputs)
-        made.append(Resumed(module))
-        return made[-1]
+        halves = Resumed(module)
+        halves.retain(retain)
+        made.append(halves)
+        return halves
 
+    for halves in made:
+        halves.retain(retain)
     with patch.object(dump, "lower", lower):
-        try:
-            yield
-        finally:
-            for halves in made:
-                halves.known.clear()
+        yield
 
 
 class Resumed:
@@ -55,15 +59,26 @@ class Resumed:
                 after.add(node)
         before = [n for n in graph.nodes if n not in after and n.op != "output"]
         for node in after:
-            if any(
-                base not in after for written in mutated_operands(node) for base in bases(written)
-            ):
+            if any(base not in after for w in mutated_operands(node) for base in bases(w)):
                 raise ValueError(f"{node} writes to a value from before the selection")
         handed = [n for n in before if any(u in after or u.op == "output" for u in n.users)]
         self._first = _part(module, before, [], handed)
         rest = [n for n in graph.nodes if n in after and n.op != "output"]
         self._rest = _part(module, rest, handed, graph.output_node().args[0])
         self.known: dict[bytes, Any] = {}
+
+    def retain(self, tokens: int) -> None:
+        """Keep so many vision tokens from now on: less than there are.
+
+        The rewritten graph reads all sizes behind the cut off what the selection returns, so that
+        R stands in one place of it.  Raises ValueError where it is no number there.
+        """
+        (select,) = _selections(self._rest.graph)
+        if not isinstance(select.args[_RETAIN], int):
+            raise ValueError(f"the tokens to retain are no number but {select.args[_RETAIN]}")
+        if select.args[_RETAIN] != tokens:
+            select.update_arg(_RETAIN, tokens)
+            self._rest.recompile()
 
     def __call__(self, *inputs: Any) -> Any:
         key = _digest(inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -12,9 +13,9 @@ import torch
 
 from dartfx.evaluate.answers import (
     Answers,
-    Cut,
+    Choice,
+    PrunedModel,
     answer,
-    answer_pruned,
     encode_once,
     vision_tokens,
 )
@@ -22,7 +23,7 @@ from dartfx.evaluate.questions import Batch, batches, load
 
 __all__ = ["Asker", "answers", "load_model"]
 
-Task = tuple[Cut, tuple[tuple[str, int], ...]]  # with selectors and seeds
+Task = tuple[int, tuple[Choice, ...]]  # a layer, and choices of one number of tokens
 
 
 class Asker:
@@ -36,18 +37,35 @@ class Asker:
         encode_once(model)
         prompts = [_on(b, model) for b in batches(self.questions, processor, arguments.batch)]
         self._ask = (model, processor, prompts, arguments.max_new_tokens)
+        self._selectors = arguments.selectors
+        asked = [r for r in (*arguments.retain, *arguments.retain_elsewhere) if r > 0]
+        self._fewest = min(asked, default=0)
+        self._pruned: tuple[object, PrunedModel] | None = None
 
     def full(self) -> Answers:
         """Answers of the unpruned model."""
         return answer(*self._ask)
 
+    @functools.cached_property
     def vision_tokens(self) -> int:
         """Vision tokens of each prompt."""
         return vision_tokens(self._ask[0], self._ask[2][0])
 
     def pruned(self, task: Task) -> list[Answers]:
-        """Answers with each selector and seed."""
-        return list(answer_pruned(*self._ask, *task))
+        """Answers with each choice.  The model compiled last is kept: most tasks can go on with it.
+
+        Where all or none are kept that is another graph: nothing is pruned, or caches that hold a
+        window of tokens may not be full.
+        """
+        layer, choices = task
+        retain = choices[0].retain
+        decided = 0 < retain < self.vision_tokens
+        kind = layer, "some" if decided else retain
+        if self._pruned is None or self._pruned[0] != kind:
+            self._pruned = None  # so that what it remembers is freed first
+            fewest = self._fewest if decided else retain
+            self._pruned = kind, PrunedModel(self._ask[0], layer, fewest, self._selectors)
+        return [self._pruned[1].answer(*self._ask[1:], choice) for choice in choices]
 
 
 def load_model(name: str) -> tuple[Any, Any]:
