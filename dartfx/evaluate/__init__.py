@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--retain-elsewhere",
         nargs="+",
         type=int,
-        default=[64, 0],
+        default=[64, 16, 0],
         help="instead of --retain, at all layers but the first (default: %(default)s)",
     )
     add("--seeds", type=int, default=3, help="of selectors that draw (%(default)s)")
