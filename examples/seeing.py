@@ -113,7 +113,7 @@ def _draw(pruned: Any, processor: Any, asked: Question, out: Path) -> int:
     """Picture and overlay side by side; how many vision tokens there are."""
     (prompt,) = batches([asked], processor, 1)
     pruned.generate(**prompt.inputs, max_new_tokens=1, do_sample=False)
-    (kept,) = dartfx.kept_tokens()
+    kept = dartfx.kept_tokens()[0]  # a single prompt stands twice in its batch
     image = Image.open(asked.image).convert("RGB")
     sheet = Image.new("RGB", (2 * SIDE + 8, SIDE), "white")
     sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (0, 0))

@@ -308,5 +308,5 @@ def test_quick_holds_of_the_trained_model(
     arguments.model, arguments.questions = ROOT / evaluate.MODEL, ROOT / evaluate.QUESTIONS
     assert evaluate.run(arguments) == 0, capsys.readouterr().err
     told = json.loads((tmp_path / "figures.json").read_text())
-    assert [s["retained"] for s in told["settings"]] == [576, 192, 0]
+    assert [s["retained"] for s in told["settings"]] == [576, 0, 192]
     assert told["unpruned"]["location"]["value"] > 0.9

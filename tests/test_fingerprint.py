@@ -27,6 +27,7 @@ CHANGES: list[dict[str, object]] = [
     {"inductor": {"debug": False}},
     {"mode": "max-autotune"},
     {"tokens": True},
+    {"check_ranks": True},
 ]
 
 
