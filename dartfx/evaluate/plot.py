@@ -29,7 +29,8 @@ def draw(results: Results, layer: int, path: Path) -> None:
         _panel(panel, results, layer, kind)
     for panel in list(panels)[len(kinds) :]:
         panel.axis("off")
-    panels[0].legend(fontsize=7)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     figure.supxlabel("vision tokens kept")
     figure.supylabel("accuracy, %")
     figure.savefig(path, dpi=110)
@@ -50,4 +51,7 @@ def _panel(panel: Any, results: Results, layer: int, kind: str) -> None:
         ends = [[100 * p.low for p in points], [100 * p.high for p in points]]
         panel.fill_between(kept, *ends, alpha=0.15)
     panel.set_xscale("log", base=2)
+    ticks = sorted({k[2] for k in keys if 0 < k[2] < results.vision_tokens})
+    panel.set_xticks(ticks, labels=map(str, ticks), fontsize=7)
+    panel.minorticks_off()
     panel.set_title(kind, fontsize=9)
