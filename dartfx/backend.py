@@ -36,7 +36,7 @@ from dartfx.passes.screen import holds_layers, writes_rows
 from dartfx.passes.selection import ByOperator
 from dartfx.ranks import Ranks
 from dartfx.report import Report, discard, record
-from dartfx.selectors import asks_for
+from dartfx.selectors import asks_for, draws, reads_norms
 from dartfx.symbolic_text import keep_sizes_symbolic
 from dartfx.vision import LOST_ADVICE
 
@@ -96,8 +96,8 @@ def request_of(config: DartConfig, host: Host) -> Request:
         operator,
         (*pivots, config.selector, config.kernel),
         queries="queries" in asks_for(config.selector),
-        reads="norms" if config.selector in _READS_NORMS else "heads",
-        checks_ranks=config.check_ranks or config.selector not in _DETERMINISTIC,
+        reads="norms" if reads_norms(config.selector) else "heads",
+        checks_ranks=config.check_ranks or draws(config.selector),
     )
     return Request(
         stages=tuple(
@@ -108,11 +108,6 @@ def request_of(config: DartConfig, host: Host) -> Request:
         recounts=host.recounts,
         remasks=host.remasks,
     )
-
-
-# What is known of dartfx's own selectors; anybody's else may read keys in any way, or draw numbers.
-_READS_NORMS = {"dart", "random", "spread", "tiled", "uniform"}
-_DETERMINISTIC = {"dart", "fastv", "spread", "tiled", "uniform"}
 
 
 _NO_LAYERS = (

@@ -26,8 +26,10 @@ __all__ = [
     "OPTIONAL",
     "Selector",
     "asks_for",
+    "draws",
     "get_selector",
     "is_exact",
+    "reads_norms",
     "register_selector",
     "selector_fingerprint",
     "selector_names",
@@ -78,6 +80,8 @@ class _Entry:
     fingerprint: str
     exact: bool
     asks_for: tuple[str, ...]
+    reads_norms: bool
+    draws: bool
 
 
 _ENTRIES: dict[str, _Entry] = {}
@@ -89,7 +93,8 @@ def register_selector(name: str) -> Callable[[_F], _F]:
     Raises ConfigError if the name is taken or empty, or if the function is not a plain Python
     function with the signature of ``Selector``.
     """
-    return _register(name, exact=False)
+    # Nothing is known of it: it may read keys in any way, and draw numbers.
+    return _register(name, exact=False, reads_norms=False, draws=True)
 
 
 def selector_names() -> tuple[str, ...]:
@@ -122,7 +127,19 @@ def asks_for(name: str) -> tuple[str, ...]:
     return _entry(name).asks_for
 
 
-def _register(name: str, *, exact: bool) -> Callable[[_F], _F]:
+def reads_norms(name: str) -> bool:
+    """Whether the selector is known to read no more of keys than their L1 norms."""
+    return _entry(name).reads_norms
+
+
+def draws(name: str) -> bool:
+    """Whether the selector may draw numbers, so that equal inputs may be selected from unlike."""
+    return _entry(name).draws
+
+
+def _register(
+    name: str, *, exact: bool = True, reads_norms: bool = True, draws: bool = False
+) -> Callable[[_F], _F]:
     if not isinstance(name, str) or not name or " @ " in name:
         raise ConfigError(
             f"a selector's name must be a non-empty string without ' @ ', got {name!r}"
@@ -136,7 +153,8 @@ def _register(name: str, *, exact: bool) -> Callable[[_F], _F]:
         plain = inspect.unwrap(function)
         if not isinstance(plain, FunctionType):
             raise ConfigError(f"selector {name!r} must be a Python function, got {function!r}")
-        _ENTRIES[name] = _Entry(function, _fingerprint(plain), exact, _asked(name, function))
+        asked = _asked(name, function)
+        _ENTRIES[name] = _Entry(function, _fingerprint(plain), exact, asked, reads_norms, draws)
         return function
 
     return add
@@ -197,12 +215,12 @@ def _code(code: CodeType) -> Iterator[bytes]:
             yield repr(constant).encode()
 
 
-_register("dart", exact=True)(dart)
-_register("fastv", exact=True)(attention.fastv)
-_register("random", exact=True)(simple.random)
-_register("spread", exact=True)(spread.spread)
-_register("tiled", exact=True)(spread.tiled)
-_register("uniform", exact=True)(simple.uniform)
+_register("dart")(dart)
+_register("fastv", reads_norms=False)(attention.fastv)
+_register("random", draws=True)(simple.random)
+_register("spread")(spread.spread)
+_register("tiled")(spread.tiled)
+_register("uniform")(simple.uniform)
 
 # What is there without a registration of the user's own.
 BUILT_IN = selector_names()
