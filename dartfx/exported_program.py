@@ -7,7 +7,6 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram, ExportGraphSignature
 from torch.export.graph_signature import (
@@ -18,10 +17,9 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Graph, GraphModule, Node
 
-import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
+from dartfx.kept import kept_positions
 from dartfx.passes.exported import free_symbols, restore_regions, shape_env
 from dartfx.passes.facts import Refusal
-from dartfx.passes.graph import Emitter
 from dartfx.passes.inline import inline
 from dartfx.plain import PLAIN
 
@@ -87,12 +85,8 @@ def finished(program: ExportedProgram, module: GraphModule, tokens: bool) -> Exp
 
 def _return_kept(module: GraphModule) -> None:
     """Append the positions in the prompt that are left after the last cut to what is returned."""
-    operator = torch.ops.dartfx.select_tokens.default
-    keep, *later = module.graph.find_nodes(op="call_function", target=operator)
-    for select in later:  # positions among what the cut before it left
-        keep = Emitter(select.next)(torch.ops.aten.gather.default, keep, 1, select)
     (output,) = module.graph.find_nodes(op="output")
-    output.args = ((*output.args[0], keep),)
+    output.args = ((*output.args[0], kept_positions(module.graph)[-1]),)
 
 
 def _with_one_more(result: pytree.TreeSpec) -> pytree.TreeSpec:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 import dartfx.ops.attribution  # noqa: F401  registers torch.ops.dartfx.picked_by
 from dartfx.arrangement import from_inputs
@@ -25,7 +25,7 @@ from dartfx.layout import Cell, Layout, layout_of
 from dartfx.listening import listening
 from dartfx.passes.graph import Emitter
 
-__all__ = ["KeptTokens", "Pick", "handing", "kept_tokens", "recording"]
+__all__ = ["KeptTokens", "Pick", "handing", "kept_positions", "kept_tokens", "recording"]
 
 Compiled = Callable[..., Any]
 
@@ -162,25 +162,40 @@ class _Records:
         return outputs[: -self._added]
 
 
+def kept_positions(graph: Graph) -> list[Node]:
+    """keep_idx [B, S'] int64 after each cut of a pruned graph, in the prompt's positions.
+
+    A later cut selects among what the one before it left, so all but the first are emitted here.
+    """
+    kept, *later = _selections(graph)
+    found = [kept]
+    for select in later:
+        kept = Emitter(select.next)(torch.ops.aten.gather.default, kept, 1, select)
+        found.append(kept)
+    return found
+
+
+def _selections(graph: Graph) -> list[Node]:
+    operator = torch.ops.dartfx.select_tokens.default
+    return list(graph.find_nodes(op="call_function", target=operator))
+
+
 def _expose(module: GraphModule, tokens: bool) -> int:
     """Let a pruned graph return keep_idx and, for tokens, vision mask and pickers; how many.
 
     Where several cuts were made, positions are those of the prompt and pickers those of the last.
     """
     graph = module.graph
-    selects = graph.find_nodes(op="call_function", target=torch.ops.dartfx.select_tokens.default)
-    last = selects[-1]
-    emit = Emitter(last.next)
-    keep, before = selects[0], None
-    for select in selects[1:]:
-        keep, before = emit(torch.ops.aten.gather.default, keep, 1, select), keep
-    added: list[Node] = [keep]
+    kept, last = kept_positions(graph), _selections(graph)[-1]
+    vision = kept[0].args[2]
+    added: list[Any] = [kept[-1]]
     if tokens:
-        added.append(selects[0].args[2])
+        added.append(vision)
     if tokens and last.args[8] == "dart":
+        emit = Emitter(kept[-1].next)
         picker = emit(torch.ops.dartfx.picked_by.default, *last.args[:8])
-        if before is not None:
-            picker = emit(torch.ops.dartfx.in_prompt.default, picker, before, selects[0].args[2])
+        if len(kept) > 1:
+            picker = emit(torch.ops.dartfx.in_prompt.default, picker, kept[-2], vision)
         added.append(picker)
     (output,) = graph.find_nodes(op="output")
     output.args = ((*output.args[0], *added),)

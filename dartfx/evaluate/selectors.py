@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dartfx.ops.reference import stable_order, take_first
+from dartfx.ops.reference import key_norms, stable_order, take_first
 from dartfx.selectors import register_selector
 
 __all__ = ["key_norm"]
@@ -25,5 +25,4 @@ def key_norm(
 
     Arguments and result as in :class:`dartfx.selectors.Selector`.
     """
-    norms = keys.float().abs().sum((1, 3))
-    return take_first(stable_order(-norms), vision_mask, budget)
+    return take_first(stable_order(-key_norms(keys)), vision_mask, budget)
