@@ -34,6 +34,7 @@ from dartfx.passes.normalise import normalise
 from dartfx.passes.pipeline import internal_error, prune
 from dartfx.passes.screen import holds_layers, writes_rows
 from dartfx.passes.selection import ByOperator
+from dartfx.passes.windows import fix_windows
 from dartfx.ranks import Ranks
 from dartfx.report import Report, discard, record
 from dartfx.selectors import asks_for, draws, reads_norms
@@ -125,6 +126,7 @@ def compile_graph(
 ) -> Compiled:
     """Compile one dynamo graph: pruned where vision tokens enter a decoder, else unchanged."""
     graph = GraphCompiler(config, module, host)
+    fix_windows(module.graph)
     try:
         if writes_rows(module.graph):
             compiled = graph.with_merge(inputs)

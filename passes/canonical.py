@@ -25,6 +25,7 @@ from .graph import (
     tensor,
     written_after,
 )
+from .windows import write_out
 
 _ASSERTS = {
     aten._assert_scalar,
@@ -46,6 +47,8 @@ def canonicalise(graph: Graph) -> None:
     for node in list(graph.nodes):
         if packet(node) is aten.index:
             _unpack(node)
+        elif packet(node) is aten.slice:
+            write_out(node)
 
 
 # --- the inverse of a permutation -------------------------------------------------------------

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 import dartfx
 from dartfx.errors import PruningWarning
 from dartfx.passes.facts import Pruned
+from dartfx.passes.windows import fix_windows
 from dartfx.zoo import hooked
 from dartfx.zoo.family import Family
 from dartfx.zoo.registry import load
@@ -93,3 +95,43 @@ def test_refused_where_nobody_counts_the_tokens_anew(family: Family) -> None:
         output = generate(family.model, inputs)
     alone = generate(family.model, inputs)
     assert torch.equal(output.sequences, alone.sequences)
+
+
+@pytest.mark.slow
+def test_windows_whose_length_dynamo_makes_a_symbol_of() -> None:
+    """Two of them, one after the other and in the same compile cache."""
+    for window in (27, 8):
+        family = load("gemma3", sliding_window=window)
+        inputs = family.make_inputs("pad2")
+        oracle = hooked.pruned_generate(
+            family.model, inputs, retain=RETAIN, max_new_tokens=STEPS, kv_layout="uniform"
+        )
+        dartfx.compile(
+            family.model,
+            retain_tokens=RETAIN,
+            kv_layout="uniform",
+            dynamic=True,
+            lowering="eager",
+            on_unsupported="error",
+        )
+        logits = torch.stack(generate(family.model, inputs).logits, 1)
+        torch.testing.assert_close(logits, oracle.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_is_no_size_becomes_a_constant() -> None:
+    compiled = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        fix_windows(module.graph)
+        compiled.append(module)
+        return module.forward
+
+    @torch.compile(backend=backend, dynamic=True, fullgraph=True)
+    def tails(x: Tensor, y: Tensor, window: int, scale: int) -> Tensor:
+        return x[:, -window + 1 :].sum() + x[:, -y.shape[0] :].sum() * scale
+
+    x = torch.arange(48.0).reshape(2, 24)
+    for y, window, scale, compilations in ((4, 8, 3, 1), (5, 8, 6, 1), (5, 9, 6, 2)):
+        want = x[:, -window + 1 :].sum() + x[:, -y:].sum() * scale
+        assert tails(x, torch.empty(y), window, scale) == want
+        assert len(compiled) == compilations
