@@ -269,13 +269,14 @@ def tiny() -> tuple[Any, Any]:
     return load_model(str(ROOT / evaluate.MODEL))
 
 
-def test_batches_have_no_pads_and_never_one_row(tiny: tuple[Any, Any]) -> None:
+def test_batches_have_no_pads_and_equal_numbers_of_rows(tiny: tuple[Any, Any]) -> None:
     questions = load(ROOT / evaluate.QUESTIONS, pictures=2)
     made = batches(questions, tiny[1], 4)
     assert sorted(n for batch in made for n in batch.numbers) == list(range(len(questions)))
-    sizes = [(len(batch.numbers), len(batch.inputs["input_ids"])) for batch in made]
-    assert all(size == max(asked, 2) <= 4 for asked, size in sizes)
-    assert (1, 2) in sizes
+    assert {len(batch.inputs["input_ids"]) for batch in made} == {4}
+    assert min(len(batch.numbers) for batch in made) < 4
+    (alone,) = batches(questions[:1], tiny[1], 4)
+    assert alone.inputs["input_ids"].shape[0] == 2
     assert all(bool(batch.inputs["attention_mask"].all()) for batch in made)
 
 

@@ -92,9 +92,6 @@ class PrunedModel:
     ) -> Answers:
         """As :func:`answer`, pruned."""
         with (
-            # With dynamic=True numbers are symbols, too, and a window of tokens is one of these:
-            # no pass can tell what a slice from a symbol on leaves.
-            torch._dynamo.config.patch(specialize_int=True),
             resuming(self._halves, choice.retain),
             torch.random.fork_rng(),
             selecting(choice.selector),

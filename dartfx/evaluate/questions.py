@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,18 +61,21 @@ def batches(questions: Sequence[Question], processor: Any, size: int) -> list[Ba
 
     processor: a Hugging Face processor; its chat template is used if it has one.  Questions of one
     type lie together, so that a batch stops as soon as its answers end.  All are held in memory.
+    A batch that is short of prompts asks its own again: all batches have as many rows, at least 2,
+    since dynamo fixes the number of pictures, and compiling takes longer than asking.
     """
     alike: dict[object, list[tuple[int, dict[str, Tensor]]]] = {}
     for number, inputs in enumerate(_inputs(questions, processor)):
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         alike.setdefault(shapes, []).append((number, inputs))
     made = []
+    rows = max(2, min(size, max(map(len, alike.values()), default=0)))
     for group in alike.values():
         group.sort(key=lambda numbered: questions[numbered[0]].type)
         for start in range(0, len(group), size):
             numbers, parts = zip(*group[start : start + size], strict=True)
-            parts += parts * (len(parts) == 1)
-            inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            full = list(itertools.islice(itertools.cycle(parts), rows))
+            inputs = {name: torch.cat([part[name] for part in full]) for name in full[0]}
             made.append(Batch(numbers, inputs))
     return made
 
