@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartfx.ops.register import selection
+from dartfx.ops.register import assertion, selection
 
 __all__ = ["PLAIN"]
 
@@ -26,8 +26,7 @@ def _require_rows(value: Tensor, ok: Tensor, message: str) -> Tensor:
     """
     rows: Any = ok.shape[0]
     if ok.device.type != "cpu":
-        where = "0" if rows == 1 else f"(one of {rows})"
-        torch.ops.aten._assert_async.msg(ok.all(), message.replace("{row}", where))
+        torch.ops.aten._assert_async.msg(ok.all(), assertion(message, rows))
         return value
     first: Any = torch.where(ok, rows, torch.arange(rows, device=ok.device)).amin().item()
     check = torch.ops.aten._assert_scalar.default

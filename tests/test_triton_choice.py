@@ -16,7 +16,13 @@ from torch import Tensor
 from dartfx import fingerprint
 from dartfx.errors import KernelUnavailableError, SelectionError
 from dartfx.ops import launch
-from dartfx.ops.register import choose_kernel, require_rows
+from dartfx.ops.register import (
+    _WRONG_COUNT,
+    TEXT_LOST,
+    assertion,
+    choose_kernel,
+    require_rows,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -89,6 +95,16 @@ def test_rows_are_checked_by_one_assertion_on_a_device(monkeypatch: pytest.Monke
     assert seen == [
         *((1, "row 0 is lost"), (1, "row (one of 3) is lost"), (1, "row (one of 40) is lost"))
     ]
+
+
+def test_messages_fit_into_an_assertion_on_a_device() -> None:
+    """CUDA's takes fewer than 255 characters, and raises for more before anything runs."""
+    for message in (TEXT_LOST, _WRONG_COUNT.format(who="selector 'key_norm'")):
+        assert "..." not in assertion(message, 999_999)
+    for length in (250, 254, 255, 400):
+        told = assertion("x" * length, 2)
+        assert len(told) <= 254
+        assert told.startswith("x" * min(length, 250))
 
 
 def test_an_edited_kernel_changes_what_compile_caches_are_keyed_by(

@@ -30,19 +30,28 @@ from dartfx.ops.batch import (
     plan_batch,
 )
 
-__all__ = ["KERNELS", "TEXT_LOST", "checked", "choose_kernel"]
+__all__ = ["KERNELS", "TEXT_LOST", "assertion", "checked", "choose_kernel"]
 
 KERNELS = ("auto", "torch", "triton")
 
 TEXT_LOST = (
     "dartfx.select_tokens: row {row} has more valid text than fits beside its vision tokens in "
-    "the S - N + R positions that every row keeps; text is never dropped. Give every row the "
-    "same number of vision tokens, pad the batch further, or run this row on its own"
+    "the S - N + R positions that rows keep; text is never dropped. Give all rows as many vision "
+    "tokens, pad the batch further, or run the row alone"
 )
 _WRONG_COUNT = (
     "dartfx.select_tokens: {who} did not keep exactly budget[b] vision tokens in row "
     "b = {{row}}; return a [B, S] bool mask inside vision_mask with budget[b] True entries per row"
 )
+
+
+_LONGEST = 254  # characters; torch refuses to launch a CUDA assertion with more
+
+
+def assertion(message: str, rows: int) -> str:
+    """What an assertion on the device says: the row only where there is but one."""
+    told = message.replace("{row}", "0" if rows == 1 else f"(one of {rows})")
+    return told if len(told) <= _LONGEST else f"{told[: _LONGEST - 4]} ..."
 
 
 @custom_op("dartfx::require_rows", mutates_args=(), schema="(Tensor x, Tensor ok, str m) -> Tensor")
@@ -60,10 +69,8 @@ def require_rows(value: Tensor, ok: Tensor, message: str) -> Tensor:
         for row, holds in enumerate(ok.tolist()):
             if not holds:
                 raise SelectionError(message.replace("{row}", str(row)))
-    elif rows == 1:
-        torch._assert_async(ok, message.replace("{row}", "0"))
     else:
-        torch._assert_async(ok.all(), message.replace("{row}", f"(one of {rows})"))
+        torch._assert_async(ok if rows == 1 else ok.all(), assertion(message, rows))
     return value.clone()
 
 
