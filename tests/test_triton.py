@@ -80,7 +80,7 @@ def test_one_image(dtype: torch.dtype) -> None:
 
 def test_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter needs a while for each tile. How large tiles are must not matter.
-    monkeypatch.setattr(launch, "_RANK_TILE", 256)
+    monkeypatch.setattr(launch, "_RANK_TILE", (64, 512))
     monkeypatch.setattr(launch, "_NORM_TILE", (32, 32))
     monkeypatch.setattr(launch, "_COSINE_TILE", (32, 32, 8))
     assert check(plain(S=2929, first=35, N=2880, retain=640), min_gap=1e-8)

@@ -110,13 +110,14 @@ def rank(
     S,
     capacity,
     BLOCK: tl.constexpr,
+    OTHERS: tl.constexpr,  # a multiple of BLOCK
 ):
     """Rank of each position by ascending (score, position), by counting who is ahead of it.
 
     Counting takes S comparisons per position where a sort would take log S, but they are
     independent of each other: no barrier, and a program for every BLOCK positions of every
-    ranking. Reads: 4 bytes per position, S / BLOCK times, from cache. Before and after a
-    position's own tile, a tie is decided by the tile.
+    ranking. Reads: 4 bytes per position, S / BLOCK times, from cache. Before and after the tile
+    of OTHERS positions that holds a position, a tie is decided by the tile.
     """
     b = tl.program_id(0).to(tl.int64)
     S = tl.cast(S, tl.int32)
@@ -124,18 +125,20 @@ def rank(
     ranking = b * rankings + tl.program_id(1)
     scores_ptr += ranking * S
     start = tl.program_id(2) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    at = start + lane
+    lane = tl.arange(0, OTHERS)
+    at = start + tl.arange(0, BLOCK)
     mine = tl.load(scores_ptr + at, mask=at < S, other=float("nan"))
     member = mine == mine
     if tl.max(member.to(tl.int32), 0) > 0:
-        ahead = tl.zeros([BLOCK, BLOCK], tl.int32)
-        for first in range(0, start, BLOCK):
+        ahead = tl.zeros([BLOCK, OTHERS], tl.int32)
+        own = start // OTHERS * OTHERS
+        for first in range(0, own, OTHERS):
             other = tl.load(scores_ptr + first + lane)
             ahead += (other[None, :] <= mine[:, None]).to(tl.int32)
-        tie = (mine[None, :] == mine[:, None]) & (lane[None, :] < lane[:, None])
-        ahead += ((mine[None, :] < mine[:, None]) | tie).to(tl.int32)
-        for first in range(start + BLOCK, S, BLOCK):
+        other = tl.load(scores_ptr + own + lane, mask=own + lane < S, other=float("nan"))
+        tie = (other[None, :] == mine[:, None]) & ((own + lane)[None, :] < at[:, None])
+        ahead += ((other[None, :] < mine[:, None]) | tie).to(tl.int32)
+        for first in range(own + OTHERS, S, OTHERS):
             other = tl.load(scores_ptr + first + lane, mask=first + lane < S, other=float("nan"))
             ahead += (other[None, :] < mine[:, None]).to(tl.int32)
         place = tl.sum(ahead, 1)

@@ -28,10 +28,11 @@ Launch: TypeAlias = Callable[..., None]
 # Tiles, in elements. Few positions per program of the two kernels that read keys and hidden
 # states, so that a prompt of a few hundred tokens already occupies every core of a large device.
 _NORM_TILE = (4, 1024)  # positions, channels
-_COSINE_TILE = (4, 256, 8)  # positions, channels, pivots
+_COSINE_TILE = (8, 128, 8)  # positions, channels, pivots
 _SCAN_TILE = 512
-_RANK_TILE = 64
-_SELECT_TILE = 2048  # positions times pivots; at twice that, Triton 3.6 spills for sm_80
+_RANK_TILE = (32, 128)  # positions, those they are compared with at a time
+_SELECT_TILE = 4096  # positions times pivots
+_SELECT_WARPS = 16  # with 8, Triton 3.9 spills for sm_90
 
 
 def unsupported(
@@ -133,7 +134,7 @@ def select(
         HAS_VALID=valid_mask is not None,
         SLOTS=columns,
         BLOCK=_SELECT_TILE // columns,
-        num_warps=8,
+        num_warps=_SELECT_WARPS,
     )
     return keep_idx, fits
 
@@ -169,8 +170,14 @@ def _ranks(launch: Launch, scores: Tensor, order: Tensor) -> Tensor:
 
     batch, rankings, sequence = scores.shape
     ranks = torch.empty((batch, sequence, rankings), dtype=torch.int32, device=scores.device)
-    grid = (batch, rankings, _tiles(sequence, _RANK_TILE))
-    launch(kernels.rank, grid, scores, ranks, order, sequence, order.shape[2], BLOCK=_RANK_TILE)
+    block, others = _RANK_TILE
+    launch(
+        kernels.rank,
+        (batch, rankings, _tiles(sequence, block)),
+        *(scores, ranks, order, sequence, order.shape[2]),
+        BLOCK=block,
+        OTHERS=others,
+    )
     return ranks
 
 
