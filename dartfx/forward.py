@@ -29,14 +29,14 @@ from dartfx.errors import DartfxError
 from dartfx.passes.facts import Declined, Untouched
 from dartfx.report import Report
 
-__all__ = ["Forward", "compiled_forward", "watch_generate"]
+__all__ = ["NOT_ONE_GRAPH", "Forward", "compiled_forward", "watch_generate"]
 
 log = logging.getLogger(__name__)
 
 Call = Callable[..., Any]
 
 # What dynamo raises when fullgraph=True cannot hold; it lets some of the tracer's own errors out.
-_NOT_ONE_GRAPH = (
+NOT_ONE_GRAPH = (
     TorchDynamoException,
     FailOnRecompileLimitHit,
     GuardOnDataDependentSymNode,
@@ -131,7 +131,7 @@ class Forward:
                     raise
                 log.info("%s", failed.inner_exception)
                 self._breaks.add(passed)
-            except _NOT_ONE_GRAPH as error:
+            except NOT_ONE_GRAPH as error:
                 # Raised while tracing, before anything ran.
                 log.info("not one graph for a call with %s: %s", sorted(passed), error)
                 self._breaks.add(passed)

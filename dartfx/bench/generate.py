@@ -47,6 +47,7 @@ HELP = "generate, beside eager execution, hooks and plain Inductor"
 
 # Every variant shares the model's code, so dynamo counts the compilations of all of them together.
 _RECOMPILE_LIMIT = 256
+_ROWS = ("eager", "hooks", "plain", "dart", "dart_static")  # of variants.py
 _SHAPES = "dartfx.zoo.shapes"  # by name, since nothing but the zoo imports what names models
 
 
@@ -60,6 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--retain-tokens", type=int, help="vision tokens kept (default: the shape's; see docs)")
     add("--layer", type=int, default=2, help="first layer that sees them only (%(default)s)")
     add("--new-tokens", nargs="+", type=int, help="1 8 64 256; on a CPU 1 8; 1 is always added")
+    add("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), help="only these (all)")
     add("--repeat", type=int, default=5, help="timed calls of each (%(default)s)")
     add("--warmup", type=int, default=2, help="calls of each before that (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -142,7 +144,11 @@ def measure(work: Workload, settings: Settings, arguments: argparse.Namespace) -
 
     on_cpu = work.model.device.type == "cpu"
     lengths = sorted({1, *(arguments.new_tokens or ((8,) if on_cpu else (8, 64, 256)))})
-    rows = [Row(k, label, {n: [] for n in lengths}) for k, (label, _) in VARIANTS.items()]
+    rows = [
+        Row(name, label, {n: [] for n in lengths})
+        for name, (label, _) in VARIANTS.items()
+        if name in arguments.rows
+    ]
     calls = len(rows) * len(lengths) * (arguments.warmup + arguments.repeat)
     load = os.getloadavg()[0]
     patch = torch._dynamo.config.patch(

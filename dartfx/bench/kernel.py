@@ -7,7 +7,8 @@
 
 For each: the node (kernel="auto"), its torch form (kernel="torch"), both compiled by Inductor; the
 published algorithm, a Python loop over pivots with set and tolist; and one decoder layer at full
-length, compiled. On a CUDA device also the node in a CUDA graph, without launch cost.
+length, compiled. On a CUDA device also the node in a CUDA graph, without launch cost, and the time
+of each of its kernels there.
 
 The floor is what reading the keys and vision tokens once takes at the copy bandwidth measured here.
 Prefill is the decoder layer times the number of layers: vision tower and logits are left out, so
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from dartfx.bench.baselines import Layer, published
+from dartfx.bench.launches import launches
 from dartfx.bench.timing import device_name
 from dartfx.ops import register  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
 
@@ -112,8 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.shape or (SHAPES if on_gpu else ["image"]):
         shape = SHAPES[name].shrunk() if arguments.quick else SHAPES[name]
         torch.compiler.reset()
-        seconds = measure(shape, device, dtype, arguments)
+        seconds, kernels = measure(shape, device, dtype, arguments)
         figures = {**asdict(shape), **figures_of(shape, dtype, bandwidth, seconds)}
+        figures["launches"] = kernels
         result["shapes"][name] = figures
         print(table(name, shape, figures))
     if arguments.json:
@@ -191,8 +194,8 @@ def node(shape: Shape, kernel: str, hidden: Tensor, keys: Tensor, vision: Tensor
 
 def measure(
     shape: Shape, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace
-) -> dict[str, float]:
-    """Median seconds of each contestant."""
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds of each contestant, and the node's kernels on a GPU."""
     tensors = inputs_of(shape, device, dtype)
     compiled = partial(torch.compile, backend=arguments.backend, dynamic=False)
     calls: dict[str, Callable[[], object]] = {
@@ -209,7 +212,8 @@ def measure(
         run_layer = compiled(layer.to(dtype))
         few = max(3, arguments.repeat // 4)
         seconds["layer"] = median(timed(partial(run_layer, tensors[0]), device, few))
-    return seconds
+        kernels = launches(calls["node"]) if device.type == "cuda" else {}
+    return seconds, kernels
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:
@@ -270,5 +274,7 @@ def table(name: str, shape: Shape, figures: dict[str, Any]) -> str:
             rows.append(
                 f"| {label} | {spent * 1e6:.1f} | {spent / floor:.1f} | {spent / prefill:.3%} |"
             )
+    for kernel, spent in figures["launches"].items():
+        rows.append(f"| {kernel}, {spent['number']:g} x | {spent['seconds'] * 1e6:.1f} | | |")
     rows.append(f"\npublished / node: {figures['published_over_node']:.1f}")
     return "\n".join(rows)

@@ -21,6 +21,8 @@ from dartfx.passes.facts import Pruned
 
 __all__ = ["Progress", "Row", "prepare", "time_round", "vision_seconds", "weight_bytes"]
 
+_MOST_TOLD = 600  # characters of a reason; a C++ compiler's may be thousands of lines
+
 
 @dataclass
 class Row:
@@ -41,8 +43,8 @@ class Row:
         try:
             yield
         except Exception as error:
-            told = " ".join(str(error).split())
-            self.failed = f"{type(error).__name__}: {told}"
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self.failed = told if len(told) <= _MOST_TOLD else f"{told[:_MOST_TOLD]} ..."
             self.ready = None
 
     def totals(self) -> dict[int, float]:

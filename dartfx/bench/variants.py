@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch._dynamo.exc import TorchDynamoException
 from transformers import CompileConfig
 
 import dartfx
 from dartfx.bench.hooks import pruned_by_hooks
 from dartfx.bench.timing import cache_bytes, twin
 from dartfx.bench.workload import Workload
+from dartfx.forward import NOT_ONE_GRAPH
 from dartfx.passes.facts import Pruned
 
 __all__ = ["VARIANTS", "Ready", "Settings"]
@@ -81,7 +81,7 @@ def plain(work: Workload, settings: Settings) -> Ready:
     model.compile(backend=settings.lowering, fullgraph=True)
     try:
         generate(1)
-    except TorchDynamoException:
+    except NOT_ONE_GRAPH:
         model.compile(backend=settings.lowering)
         return _ready(generate, note="several graphs")
     return _ready(generate, note="one graph")
