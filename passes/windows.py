@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import operator
 
-import sympy
 import torch
+from torch._dynamo.source import TensorPropertySource
 from torch.fx import Graph, Node
 
-from .graph import argument, expr, set_argument
+from .graph import argument, depends_on_data, expr, hint, set_argument
 
 
 def fix_windows(graph: Graph) -> None:
@@ -22,16 +22,15 @@ def fix_windows(graph: Graph) -> None:
     Installs a guard on each, so it must run while dynamo compiles the graph.  Sizes of tensors, and
     what depends on them or on data, stay symbolic.
     """
-    lengths = _sizes_of_inputs(graph)
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
         indices = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         for index in indices:
             start = index.start if isinstance(index, slice) else None
             value = start.meta.get("example_value") if isinstance(start, Node) else None
-            if not isinstance(value, torch.SymInt) or value.node.hint is None:
+            if not isinstance(value, torch.SymInt) or depends_on_data(value):
                 continue
-            if value.node.hint < 0 and lengths.isdisjoint(expr(value).free_symbols):
-                int(value)
+            if hint(value) < 0 and not _from_sizes(value):
+                int(value)  # which installs the guard
 
 
 def write_out(node: Node) -> None:
@@ -42,7 +41,8 @@ def write_out(node: Node) -> None:
         set_argument(node, "start", int(value))
 
 
-def _sizes_of_inputs(graph: Graph) -> set[sympy.Symbol]:
-    values = (n.meta.get("example_value") for n in graph.find_nodes(op="placeholder"))
-    sizes = (size for v in values if isinstance(v, torch.Tensor) for size in v.shape)
-    return {symbol for size in sizes for symbol in expr(size).free_symbols}
+def _from_sizes(value: torch.SymInt) -> bool:
+    """Whether a tensor's size has to do with a number, also one that is no input of the graph."""
+    sources = value.node.shape_env.var_to_sources
+    given = (source for symbol in expr(value).free_symbols for source in sources[symbol])
+    return any(isinstance(source, TensorPropertySource) for source in given)
