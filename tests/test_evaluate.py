@@ -18,7 +18,7 @@ from dartfx.evaluate.questions import Question, batches, load
 from dartfx.evaluate.results import Results, as_lines
 from dartfx.evaluate.resume import Resumed
 from dartfx.evaluate.scores import MEAN, Sample, chance, score
-from dartfx.evaluate.work import load_model
+from dartfx.evaluate.work import _shares, load_model
 from dartfx.ops import select_tokens
 from dartfx.selectors import asks_for, get_selector
 
@@ -280,6 +280,16 @@ def test_batches_have_no_pads_and_equal_numbers_of_rows(tiny: tuple[Any, Any]) -
     assert all(bool(batch.inputs["attention_mask"].all()) for batch in made)
 
 
+def test_each_model_is_compiled_by_one_process_and_the_work_is_shared() -> None:
+    plan = list(evaluate._plan(parsed(), 576))
+    kinds = [(layer, 0 < choices[0].retain < 576 or choices[0].retain) for layer, choices in plan]
+    shares = _shares(plan, kinds, 2)
+    assert len({*zip(kinds, shares, strict=True)}) == len(set(kinds)) == 9
+    work = [sum(len(plan[i][1]) for i in range(len(plan)) if shares[i] == n) for n in (0, 1)]
+    assert work == [56, 57]
+    assert set(_shares(plan, kinds, 99)) == set(range(9))
+
+
 @pytest.mark.slow
 def test_one_compilation_gives_what_one_for_each_number_of_tokens_gives(
     tiny: tuple[Any, Any],
@@ -305,7 +315,7 @@ def test_quick_holds_of_the_trained_model(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Identity with all tokens, near chance with none, little lost on location with a third."""
-    arguments = parsed("--quick", "--json", str(tmp_path / "figures.json"))
+    arguments = parsed("--quick", "--jobs", "2", "--json", str(tmp_path / "figures.json"))
     arguments.model, arguments.questions = ROOT / evaluate.MODEL, ROOT / evaluate.QUESTIONS
     assert evaluate.run(arguments) == 0, capsys.readouterr().err
     told = json.loads((tmp_path / "figures.json").read_text())

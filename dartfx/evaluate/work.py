@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,10 @@ from dartfx.evaluate.answers import (
 from dartfx.evaluate.questions import Batch, batches, load
 
 __all__ = ["Asker", "answers", "load_model"]
+
+# What a process needs for compiling a model and for asking all questions once, in what one retained
+# token more takes it.  Rough, measured with examples/tiny_vlm: only shares depend on them.
+_COMPILING, _ASKING = 1000, 20
 
 Task = tuple[int, tuple[Choice, ...]]  # a layer, and choices of one number of tokens
 
@@ -57,15 +62,18 @@ class Asker:
         Where all or none are kept that is another graph: nothing is pruned, or caches that hold a
         window of tokens may not be full.
         """
-        layer, choices = task
-        retain = choices[0].retain
-        decided = 0 < retain < self.vision_tokens
-        kind = layer, "some" if decided else retain
+        (layer, choices), kind = task, self.kind(task)
         if self._pruned is None or self._pruned[0] != kind:
             self._pruned = None  # so that what it remembers is freed first
-            fewest = self._fewest if decided else retain
+            fewest = self._fewest if kind[1] == "some" else choices[0].retain
             self._pruned = kind, PrunedModel(self._ask[0], layer, fewest, self._selectors)
         return [self._pruned[1].answer(*self._ask[1:], choice) for choice in choices]
+
+    def kind(self, task: Task) -> tuple[int, object]:
+        """What tasks that can share a compiled model have in common."""
+        layer, choices = task
+        retain = choices[0].retain
+        return layer, "some" if 0 < retain < self.vision_tokens else retain
 
 
 def load_model(name: str) -> tuple[Any, Any]:
@@ -91,9 +99,35 @@ def answers(
     if arguments.jobs == 1:
         yield from map(asker.pruned, plan)
         return
-    # Fresh processes: one that is forked inherits torch's threads in whatever state they are.
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _begin, (arguments,)) as pool:
-        yield from pool.map(_work, plan)
+    shares = _shares(plan, [asker.kind(task) for task in plan], arguments.jobs)
+    with contextlib.ExitStack() as stack:
+        # Fresh processes: one that is forked inherits torch's threads in whatever state they are.
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _begin, (arguments,)))
+            for _ in range(max(shares) + 1)
+        ]
+        made = [pools[n].submit(_work, task) for n, task in zip(shares, plan, strict=True)]
+        try:
+            for future in made:
+                yield future.result()
+        finally:
+            for future in made:
+                future.cancel()  # else leaving the pools would wait for all that is left
+
+
+def _shares(plan: Sequence[Task], kinds: Sequence[object], jobs: int) -> list[int]:
+    """Which process does each task: one model is compiled by one process alone.
+
+    The largest shares go first, each to the process with the least so far.
+    """
+    costs = dict.fromkeys(kinds, _COMPILING)
+    for kind, (_, choices) in zip(kinds, plan, strict=True):
+        costs[kind] += sum(_ASKING + choice.retain for choice in choices)
+    loads, process = [0] * jobs, {}
+    for kind in sorted(costs, key=costs.__getitem__, reverse=True):
+        process[kind] = loads.index(min(loads))
+        loads[process[kind]] += costs[kind]
+    return [process[kind] for kind in kinds]
 
 
 _asker: Asker  # of a worker process
