@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["launches"]
@@ -25,7 +24,7 @@ def launches(call: Callable[[], object]) -> dict[str, dict[str, Any]]:
         for _ in range(_CALLS):
             call()
         torch.cuda.synchronize()
-    events = [e for e in profiled.key_averages() if e.device_type == DeviceType.CUDA]
+    events = [e for e in profiled.key_averages() if e.device_type.name == "CUDA"]
     events.sort(key=lambda e: e.self_device_time_total, reverse=True)
     return {
         e.key: {"number": e.count / _CALLS, "seconds": e.self_device_time_total * 1e-6 / _CALLS}
