@@ -126,7 +126,6 @@ def compile_graph(
 ) -> Compiled:
     """Compile one dynamo graph: pruned where vision tokens enter a decoder, else unchanged."""
     graph = GraphCompiler(config, module, host)
-    fix_windows(module.graph)
     try:
         if writes_rows(module.graph):
             compiled = graph.with_merge(inputs)
@@ -156,6 +155,7 @@ class GraphCompiler:
         self.config, self.module, self.host = config, module, host
         self.nodes = len(module.graph.nodes)
         self.reported: list[Report] = []
+        fix_windows(module.graph)  # now, since a guard counts only while dynamo compiles
         self.ranks = Ranks(module)
         self.dump = Dump(config, module, (host.may_break, host.recounts))
 

@@ -42,7 +42,10 @@ def write_out(node: Node) -> None:
 
 
 def _from_sizes(value: torch.SymInt) -> bool:
-    """Whether a tensor's size has to do with a number, also one that is no input of the graph."""
-    sources = value.node.shape_env.var_to_sources
-    given = (source for symbol in expr(value).free_symbols for source in sources[symbol])
-    return any(isinstance(source, TensorPropertySource) for source in given)
+    """Whether a tensor's size has, or may have, to do with a number.
+
+    Asked of dynamo: a graph may take a tensor's size without the tensor.
+    """
+    known = value.node.shape_env.var_to_sources
+    given = [known.get(symbol) for symbol in expr(value).free_symbols]
+    return any(not s or any(isinstance(one, TensorPropertySource) for one in s) for s in given)
