@@ -315,7 +315,7 @@ def test_quick_holds_of_the_trained_model(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Identity with all tokens, near chance with none, little lost on location with a third."""
-    arguments = parsed("--quick", "--jobs", "2", "--json", str(tmp_path / "figures.json"))
+    arguments = parsed("--quick", "--json", str(tmp_path / "figures.json"))
     arguments.model, arguments.questions = ROOT / evaluate.MODEL, ROOT / evaluate.QUESTIONS
     assert evaluate.run(arguments) == 0, capsys.readouterr().err
     told = json.loads((tmp_path / "figures.json").read_text())
