@@ -18,7 +18,7 @@ from dartfx.evaluate.questions import Question, batches, load
 from dartfx.evaluate.results import Results, as_lines
 from dartfx.evaluate.resume import Resumed
 from dartfx.evaluate.scores import MEAN, Sample, chance, score
-from dartfx.evaluate.work import _shares, load_model
+from dartfx.evaluate.work import _kind, _shares, load_model
 from dartfx.ops import select_tokens
 from dartfx.selectors import asks_for, get_selector
 
@@ -282,12 +282,12 @@ def test_batches_have_no_pads_and_equal_numbers_of_rows(tiny: tuple[Any, Any]) -
 
 def test_each_model_is_compiled_by_one_process_and_the_work_is_shared() -> None:
     plan = list(evaluate._plan(parsed(), 576))
-    kinds = [(layer, 0 < choices[0].retain < 576 or choices[0].retain) for layer, choices in plan]
-    shares = _shares(plan, kinds, 2)
+    kinds = [_kind(task, 576) for task in plan]
+    shares = _shares(plan, 576, 2)
     assert len({*zip(kinds, shares, strict=True)}) == len(set(kinds)) == 9
     work = [sum(len(plan[i][1]) for i in range(len(plan)) if shares[i] == n) for n in (0, 1)]
     assert work == [56, 57]
-    assert set(_shares(plan, kinds, 99)) == set(range(9))
+    assert set(_shares(plan, 576, 99)) == set(range(9))
 
 
 @pytest.mark.slow

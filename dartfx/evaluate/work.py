@@ -62,18 +62,19 @@ class Asker:
         Where all or none are kept that is another graph: nothing is pruned, or caches that hold a
         window of tokens may not be full.
         """
-        (layer, choices), kind = task, self.kind(task)
+        (layer, choices), kind = task, _kind(task, self.vision_tokens)
         if self._pruned is None or self._pruned[0] != kind:
             self._pruned = None  # so that what it remembers is freed first
             fewest = self._fewest if kind[1] == "some" else choices[0].retain
             self._pruned = kind, PrunedModel(self._ask[0], layer, fewest, self._selectors)
         return [self._pruned[1].answer(*self._ask[1:], choice) for choice in choices]
 
-    def kind(self, task: Task) -> tuple[int, object]:
-        """What tasks that can share a compiled model have in common."""
-        layer, choices = task
-        retain = choices[0].retain
-        return layer, "some" if 0 < retain < self.vision_tokens else retain
+
+def _kind(task: Task, vision_tokens: int) -> tuple[int, object]:
+    """What tasks that can share a compiled model have in common."""
+    layer, choices = task
+    retain = choices[0].retain
+    return layer, "some" if 0 < retain < vision_tokens else retain
 
 
 def load_model(name: str) -> tuple[Any, Any]:
@@ -99,7 +100,7 @@ def answers(
     if arguments.jobs == 1:
         yield from map(asker.pruned, plan)
         return
-    shares = _shares(plan, [asker.kind(task) for task in plan], arguments.jobs)
+    shares = _shares(plan, asker.vision_tokens, arguments.jobs)
     with contextlib.ExitStack() as stack:
         # Fresh processes: one that is forked inherits torch's threads in whatever state they are.
         pools = [
@@ -115,11 +116,12 @@ def answers(
                 future.cancel()  # else leaving the pools would wait for all that is left
 
 
-def _shares(plan: Sequence[Task], kinds: Sequence[object], jobs: int) -> list[int]:
+def _shares(plan: Sequence[Task], vision_tokens: int, jobs: int) -> list[int]:
     """Which process does each task: one model is compiled by one process alone.
 
     The largest shares go first, each to the process with the least so far.
     """
+    kinds = [_kind(task, vision_tokens) for task in plan]
     costs = dict.fromkeys(kinds, _COMPILING)
     for kind, (_, choices) in zip(kinds, plan, strict=True):
         costs[kind] += sum(_ASKING + choice.retain for choice in choices)
