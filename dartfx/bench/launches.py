@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
+
+from dartfx.bench.timing import wait
 
 __all__ = ["launches"]
 
@@ -19,11 +20,11 @@ def launches(call: Callable[[], object]) -> dict[str, dict[str, Any]]:
     seconds: on the device, all launches of that name in one call together, a mean over several
     calls.  call: warm, so that nothing compiles any more.
     """
-    torch.cuda.synchronize()
+    wait()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         for _ in range(_CALLS):
             call()
-        torch.cuda.synchronize()
+        wait()
     events = [e for e in profiled.key_averages() if e.device_type.name == "CUDA"]
     events.sort(key=lambda e: e.self_device_time_total, reverse=True)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,8 +44,8 @@ class Row:
         try:
             yield
         except Exception as error:
-            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            self.failed = told if len(told) <= _MOST_TOLD else f"{told[:_MOST_TOLD]} ..."
+            told = f"{type(error).__name__}: {error}"
+            self.failed = textwrap.shorten(told, _MOST_TOLD, placeholder=" ...")
             self.ready = None
 
     def totals(self) -> dict[int, float]:

@@ -43,8 +43,6 @@ _WRONG_COUNT = (
     "dartfx.select_tokens: {who} did not keep exactly budget[b] vision tokens in row "
     "b = {{row}}; return a [B, S] bool mask inside vision_mask with budget[b] True entries per row"
 )
-
-
 _LONGEST = 254  # characters; torch refuses to launch a CUDA assertion with more
 
 
