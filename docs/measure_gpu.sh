@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure anew what the docs say of a GPU: docs/measure_gpu.sh FOLDER [STEP ...]
+# Repeat the measurements on a GPU that the docs tell of: docs/measure_gpu.sh FOLDER [STEP ...]
 #
 #   tests           the Triton kernels against the float64 oracle, on the device
 #   kernel          docs/kernel.md: the selection beside its floor
@@ -9,7 +9,7 @@
 #   decode          answers of 8, 64 and 256 tokens as well, LLaVA-NeXT-7B; not among the defaults
 #
 # Figures go to FOLDER as JSON and text. PYTHON names the interpreter (python3). A step that fails
-# does not keep the others from running. On an H200 the defaults take about nine minutes.
+# does not keep the others from running. Every shape takes minutes, most of them compilation.
 set -uo pipefail
 [ $# -gt 0 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
