@@ -4,8 +4,8 @@
 around it.
 """
 
-from dartfx.api import compile, explain, reset
-from dartfx.config import DartConfig
+from dartfx.backend.pre_pass import PrePass, as_pre_pass
+from dartfx.config.options import DartConfig
 from dartfx.errors import (
     ConfigError,
     DartfxError,
@@ -15,16 +15,16 @@ from dartfx.errors import (
     SelectionError,
     UnsupportedGraphError,
 )
-from dartfx.export import prune_exported
-from dartfx.exported_pruning import ChangedOutput, ExportedPruning, exported_pruning
-from dartfx.kept import kept_tokens
+from dartfx.export.metadata import ChangedOutput, ExportedPruning, exported_pruning
+from dartfx.export.prune_exported import prune_exported
+from dartfx.model.compile import compile, explain, reset
+from dartfx.observe.report import Report, reports
 from dartfx.ops import select_tokens
-from dartfx.picture import overlay, overlay_html
-from dartfx.pre_pass import PrePass, as_pre_pass
-from dartfx.report import Report, reports
-from dartfx.selectors import register_selector
-from dartfx.verification import Verification, verify
-from dartfx.vision import media_tokens, vision_tokens
+from dartfx.runtime.vision_mask import media_tokens, vision_tokens
+from dartfx.selection.registry import register_selector
+from dartfx.token_map.kept_tokens import kept_tokens
+from dartfx.token_map.overlay import overlay, overlay_html
+from dartfx.verification.verify import Verification, verify
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from dartfx.cli import main
+from dartfx.cli.main import main
 
 sys.exit(main())

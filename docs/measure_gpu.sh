@@ -23,7 +23,7 @@ generate="$python -m dartfx bench generate"
 step() {
     case $1 in
         # pytest-benchmark, where it is installed, warns beside xdist, and warnings are errors here.
-        tests) $python -m pytest -q -m gpu -n 8 -p no:benchmark tests/test_triton.py tests/test_triton_gpu.py ;;
+        tests) $python -m pytest -q -m gpu -n 8 -p no:benchmark tests/ops/test_triton.py tests/ops/test_triton_gpu.py ;;
         kernel) $python -m dartfx bench kernel --json "$out/kernel.json" ;;
         decode) $generate --model-shape llava-next-7b --json "$out/decode.json" ;;
         *) $generate --model-shape "$1" --rows eager hooks plain dart --new-tokens 1 --repeat 9 \

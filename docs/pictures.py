@@ -44,7 +44,7 @@ _STYLE = (
 
 def dump(folder: Path) -> Path:
     """The dump of a prefill of 576 vision tokens through 32 small layers: the pruned graph's."""
-    from dartfx.zoo.registry import load
+    from dartfx.tools.zoo.registry import load
 
     family = load("llava", side=24, layers=LAYERS, max_position_embeddings=1024)
     dartfx.compile(family.model, retain_tokens=RETAIN, lowering="eager", dump=str(folder))

@@ -28,9 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dartfx
-from dartfx.backend import dart as dart_backend
-from dartfx.bench.timing import device_name
-from dartfx.passes.facts import Pruned
+from dartfx.backend.graph_compiler import dart as dart_backend
+from dartfx.passes.outcome import Pruned
+from dartfx.tools.bench.timing import device_name
 
 BEFORE, AFTER = 35, 19  # text tokens around the image: 35 is LLaVA-1.5's system prompt
 WARMUP = 3

@@ -28,7 +28,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dartfx
-from dartfx.passes.facts import Pruned
+from dartfx.passes.outcome import Pruned
 
 SAMPLES = ("china.jpg", "flower.jpg")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -17,10 +17,10 @@ from PIL import Image
 from transformers.utils import logging
 
 import dartfx
-from dartfx.evaluate.answers import answer
-from dartfx.evaluate.questions import Question, batches, load
-from dartfx.evaluate.scores import MEAN, chance
-from dartfx.evaluate.work import load_model
+from dartfx.tools.evaluate.answers import answer
+from dartfx.tools.evaluate.questions import Question, batches, load
+from dartfx.tools.evaluate.scores import MEAN, chance
+from dartfx.tools.evaluate.work import load_model
 
 __all__ = ["Verdict", "show"]
 

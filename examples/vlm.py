@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dartfx.bench.timing import alternate, cache_bytes, seconds, twin
+from dartfx.tools.bench.timing import alternate, cache_bytes, seconds, twin
 
 __all__ = [
     "IMAGE_ID",

@@ -12,33 +12,22 @@ if __name__ != "dartfx.passes":
     # From a checkout's root, plain ``passes`` would be a second copy of every class here.
     raise ImportError(f"import this package as 'dartfx.passes', not {__name__!r}")
 
-from .axes import Axes, TokenAxes
-from .check import check as check_shapes
-from .check import expected as expected_shapes
-from .cutting import Region
-from .facts import (
-    Crossing,
-    Cut,
-    Declined,
-    Merge,
-    Outcome,
-    Pruned,
-    Refusal,
-    Request,
-    Site,
-    Stack,
-    Stage,
-    Untouched,
-    Vision,
-)
-from .gather import Gatherer, gather_frontier
-from .graph import Emitter, render
-from .locate import find_merges, find_stacks, find_vision
-from .locate import locate as find_site
-from .normalise import example_values, normalise
-from .pipeline import prune
-from .selection import ByOperator, Evidence, Given, Select
-from .shrink import reroute_sizes, shrink
+from dartfx.passes.analysis.axes import Axes, TokenAxes
+from dartfx.passes.analysis.locate import find_merges, find_stacks, find_vision
+from dartfx.passes.analysis.locate import locate as find_site
+from dartfx.passes.frontend.normalise import example_values, normalise
+from dartfx.passes.graph import Emitter, render
+from dartfx.passes.outcome import Crossing, Cut, Outcome, Pruned, Untouched
+from dartfx.passes.pipeline import prune
+from dartfx.passes.refusal import Declined, Refusal
+from dartfx.passes.request import Request, Stage
+from dartfx.passes.selection import ByOperator, Evidence, Given, Select
+from dartfx.passes.site import Merge, Site, Stack, Vision
+from dartfx.passes.transform.apply_cut import Region
+from dartfx.passes.transform.check_shapes import check as check_shapes
+from dartfx.passes.transform.check_shapes import expected as expected_shapes
+from dartfx.passes.transform.gather_frontier import Gatherer, gather_frontier
+from dartfx.passes.transform.shrink_sizes import reroute_sizes, shrink
 
 VERSION = (1, 0)
 

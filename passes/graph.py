@@ -16,9 +16,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
-from .facts import Size
-
 aten = torch.ops.aten
+
+Size = int | torch.SymInt
 
 
 class Shards(NamedTuple):

@@ -14,23 +14,15 @@ from typing import Protocol
 
 from torch.fx import GraphModule
 
-from . import cache, insert, locate
-from .cutting import Region, cut
-from .facts import (
-    Declined,
-    NoDecoder,
-    Outcome,
-    Pruned,
-    Refusal,
-    Request,
-    Site,
-    Size,
-    Stack,
-    Untouched,
-    Vision,
-)
-from .flops import bytes_of, flops
-from .graph import hint, sizes, value_of
+from dartfx.passes.analysis import locate
+from dartfx.passes.analysis.cost import bytes_of, flops
+from dartfx.passes.graph import Size, hint, sizes, value_of
+from dartfx.passes.outcome import Outcome, Pruned, Untouched
+from dartfx.passes.refusal import Declined, NoDecoder, Refusal
+from dartfx.passes.request import Request
+from dartfx.passes.site import Site, Stack, Vision
+from dartfx.passes.transform import insert_selection, trim_kv_cache
+from dartfx.passes.transform.apply_cut import Region, cut
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +109,7 @@ def _prune(
         clock.site = sites[request.stages[0].layer]
     with clock("axes"):
         region = Region(graph, clock.site)
-        tokens, planned = insert.plan(region.emitter(), clock.site, request)
+        tokens, planned = insert_selection.plan(region.emitter(), clock.site, request)
         if not planned:
             return _all_retained(value_of(tokens), request)
         (stage, budget), *later = planned
@@ -125,12 +117,14 @@ def _prune(
             clock.site = sites[stage.layer]
             region = Region(graph, clock.site)
         left = _tokens_left(region.site, budget, planned[-1][1])
-        leaves = cache.plan(region.site, region.output, region.axes, left, request)
+        leaves = trim_kv_cache.plan(region.site, region.output, region.axes, left, request)
         region.look_again()
     site, batch = region.site, sizes(region.site.hidden)[0]
     before = flops(site.stack.layer_of), bytes_of(leaves.caches)
     caches = leaves.caches if leaves.layout == "uniform" else {}
-    needs = insert.Caches(bool(caches) and not request.remasks, None if later else leaves.window)
+    needs = insert_selection.Caches(
+        bool(caches) and not request.remasks, None if later else leaves.window
+    )
     made = [cut(module, region, stage, budget, needs, caches, clock)]
     for number, (stage, budget) in enumerate(later, 2):
         clock.round = number
@@ -138,7 +132,7 @@ def _prune(
             clock.site = locate.locate(graph, stage.layer, made[-1].left, site.stack)
         with clock("axes"):
             region = Region(graph, clock.site)
-        needs = insert.Caches(False, leaves.window if stage is planned[-1][0] else None)
+        needs = insert_selection.Caches(False, leaves.window if stage is planned[-1][0] else None)
         made.append(cut(module, region, stage, budget, needs, made[-1].uniform, clock))
     return Pruned(
         stack=site.stack.path,
@@ -163,7 +157,7 @@ def _entered(
     return entering, locate.entered_stack(module.graph, stacks, entering.embeds)
 
 
-def _tokens_left(site: Site, first: insert.Budget, last: insert.Budget) -> Size:
+def _tokens_left(site: Site, first: insert_selection.Budget, last: insert_selection.Budget) -> Size:
     """S' = S - N + R of the last cut, where R < N."""
     left: Size = sizes(site.hidden)[1] - value_of(first.vision_tokens) + value_of(last.retain)
     return left

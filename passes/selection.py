@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .facts import Refusal
-from .graph import Emitter, same_size, sizes, tensor
+from dartfx.passes.graph import Emitter, same_size, sizes, tensor
+from dartfx.passes.refusal import Refusal
 
 Select = Callable[[Emitter, "Evidence"], Node]
 """Emits a selection in front of the cut and returns keep_idx int64 [B, S']: for every row the

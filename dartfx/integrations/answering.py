@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 import dartfx
-from dartfx import caches, report
 from dartfx.errors import ConfigError, UnsupportedGraphError
 from dartfx.integrations.prompts import Batch, Conversation, Prompts
-from dartfx.passes.facts import Pruned, Untouched
-from dartfx.report import Report
+from dartfx.model import kv_cache
+from dartfx.observe import report
+from dartfx.observe.report import Report
+from dartfx.passes.outcome import Pruned, Untouched
 
 __all__ = ["Answer", "Answering", "Settings", "Tally", "load"]
 
@@ -207,7 +208,7 @@ class Answering:
         output = self.model.generate(**inputs, **arguments, return_dict_in_generate=True)
         self.tally.reports += report.reports()[before:]
         rows, length = inputs["input_ids"].shape
-        dropped = caches.dropped(output.past_key_values)
+        dropped = kv_cache.dropped(output.past_key_values)
         self.tally.prompts += rows
         self.tally.with_vision += rows * batch.sees
         if dropped:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dartfx.ops.given  # noqa: F401  registers torch.ops.dartfx.keep_given
-from dartfx.ops.public import select_tokens
+import dartfx.ops.keep_given  # noqa: F401  registers torch.ops.dartfx.keep_given
+from dartfx.ops.select_tokens import select_tokens
 
 __all__ = ["select_tokens"]

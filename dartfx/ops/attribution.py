@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dartfx.ops.batch import Size, plan_batch
-from dartfx.ops.reference import cosines, plan_turns, stable_order, take_first
+from dartfx.selection.batch_rule import Size, plan_batch
+from dartfx.selection.dart import cosines, plan_turns, stable_order, take_first
 
 __all__ = ["in_prompt", "picked_by"]
 

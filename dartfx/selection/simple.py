@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartfx.ops.reference import stable_order, take_first
+from dartfx.selection.dart import stable_order, take_first
 
 __all__ = ["random", "uniform"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dartfx.ops.reference import (
+from dartfx.selection.dart import (
     EPS,
     accumulation_dtype,
     cosines,
@@ -33,8 +33,8 @@ def tiled(
 ) -> Tensor:
     """Of each of R equal stretches of a row's vision tokens the one that is least like a pivot.
 
-    Arguments and result as in :class:`dartfx.selectors.Selector`.  Pivots are DART's; what counts
-    is the cosine to the nearest of them.  They only guide: none is kept for being one.
+    Arguments and result as in :class:`dartfx.selection.registry.Selector`.  Pivots are DART's;
+    what counts is the cosine to the nearest of them.  They only guide: none is kept for being one.
     """
     turns = plan_turns(keys, vision_mask, text_mask, budget, pivot_image_tokens, pivot_text_tokens)
     likeness = torch.zeros_like(vision_mask, dtype=accumulation_dtype(hidden))
@@ -69,7 +69,8 @@ def spread(
     The first is that of the largest key norm; then always the one whose nearest kept token is
     farthest.  Two tokens are apart by 1 less their cosine, and by how many of R equal stretches of
     the row's vision tokens lie between them, up to one.  Arguments and result as in
-    :class:`dartfx.selectors.Selector`; the numbers of pivots have no say.  One step a kept token:
+    :class:`dartfx.selection.registry.Selector`; the numbers of pivots have no say.  One step a
+    kept token:
     a step for every position of the row where reading the budget would make the host wait.
     """
     hidden = hidden.to(accumulation_dtype(hidden))

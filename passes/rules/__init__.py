@@ -1,6 +1,6 @@
 """The operators' rules, one file for each kind; see :mod:`.table` for what a rule is."""
 
-from . import elementwise, indexing, order, products, regroup  # noqa: F401  they fill the table
-from .table import RULES, relate
+from dartfx.passes.rules import elementwise, indexing, order, products, regroup  # noqa: F401  they fill the table
+from dartfx.passes.rules.table import RULES, relate
 
 __all__ = ["RULES", "relate"]

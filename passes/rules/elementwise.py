@@ -10,11 +10,10 @@ from dartfx.passes.graph import (
     argument,
     sizes,
 )
-
-from .table import align, named, only_asked, rule
+from dartfx.passes.rules.table import align, named, only_asked, rule
 
 if TYPE_CHECKING:
-    from dartfx.passes.axes import Axes
+    from dartfx.passes.analysis.axes import Axes
 
 
 @rule(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from dartfx.passes.canonical import is_sort_order
+from dartfx.passes.frontend.canonicalise import is_sort_order
 from dartfx.passes.graph import (
     argument,
     packet,
@@ -15,11 +15,10 @@ from dartfx.passes.graph import (
     sizes,
     tensor,
 )
-
-from .table import align, named, rule
+from dartfx.passes.rules.table import align, named, rule
 
 if TYPE_CHECKING:
-    from dartfx.passes.axes import Axes
+    from dartfx.passes.analysis.axes import Axes
 
 
 @rule(*named("masked_scatter", "masked_scatter_"))

@@ -13,11 +13,10 @@ from dartfx.passes.graph import (
     packet,
     sizes,
 )
-
-from .table import named, rule
+from dartfx.passes.rules.table import named, rule
 
 if TYPE_CHECKING:
-    from dartfx.passes.axes import Axes
+    from dartfx.passes.analysis.axes import Axes
 
 
 @rule(*named("cumsum", "cumprod", "cummax", "logcumsumexp", "flip", "roll"))

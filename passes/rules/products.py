@@ -14,12 +14,11 @@ from dartfx.passes.graph import (
     packet,
     sizes,
 )
-
-from .elementwise import broadcast
-from .table import align, named, only_asked, rule
+from dartfx.passes.rules.elementwise import broadcast
+from dartfx.passes.rules.table import align, named, only_asked, rule
 
 if TYPE_CHECKING:
-    from dartfx.passes.axes import Axes
+    from dartfx.passes.analysis.axes import Axes
 
 
 @rule(*named("mean", "sum", "amax", "amin", "any", "all", "var", "std", "logsumexp", "norm",

@@ -18,11 +18,10 @@ from dartfx.passes.graph import (
     same_size,
     sizes,
 )
-
-from .table import align, named, only_asked, rule
+from dartfx.passes.rules.table import align, named, only_asked, rule
 
 if TYPE_CHECKING:
-    from dartfx.passes.axes import Axes
+    from dartfx.passes.analysis.axes import Axes
 
 _END = torch.iinfo(torch.int64).max
 _LARGE = 4099

@@ -18,7 +18,7 @@ from torch.fx import Node
 from dartfx.passes.graph import aten, packet, sizes, tensor
 
 if TYPE_CHECKING:
-    from dartfx.passes.axes import Axes
+    from dartfx.passes.analysis.axes import Axes
 
 Rule = Callable[["Axes", Node, Node], None]
 RULES: dict[object, Rule] = {}

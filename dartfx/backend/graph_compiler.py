@@ -1,0 +1,276 @@
+"""``torch.compile(model, backend="dart")``: options -> passes -> lowering, per dynamo graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch._dynamo.exc import RestartAnalysis
+from torch.fx import GraphModule
+
+import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
+from dartfx.backend.dynamo_patch import keep_sizes_symbolic
+from dartfx.config.options import DartConfig
+from dartfx.errors import PruningWarning, UnsupportedGraphError
+from dartfx.observe.dump import Dump
+from dartfx.observe.report import Report, discard, record
+from dartfx.passes.analysis.prefilter import holds_layers, writes_rows
+from dartfx.passes.frontend.fix_windows import fix_windows
+from dartfx.passes.frontend.normalise import normalise
+from dartfx.passes.outcome import HandsOn, Outcome, Pruned, Untouched
+from dartfx.passes.pipeline import internal_error, prune
+from dartfx.passes.refusal import Declined, Refusal
+from dartfx.passes.request import Request, Stage
+from dartfx.passes.selection import ByOperator
+from dartfx.passes.transform.return_mask import hand_on
+from dartfx.runtime.mask_dispatch import NotesMask, TakesMask
+from dartfx.runtime.rank_agreement import Ranks
+from dartfx.runtime.vision_mask import LOST_ADVICE
+from dartfx.selection.registry import asks_for, draws, reads_norms
+from dartfx.token_map.kept_tokens import recording
+
+__all__ = ["compile_graph", "dart"]
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+def dart(
+    module: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Compiled:
+    """The backend that ``torch.compile(backend="dart")`` calls for each dynamo graph.
+
+    mode, options: as given to ``torch.compile``; see :class:`dartfx.DartConfig`.
+    Raises ConfigError for an invalid option, and UnsupportedGraphError for a graph with vision
+    tokens that cannot be pruned when ``on_unsupported="error"``.
+    """
+    return compile_graph(DartConfig.from_options(options, mode), module, inputs)
+
+
+def _reset() -> None:
+    # torch._dynamo.reset() calls this: Inductor's CUDA-graph trees outlive what it compiled.
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+dart.reset = _reset  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the caller of compiled code does beyond calling it; torch.compile does nothing.
+
+    may_break: compiles the same call in several graphs when NeedsGraphBreaks is raised;
+    recounts: sets the token counts of sliding-window caches after each call;
+    remasks: gathers the decode mask's columns by the keep_idx that a pruned graph gives.
+    """
+
+    may_break: bool = False
+    recounts: bool = False
+    remasks: bool = False
+
+
+def request_of(config: DartConfig, host: Host) -> Request:
+    """What the passes need of the options, and of who calls the compiled code."""
+    pivots = config.pivot_image_tokens, config.pivot_text_tokens
+    operator = torch.ops.dartfx.select_tokens.default
+    select = ByOperator(
+        operator,
+        (*pivots, config.selector, config.kernel),
+        queries="queries" in asks_for(config.selector),
+        reads="norms" if reads_norms(config.selector) else "heads",
+        checks_ranks=config.check_ranks or draws(config.selector),
+    )
+    return Request(
+        stages=tuple(
+            Stage(layer, partial(config.retain_for, stage=number), select)
+            for number, layer in enumerate(config.layers)
+        ),
+        kv_layout=config.kv_layout,
+        recounts=host.recounts,
+        remasks=host.remasks,
+    )
+
+
+_NO_LAYERS = (
+    "vision tokens enter a tensor-parallel graph that holds no whole decoder stack (dynamo broke "
+    "the graph between its layers)"
+)
+
+
+class NeedsGraphBreaks(Exception):
+    """The whole call in one graph cannot be pruned, but its parts may be."""
+
+
+def compile_graph(
+    config: DartConfig, module: GraphModule, inputs: Sequence[Any], host: Host = Host()
+) -> Compiled:
+    """Compile one dynamo graph: pruned where vision tokens enter a decoder, else unchanged."""
+    graph = GraphCompiler(config, module, host)
+    try:
+        if writes_rows(module.graph):
+            compiled = graph.with_merge(inputs)
+            if compiled is not None:
+                return compiled
+        return graph.without_merge(inputs)
+    except RestartAnalysis:
+        # Dynamo traces the frame again and comes back with the graph that counts.
+        graph.withdraw()
+        raise
+
+
+def _calls_us(backend: object) -> bool:
+    """Whether dynamo's wrapping of a backend ends in :func:`compile_graph` or :func:`dart`."""
+    backend = getattr(backend, "_torchdynamo_orig_backend", backend)
+    backend = getattr(backend, "compiler_fn", backend)
+    return getattr(backend, "func", backend) in (compile_graph, dart)
+
+
+keep_sizes_symbolic(_calls_us)
+
+
+class GraphCompiler:
+    """One graph on its way through the backend: what is announced, dumped and compiled."""
+
+    def __init__(self, config: DartConfig, module: GraphModule, host: Host) -> None:
+        self.config, self.module, self.host = config, module, host
+        self.nodes = len(module.graph.nodes)
+        self.reported: list[Report] = []
+        fix_windows(module.graph)  # now, since a guard counts only while dynamo compiles
+        self.ranks = Ranks(module)
+        self.dump = Dump(config, module, (host.may_break, host.recounts))
+
+    def with_merge(self, inputs: Sequence[Any]) -> Compiled | None:
+        """Compile a graph that may merge vision tokens; None when it turns out not to."""
+        request = request_of(self.config, self.host)
+        outcome, rewritten, place = self._rewritten(request)
+        outcome = self.ranks.agree(outcome)
+        if outcome is None:
+            return None
+        self.announce(outcome)
+        if isinstance(outcome, Pruned):
+            return self.ranks.wrap(
+                recording(
+                    self.config,
+                    rewritten,
+                    lambda m: self.dump.lower(self.config, m, self.ranks.inputs(inputs)),
+                    hands=outcome.hands_kept(request),
+                )
+            )
+        if isinstance(outcome, HandsOn) and place is not None:
+            lowered = self.dump.lower(self.config, rewritten, self.ranks.inputs(inputs))
+            return self.ranks.wrap(NotesMask(lowered, place))
+        return self.dump.lower(self.config, self.module, inputs)
+
+    def _rewritten(self, request: Request) -> tuple[Outcome | None, GraphModule, int | None]:
+        """What becomes of a graph that may merge vision tokens, the graph then, and which of its
+        outputs the merged embeddings are where it hands their mask on."""
+        try:
+            rewritten = normalise(self.ranks.module)
+        except Refusal as refusal:
+            return refusal.declined, self.module, None
+        self.dump("normalise", rewritten)
+        outcome, place = prune(rewritten, request, observe=self.dump), None
+        if outcome is None:
+            try:
+                place = hand_on(rewritten)
+            except Exception as error:
+                return internal_error("hand on", error), rewritten, None
+            if place is not None:
+                outcome = HandsOn("merges vision tokens and hands their mask on to a later graph")
+        return outcome, rewritten, place
+
+    def without_merge(self, inputs: Sequence[Any]) -> Compiled:
+        """Compile a graph whose vision tokens, if any, were merged elsewhere."""
+        request = request_of(self.config, self.host)
+        taker = TakesMask(
+            self.config, self.module, request, self.announce, self.dump, self.dump.lower, self.ranks
+        )
+        arrival = taker.arrival(inputs)
+        could_come = holds_layers(self.module.graph) and taker.may_take_masks
+        if arrival is not None and not could_come and self.ranks.group:
+            # Whether masks came is asked of all ranks, so only where all of them would ask.
+            self.announce(Declined(_NO_LAYERS, advice=LOST_ADVICE))
+            return self.dump.lower(self.config, self.module, inputs)
+        if could_come or arrival is not None:
+            if arrival is None:
+                self.announce(self._no_mask(taker, "no vision tokens came with this call"))
+            taker.prepare(inputs)
+            return taker
+        # One decoder layer on its own has no index, but takes embeddings and attends causally.
+        self.announce(self._no_mask(taker, "no vision tokens enter this graph"))
+        return self.dump.lower(self.config, self.module, inputs)
+
+    def _no_mask(self, taker: TakesMask, otherwise: str) -> Untouched:
+        floats = taker.unexplained_inputs()
+        if not floats:
+            return Untouched(otherwise)
+        return Untouched(
+            f"a prompt came with {', '.join(floats)} and no vision mask. If it holds vision "
+            "tokens, they were merged outside of dynamo's graphs: use dartfx.compile, or say where "
+            "they are with dartfx.vision_tokens",
+            unsure=True,
+        )
+
+    def withdraw(self) -> None:
+        """Take back what was reported of this graph."""
+        for report in self.reported:
+            discard(report)
+
+    def announce(self, outcome: Outcome) -> None:
+        """Report, log and dump what became of the graph; a refusal as loudly as asked for."""
+        if self.host.may_break and isinstance(outcome, Declined) and outcome.broken_may_do:
+            raise NeedsGraphBreaks(outcome.because)
+        report = record(self.nodes, outcome)
+        self.reported.append(report)
+        self.dump.finish(report)
+        if isinstance(outcome, Pruned):
+            log.info("%s", _one_line(report, outcome))
+        elif isinstance(outcome, Declined):
+            refuse(self.config, outcome)
+        else:
+            level = logging.WARNING if _is_news(outcome) else logging.INFO
+            log.log(level, "graph %d: %s", report.graph, outcome.because)
+
+
+def refuse(config: DartConfig, declined: Declined) -> None:
+    """Say that something stays unpruned, as loudly as ``on_unsupported`` asks.
+
+    Raises UnsupportedGraphError when that is "error".
+    """
+    if config.on_unsupported == "error":
+        raise UnsupportedGraphError(
+            because=declined.because, where=declined.where, advice=declined.advice
+        )
+    if config.on_unsupported == "warn":
+        # Python shows a warning once per text, so once per reason.
+        warnings.warn(f"dartfx left a graph unpruned: {declined}", PruningWarning, stacklevel=2)
+    log.info("not pruned: %s", declined)
+
+
+def _is_news(outcome: Outcome) -> bool:
+    return isinstance(outcome, Untouched) and (outcome.all_retained or outcome.unsure)
+
+
+def _one_line(report: Report, pruned: Pruned) -> str:
+    before, after = pruned.sequence
+    layers = ",".join(str(cut.layer) for cut in pruned.cuts)
+    flops = pruned.flops[0] / max(pruned.flops[1], 1)
+    return (
+        f"graph {report.graph}: {pruned.stack}.{layers}: {before} -> {after} tokens "
+        f"({pruned.vision_tokens} -> {pruned.retained} vision tokens per sample, {pruned.how}), "
+        f"{flops:.2f}x fewer decoder FLOPs, KV cache {pruned.kv_layout}, "
+        f"passes {sum(pruned.seconds.values()):.2f} s"
+    )

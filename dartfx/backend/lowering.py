@@ -1,0 +1,35 @@
+"""What compiles a graph once the passes are done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from dartfx.config.options import DartConfig
+
+__all__ = ["lower"]
+
+
+def lower(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile ``module`` as ``config.lowering`` says.
+
+    The config's fingerprint goes into the compilers' cache keys: those hash the graph but not the
+    Python that an operator decomposes through, so an edited operator would hit an old entry.
+    """
+    if config.lowering == "eager":
+        return module.forward
+    if config.lowering == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        eager: Callable[..., Any] = aot_eager(module, list(inputs))
+        return eager
+    from torch._inductor.compile_fx import compile_fx
+
+    settings = torch.compiler.config
+    tag = f"{settings.cache_key_tag}dartfx-{config.fingerprint()}"
+    with settings.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        compiled: Any = compile_fx(module, list(inputs), config_patches=config.inductor_patches())
+    return compiled  # type: ignore[no-any-return]

@@ -1,0 +1,158 @@
+"""``dartfx.as_pre_pass``: pruning as one step of another ``torch.compile`` backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from dartfx.backend.graph_compiler import GraphCompiler, Host, request_of
+from dartfx.config.options import DartConfig
+from dartfx.errors import ConfigError
+from dartfx.passes.analysis.prefilter import writes_rows
+from dartfx.passes.distributed.to_local_tensors import dtensors, groups
+from dartfx.passes.frontend.normalise import normalise
+from dartfx.passes.outcome import Pruned
+from dartfx.passes.pipeline import internal_error, prune
+from dartfx.passes.refusal import Declined, Refusal
+from dartfx.passes.request import Request
+from dartfx.passes.selection import ByOperator
+from dartfx.passes.transform.return_mask import hand_on
+from dartfx.runtime.mask_dispatch import TakesMask
+
+__all__ = ["PrePass", "as_pre_pass"]
+
+_COMPILES = "the backend that hosts the pass compiles, not dartfx; give it to that backend"
+_NOT_HERE = {
+    "lowering": _COMPILES,
+    "inductor": _COMPILES,
+    "mode": _COMPILES,
+    "tokens": "which tokens are kept is recorded around the compiled code, which the host makes; "
+    'use backend="dart"',
+    "check_ranks": 'tensor-parallel graphs are left to backend="dart", whose ranks agree',
+}
+_SEVERAL_RANKS = Declined(
+    "this graph runs on several ranks, which must all prune it or none, and a pass on one graph "
+    "does not ask the others",
+    advice='backend="dart"',
+)
+_WHOLE = 'fullgraph=True, model.generate, or backend="dart", which takes the mask at run time'
+
+
+def as_pre_pass(options: Mapping[str, object] | None = None) -> PrePass:
+    """The passes as a callable on (dynamo's GraphModule, example inputs), returning a GraphModule.
+
+    For backends of one's own: ``compile_fx(pre_pass(module, inputs), inputs)``.  options: those of
+    ``torch.compile(backend="dart", options=...)`` but for ``lowering``, ``inductor`` and ``mode``,
+    which are the host's, and ``tokens``.  Raises ConfigError for these and for what is not valid.
+    """
+    for name, why in _NOT_HERE.items():
+        if name in (options or {}):
+            raise ConfigError(f"{name} has no meaning for dartfx.as_pre_pass: {why}")
+    return PrePass(DartConfig.from_options(options))
+
+
+class PrePass:
+    """Returns a graph pruned, or as it came; what it did is in ``dartfx.reports()``."""
+
+    def __init__(self, config: DartConfig) -> None:
+        self.config = config
+
+    def uuid(self) -> str:
+        """What identifies the result, for the host's cache keys: options, source and versions.
+
+        The selection in a pruned graph carries it as well, so caches that hash the graph need
+        nothing more.
+        """
+        return self.config.fingerprint()
+
+    def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+        """``module`` itself where no vision tokens enter a decoder, else a pruned graph.
+
+        module: as dynamo gave it to the backend.  The result takes the same inputs.  Where tokens
+        were merged in an earlier graph of the call, or are given by :func:`dartfx.vision_tokens`,
+        the mask comes only at run time, which a pass does not see: refused, as everything is that
+        cannot be pruned, by ``on_unsupported``.  Raises UnsupportedGraphError when that is "error".
+        """
+        return _Hosted(self.config, module, Host()).rewritten(inputs)
+
+    def __repr__(self) -> str:
+        return f"dartfx.as_pre_pass({self.config})"
+
+
+class _Hosted(GraphCompiler):
+    """One graph on its way through the passes alone."""
+
+    def rewritten(self, inputs: Sequence[Any]) -> GraphModule:
+        """The graph to compile."""
+        if writes_rows(self.module.graph):
+            if groups(self.module.graph) or dtensors(self.module.graph):
+                self.announce(_SEVERAL_RANKS)
+                return self.module
+            try:
+                rewritten = normalise(self.module)
+            except Refusal as refusal:
+                self.announce(refusal.declined)
+                return self.module
+            self.dump("normalise", rewritten)
+            outcome = prune(rewritten, _request(self.config), observe=self.dump)
+            if outcome is None and (outcome := _merges_for_later(rewritten)) is None:
+                return self._without_merge(inputs)
+            self.announce(outcome)
+            return rewritten if isinstance(outcome, Pruned) else self.module
+        return self._without_merge(inputs)
+
+    def _without_merge(self, inputs: Sequence[Any]) -> GraphModule:
+        request = _request(self.config)
+        taker = TakesMask(
+            self.config,
+            self.module,
+            request,
+            self.announce,
+            self.dump,
+            self.dump.lower,
+            self.ranks,
+        )
+        if taker.arrival(inputs) is not None:
+            declined = Declined(
+                "this graph's vision mask comes from outside of it, at run time, which a pass on "
+                "graphs does not see",
+                advice=_WHOLE,
+            )
+            self.announce(declined)
+        else:
+            self.announce(self._no_mask(taker, "no vision tokens enter this graph"))
+        return self.module
+
+
+def _request(config: DartConfig) -> Request:
+    """The selection's name for the cut carries the fingerprint: graphs are all that hosts hash."""
+    request = request_of(config, Host())
+    stages = []
+    for stage in request.stages:
+        assert isinstance(stage.select, ByOperator)
+        *pivots, _, kernel = stage.select.args
+        name = f"{config.selector} @ {config.fingerprint()}"
+        select = dataclasses.replace(stage.select, args=(*pivots, name, kernel))
+        stages.append(dataclasses.replace(stage, select=select))
+    return dataclasses.replace(request, stages=tuple(stages))
+
+
+def _merges_for_later(rewritten: GraphModule) -> Declined | None:
+    """Why nothing is pruned where the graph only merges tokens; None where it does not even that.
+
+    ``rewritten`` is not to be used afterwards.
+    """
+    try:
+        if hand_on(rewritten) is None:
+            return None
+    except Exception as error:
+        outcome = internal_error("hand on", error)
+        return outcome if isinstance(outcome, Declined) else None
+    return Declined(
+        "vision tokens are merged in this graph and enter the decoder in a later one, and a pass "
+        "on graphs cannot hand their mask on",
+        advice=_WHOLE,
+    )

@@ -1,0 +1,1 @@
+"""``python -m dartfx``: one module a command."""

@@ -1,1 +1,0 @@
-"""Commands of ``python -m dartfx`` about one model: explain, show, doctor."""

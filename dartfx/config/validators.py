@@ -1,0 +1,199 @@
+"""What each option accepts: one function per kind of value, and the table that assigns them."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from dartfx.errors import ConfigError
+
+__all__ = ["CHECKS", "check_stages", "choices", "describe", "require_kernel"]
+
+Check = Callable[[str, object], object]
+"""(name of the option, value) -> the value to keep; raises ConfigError for an invalid one."""
+
+
+def describe(value: object) -> str:
+    """``value`` as an error message shows it: its repr and its type."""
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _nearest(value: object, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(value).lower(), list(valid), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def choices(value: object, valid: Iterable[str]) -> str:
+    """The name nearest to ``value``, if one is near, and all valid names."""
+    names = sorted(valid)
+    return f"{_nearest(value, names)}valid: {', '.join(names)}"
+
+
+def _integer(minimum: int, optional: bool = False) -> Check:
+    wanted = f"an int, at least {minimum}" + (", or None" if optional else "")
+
+    def check(name: str, value: object) -> object:
+        if optional and value is None:
+            return None
+        # bool is an int to Python; here True would silently mean one token.
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(f"{name} must be {wanted}, got {describe(value)}")
+        return int(value)
+
+    return check
+
+
+def _ratio(name: str, value: object) -> object:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be a number with 0 <= {name} < 1, got {describe(value)}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _staged(one: Check, otherwise: Check | None = None) -> Check:
+    """One value, or a sequence of them: one for each stage, kept as a tuple.
+
+    A sequence of one is that one value: it means, and is compiled as, the same.
+    """
+
+    def check_each(name: str, value: object) -> object:
+        if not isinstance(value, list | tuple):
+            return (otherwise or one)(name, value)
+        if not value:
+            raise ConfigError(f"{name} must hold a value for each stage, got {describe(value)}")
+        checked = tuple(one(f"{name}[{i}]", v) for i, v in enumerate(value))
+        return checked if len(checked) > 1 else checked[0]
+
+    return check_each
+
+
+def check_stages(layer: object, retain_tokens: object, reduction_ratio: object) -> None:
+    """Raise ConfigError unless the stages ascend, and each keeps fewer tokens than the one before.
+
+    Every stage has a layer and a number of tokens: either all options are single values, or
+    ``layer`` and the one that sets the number have as many.
+    """
+    name, given = "reduction_ratio", reduction_ratio
+    if retain_tokens is not None:
+        name, given = "retain_tokens", retain_tokens
+    layers, budgets = (v if isinstance(v, tuple) else (v,) for v in (layer, given))
+    if len(layers) != len(budgets):
+        raise ConfigError(
+            f"layer={layer!r} has {len(layers)} and {name}={given!r} has {len(budgets)} values; "
+            "pruning in stages needs one of each per stage"
+        )
+    steps = list(itertools.pairwise(layers)), list(itertools.pairwise(budgets))
+    if any(one >= other for one, other in steps[0]):
+        raise ConfigError(f"layer={layer!r} must ascend: each stage prunes what the last one left")
+    rising = name == "reduction_ratio"
+    if any((one >= other) if rising else (one <= other) for one, other in steps[1]):
+        raise ConfigError(
+            f"{name}={given!r} must {'rise' if rising else 'fall'} from stage to stage: a stage "
+            "that keeps as many tokens drops none"
+        )
+
+
+def _choice(valid: Callable[[], Iterable[str]], optional: bool = False) -> Check:
+    def check(name: str, value: object) -> object:
+        if optional and value is None:
+            return None
+        names = list(valid())
+        if not isinstance(value, str) or value not in names:
+            raise ConfigError(f"{name} cannot be {describe(value)}; {choices(value, names)}")
+        return value
+
+    return check
+
+
+def _selectors() -> Iterable[str]:
+    # The registry imports the operators, which import this package.
+    from dartfx.selection.registry import selector_names
+
+    return selector_names()
+
+
+def _kernels() -> Iterable[str]:
+    from dartfx.ops.registration import KERNELS
+
+    return KERNELS
+
+
+def require_kernel(kernel: str) -> None:
+    """Raise KernelUnavailableError unless ``kernel`` can run on this machine."""
+    from dartfx.ops.registration import choose_kernel
+
+    # The model's device is not known yet; the operator asks again with the one it runs on.
+    choose_kernel(kernel, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _modes() -> Iterable[str]:
+    from torch._inductor import list_mode_options
+
+    return {"default", *list_mode_options()}
+
+
+def _inductor(name: str, value: object) -> object:
+    """``value`` with its keys spelled as Inductor spells them, after Inductor's own type check."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a dict of Inductor options, got {describe(value)}")
+    patches: dict[str, object] = {}
+    if not value:
+        return patches
+    from torch._inductor import config, list_options
+
+    valid = list_options()
+    for key, setting in value.items():
+        spelled = key.replace("-", "_") if isinstance(key, str) else key
+        if spelled not in valid:
+            raise ConfigError(
+                f"unknown Inductor option {name}[{key!r}]; {_nearest(spelled, valid)}"
+                f"torch._inductor.list_options() has all {len(valid)}"
+            )
+        if spelled in patches:
+            raise ConfigError(f"{name} gives {spelled!r} twice, with '-' and with '_'")
+        wanted = config.get_type(spelled)  # type: ignore[attr-defined]
+        if isinstance(wanted, type) and not isinstance(setting, wanted):
+            raise ConfigError(
+                f"{name}[{key!r}] must be of type {wanted.__name__}, got {describe(setting)}"
+            )
+        patches[spelled] = setting
+    return patches
+
+
+def _path(name: str, value: object) -> object:
+    if value is None:
+        return None
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"{name} must be the path of a directory, got {describe(value)}")
+    return path
+
+
+def _flag(name: str, value: object) -> object:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {describe(value)}")
+    return value
+
+
+CHECKS: dict[str, Check] = {
+    "retain_tokens": _staged(_integer(0), otherwise=_integer(0, optional=True)),
+    "reduction_ratio": _staged(_ratio),
+    # The selection needs the keys of the layer before.
+    "layer": _staged(_integer(1)),
+    "pivot_image_tokens": _integer(0),
+    "pivot_text_tokens": _integer(0),
+    "selector": _choice(_selectors),
+    "kv_layout": _choice(lambda: ("auto", "layered", "uniform")),
+    "kernel": _choice(_kernels),
+    "lowering": _choice(lambda: ("inductor", "aot_eager", "eager")),
+    "inductor": _inductor,
+    "mode": _choice(_modes, optional=True),
+    "on_unsupported": _choice(lambda: ("warn", "error", "ignore")),
+    "dump": _path,
+    "tokens": _flag,
+    "check_ranks": _flag,
+}

@@ -1,0 +1,125 @@
+"""``dartfx.prune_exported``: the same passes on what ``torch.export`` gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch.export import ExportedProgram
+
+from dartfx.backend.graph_compiler import Host, refuse, request_of
+from dartfx.config.options import DartConfig
+from dartfx.errors import ConfigError
+from dartfx.export.metadata import note_pruning
+from dartfx.export.program import finished, require_plain_signature, state_of
+from dartfx.observe.dump import ExportDump
+from dartfx.observe.report import record
+from dartfx.passes.frontend.exported import guards_of, opened, refuse_new_guards
+from dartfx.passes.outcome import Outcome, Pruned
+from dartfx.passes.pipeline import internal_error, prune
+from dartfx.passes.refusal import Declined
+
+__all__ = ["prune_exported"]
+
+_NO_MERGE = Declined(
+    "no vision tokens enter a decoder in this program: it holds no merge (masked_scatter or "
+    "index_put) of vision features into the embeddings of a decoder stack",
+    advice="exporting a forward that takes image features or pixels, and holds all decoder layers",
+)
+_COMPILES = (
+    "it says how torch.compile lowers a graph, and an exported program is only rewritten; give "
+    "Inductor's options to torch._inductor.aoti_compile_and_package(inductor_configs=...)"
+)
+_NOT_HERE = {
+    "lowering": _COMPILES,
+    "inductor": _COMPILES,
+    "mode": _COMPILES,
+    "check_ranks": "it compares the ranks of a tensor-parallel model, which a program knows not of",
+}
+
+
+def prune_exported(program: ExportedProgram, **options: object) -> ExportedProgram:
+    """A pruned program of what ``torch.export.export`` gave; ``program`` is not modified.
+
+    options: those of :class:`DartConfig`, but for ``lowering``, ``inductor`` and ``mode``, which
+    say how to compile, and ``kernel="triton"``: the selection becomes plain ATen, so that the
+    program can be saved, packaged and run where dartfx is not installed.  ``on_unsupported`` is
+    "error" here unless given; "warn" and "ignore" return ``program`` itself where it cannot be
+    pruned.  ``tokens``: the program returns (what it returned, keep_idx [B, S'] int64).
+
+    Inputs, parameters and range constraints stay.  Outputs with a token axis shrink to the S' kept
+    tokens; :func:`exported_pruning` of the result says which.  Weights are shared.  The result has
+    passed torch's verifier and the passes' own check.
+
+    Raises ConfigError for an option that is not valid or means nothing here, TypeError for anything
+    but an ExportedProgram, UnsupportedGraphError with the reason when the program cannot be pruned,
+    which includes one without vision tokens and one with nothing to drop.
+    """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            "dartfx.prune_exported needs what torch.export.export returns, got "
+            f"{type(program).__name__}"
+        )
+    config = _config(options)
+    exported = _Exported(program, config)
+    outcome, pruned = exported.pruned()
+    exported.dump.finish(record(len(program.graph.nodes), outcome))
+    if pruned is None:
+        refuse(config, _declined(outcome))
+        return program
+    return pruned
+
+
+def _config(options: Mapping[str, object]) -> DartConfig:
+    for name, why in _NOT_HERE.items():
+        if name in options:
+            raise ConfigError(f"{name} has no meaning for dartfx.prune_exported: {why}")
+    if options.get("kernel") == "triton":
+        raise ConfigError(
+            "kernel='triton' has no meaning for dartfx.prune_exported: the selection becomes plain "
+            "ATen, so that the program runs without dartfx; use kernel='auto' or 'torch'"
+        )
+    given = {"on_unsupported": "error", **options, "kernel": "torch"}
+    return DartConfig.from_options(given)
+
+
+def _declined(outcome: Outcome) -> Declined:
+    """Why there is no pruned program, with advice that fits an exported one."""
+    assert not isinstance(outcome, Pruned)
+    if not isinstance(outcome, Declined):
+        return Declined(outcome.because)
+    if outcome.broken_may_do:
+        return dataclasses.replace(
+            outcome, advice="exporting a forward that takes image features, not pixels"
+        )
+    if any(word in outcome.advice for word in ("compile", "fullgraph")):
+        return dataclasses.replace(outcome, advice="exporting the whole decoder in one program")
+    return outcome
+
+
+class _Exported:
+    """One exported program on its way through the passes."""
+
+    def __init__(self, program: ExportedProgram, config: DartConfig) -> None:
+        self.program, self.config = program, config
+        self.dump = ExportDump(config, program.graph_module)
+
+    def pruned(self) -> tuple[Outcome, ExportedProgram | None]:
+        """What became of the program, and the pruned one where there is one."""
+        step = "open"
+        try:
+            require_plain_signature(self.program)
+            module = opened(self.program.graph_module, state_of(self.program))
+            self.dump("normalise", module)
+            guards = guards_of(module.graph)
+            request = request_of(self.config, Host())
+            outcome = prune(module, request, observe=self.dump)
+            if not isinstance(outcome, Pruned):
+                return outcome or _NO_MERGE, None
+            step = "finish"
+            pruned = finished(self.program, module, self.config.tokens)
+            refuse_new_guards(module.graph, guards)
+        except Exception as error:
+            return internal_error(step, error), None
+        note_pruning(pruned, self.program, outcome, self.config)
+        return outcome, pruned

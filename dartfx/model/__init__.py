@@ -1,0 +1,1 @@
+"""A user's model: ``dartfx.compile``, ``explain`` and the compiled call."""

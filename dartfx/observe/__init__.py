@@ -1,0 +1,1 @@
+"""What happened, for people and programs; nothing here changes a result."""

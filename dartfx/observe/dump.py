@@ -1,0 +1,153 @@
+"""Graph dumps: one folder per graph, a numbered file after every pass, a report and a repro."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._logging._internal import trace_structured
+from torch.fx import GraphModule
+
+from dartfx.backend.lowering import lower
+from dartfx.config.options import DartConfig
+from dartfx.observe import repro_script
+from dartfx.observe.html import Page
+from dartfx.observe.report import Report, as_json
+from dartfx.passes.graph import hint, render, sizes
+from dartfx.passes.site import Site
+
+__all__ = ["Dump", "ExportDump"]
+
+# tlparse shows the graph before the first pass and after the last one (of each cut).
+_TRACED = {"normalise": "dartfx_graph_before", "check": "dartfx_graph_after"}
+
+
+class Dump:
+    """Writes one graph's stages where ``dump`` and TORCH_TRACE ask for them; else nothing.
+
+    host: whether the caller may break the graph, and recounts caches; ``repro.py`` repeats it.
+    """
+
+    first = "dynamo"  # who made the graph
+
+    def __init__(
+        self, config: DartConfig, module: GraphModule, host: tuple[bool, bool] = (False, False)
+    ) -> None:
+        self._config, self._module, self._host = config, module, host
+        self._folder = None if config.dump is None else _new_folder(Path(config.dump))
+        self._page = Page()
+        self._step = itertools.count()
+        self._arrival: repro_script.Arrival | None = None
+        self._report: Report | None = None
+        self._output_code: list[str] = []
+        self(self.first, module)
+
+    def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None:
+        """The graph after the pass ``name``; site: where it is cut, once that is known."""
+        traced = _TRACED.get(name.partition(" ")[0])
+        if traced is not None:
+            _trace(traced, "string", lambda: render(module))
+        if self._folder is None:
+            return
+        file = f"{next(self._step):02d}_{name.replace(' ', '_')}.txt"
+        (self._folder / file).write_text(render(module))
+        self._page(name, module, site)
+        if name in ("normalise", "locate"):
+            self._arrival = _arrival(self._module, module, site) or self._arrival
+
+    def finish(self, report: Report) -> None:
+        """What became of the graph, for people (``report.txt``) and programs (``report.json``)."""
+        _trace("dartfx_report", "json", lambda: as_json(report))
+        self._report = report
+        if self._folder is None:
+            return
+        self._write_repro(self._folder)
+        self._write_report()
+
+    def lower(
+        self, config: DartConfig, module: GraphModule, inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        """Lower, and add the path of Inductor's code to the report."""
+        if self._folder is None or config.lowering != "inductor":
+            return lower(config, module, inputs)
+        from torch._inductor.codecache import PyCodeCache
+
+        before = len(PyCodeCache.modules)
+        compiled = lower(config, module, inputs)
+        # Kernels are modules of their own; the code that calls them has a function ``call``.
+        loaded = [m for m in PyCodeCache.modules[before:] if hasattr(m, "call")]
+        self._output_code += [str(m.__file__) for m in loaded]
+        self._write_report()
+        return compiled
+
+    def _write_repro(self, folder: Path) -> None:
+        written = repro_script.script(self._config, self._module, self._host, self._arrival)
+        (folder / "repro.py").write_text(written)
+
+    def _write_report(self) -> None:
+        if self._folder is None or self._report is None:
+            return
+        code = "".join(f"Inductor's code: {path}\n" for path in self._output_code)
+        (self._folder / "report.txt").write_text(f"{self._report}\n{code}")
+        written = as_json(self._report, output_code=self._output_code)
+        (self._folder / "report.json").write_text(written)
+        files = sorted(f.name for f in self._folder.iterdir() if f.name != "report.html")
+        page = self._page.html(self._report, files, self._output_code)
+        (self._folder / "report.html").write_text(page)
+
+
+class ExportDump(Dump):
+    """The stages of an exported program, which is its own repro: ``torch.export.save`` it."""
+
+    first = "exported"
+
+    def _write_repro(self, folder: Path) -> None:
+        pass
+
+
+def _trace(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+        # A graph that waits for its mask is rewritten at run time, when nothing is being compiled.
+        expect_trace_id=False,
+    )
+
+
+def _arrival(
+    dynamo: GraphModule, normalised: GraphModule, site: Site | None
+) -> repro_script.Arrival | None:
+    """How a vision mask came to the graph: with the two inputs put in front of dynamo's own."""
+    inputs = [n for n in normalised.graph.nodes if n.op == "placeholder"]
+    own = sum(n.op == "placeholder" for n in dynamo.graph.nodes)
+    if len(inputs) != own + 2:
+        return None
+    mask, carrier = inputs[:2]
+    rows = hint(sizes(carrier)[0])
+    if site is not None and site.vision.how != "given":
+        return inputs.index(site.vision.embeds) - 2, rows, False
+    shape = [hint(s) for s in sizes(mask)]
+    fitting = [
+        place
+        for place, node in enumerate(inputs[2:])
+        if isinstance(value := node.meta["val"], torch.Tensor) and value.ndim in (2, 3)
+        if [hint(s) for s in value.shape[:2]] == shape
+    ]
+    return (fitting[0], rows, True) if fitting else None
+
+
+def _new_folder(directory: Path) -> Path:
+    """The first ``graph_NNN`` that does not exist yet, made here so that processes never share."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        folder = directory / f"graph_{number:03d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")

@@ -1,0 +1,192 @@
+"""What a page is told while the passes run, and what it then shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import networkx as nx
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch.fx import GraphModule
+
+from dartfx.observe.html.drawing import Drawing
+from dartfx.observe.html.lineage import Link, Recorded, lineage
+from dartfx.observe.html.structure import Part, main_path, most_common, parts, quotient
+from dartfx.observe.html.values import Value, outputs, values
+from dartfx.observe.report import Report
+from dartfx.passes.analysis.axes import TokenAxes
+from dartfx.passes.analysis.locate import find_stacks
+from dartfx.passes.outcome import Crossing, Pruned, Untouched
+from dartfx.passes.refusal import Declined
+from dartfx.passes.site import Site
+from dartfx.passes.transform import trim_kv_cache
+
+__all__ = ["Page"]
+
+CUT = "the cut"
+
+
+class Page:
+    """Observes one graph on its way through the passes; :meth:`html` then shows it."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, Value] = {}
+        self._after: dict[str, Value] = {}
+        self._parts: dict[str, Part] = {}
+        self._links: dict[str, list[Link]] = {}
+        self._hidden = ""
+        self._cached: dict[int, int] = {}  # which output is a KV cache of which layer
+        self._stack = ""
+        self._sizes: list[list[int]] = []
+
+    def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None:
+        """The graph after the pass ``name``: it is read where it is whole, before and after."""
+        if name == "normalise":
+            self._before, self._after, self._links = values(module), {}, {}
+            self._parts = parts(self._before, find_stacks(module.graph))
+            self._sizes = [[_size(self._before, n) for n in outputs(module)]]
+        elif name == "locate" and site is not None:
+            axes = Recorded(module.graph)
+            self._links = lineage(module.graph, site, axes)
+            self._hidden, self._stack = site.hidden.name, site.stack.path
+            returned = outputs(module)
+            (output,) = (n for n in module.graph.nodes if n.op == "output")
+            layers = trim_kv_cache.cached(site, output, TokenAxes(axes, site))
+            self._cached = {i: layers[n] for i, n in enumerate(returned) if n in layers}
+        elif name.startswith("check"):  # once for every cut; the last one counts
+            self._after = values(module)
+            self._sizes = [self._sizes[0], [_size(self._after, n) for n in outputs(module)]]
+
+    def html(self, report: Report, files: Sequence[str], output_code: Sequence[str]) -> str:
+        """The page of one graph: all that was observed, and what became of it.
+
+        files: names of the dump's other files, which the page links to; output_code: Inductor's.
+        """
+        after = self._after if report.pruned else {}
+        found = self._measured(after)
+        order = quotient(self._before, found)
+        way = main_path(order, found)
+        made = report.outcome.cuts if isinstance(report.outcome, Pruned) else ()
+        cuts = [f"{self._stack}.{cut.layer}" for cut in made]
+        environment = Environment(
+            loader=PackageLoader("dartfx.observe.html"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        return environment.get_template("report.html.jinja").render(
+            report=report,
+            kind=type(report.outcome).__name__.lower(),
+            warnings=list(_warnings(report)),
+            files=files,
+            output_code=output_code,
+            parts=list(found.values()),
+            total=_total(found.values()),
+            drawing=Drawing([found[p] for p in way], found, order, cuts) if found else None,
+            crossings=list(self._crossings(report, found)),
+            graph=self._graph(found, after),
+        )
+
+    def _measured(self, after: Mapping[str, Value]) -> dict[str, Part]:
+        """The parts with their costs before and after; without an after, that is as before."""
+        shown, sizes = after or self._before, self._sizes
+        for part in self._parts.values():
+            old = [self._before[n] for n in part.names]
+            new = [shown[n] for n in part.names if n in shown]
+            part.length = self._length(old), self._length(new)
+            part.flops = sum(v.flops for v in old), sum(v.flops for v in new)
+            part.held = sum(v.held for v in old), sum(v.held for v in new)
+            if part.stack == self._stack:
+                places = [i for i, layer in self._cached.items() if layer == part.layer]
+                one, other = sizes[0], sizes[-1] if after else sizes[0]
+                part.cached = sum(one[i] for i in places), sum(other[i] for i in places)
+        return self._parts
+
+    def _length(self, found: Sequence[Value]) -> int:
+        """How many tokens a part's values hold; positions of its own where they are not ours."""
+        sized = [v for v in found if v.floating and v.shape is not None]
+        ours = [
+            v.shape[dim]
+            for v in sized
+            if v.shape is not None
+            for dim, *_ in self._links.get(v.name, ())
+        ]
+        rows = [v.shape[-2] for v in sized if v.shape is not None and len(v.shape) in (2, 3)]
+        return most_common(ours) or most_common(rows)
+
+    def _crossings(
+        self, report: Report, found: Mapping[str, Part]
+    ) -> Iterator[tuple[Crossing, str, list[str]]]:
+        """Each value gathered at the cut, the part it comes from and the parts that read it."""
+        if not isinstance(report.outcome, Pruned):
+            return
+        part_of = {name: part.label for part in found.values() for name in part.names}
+        graph = nx.DiGraph((o, v.name) for v in self._before.values() for o in v.operands)
+        region = nx.descendants(graph, self._hidden)
+        for crossing in report.outcome.crossings:
+            readers: list[str] = []
+            for user in graph.successors(crossing.name) if crossing.name in graph else ():
+                # A table viewed anew by every layer is gathered once, its views are repeated.
+                readers += [user] if user in region else graph.successors(user)
+            labels = [part_of[r] for r in readers if r in region and r in part_of]
+            yield crossing, part_of.get(crossing.name, "inputs"), list(dict.fromkeys(labels))
+
+    def _graph(self, found: Mapping[str, Part], after: Mapping[str, Value]) -> dict[str, Any]:
+        """Every value by number, for the page's script: code, source, operands and lineage."""
+        number = {name: i for i, name in enumerate({**after, **self._before})}
+        labels = [part.path for part in found.values()] + [CUT]
+        part_of = {n: i for i, part in enumerate(found.values()) for n in part.names}
+        sources = {"": 0}
+        rows = []
+        for name in number:
+            one, other = self._before.get(name), after.get(name)
+            value = other or one
+            assert value is not None
+            in_part = -1 if value.op in ("placeholder", "output") else part_of.get(name, -2)
+            rows.append(
+                [
+                    name,
+                    len(labels) - 1 if in_part == -2 else in_part,
+                    one.code if one is not None else None,
+                    other.code if other is not None else None,
+                    sources.setdefault(value.source, len(sources)),
+                    [number[o] for o in value.operands],
+                ]
+            )
+        links = {
+            number[name]: [[dim, number.get(o, -1), d, number.get(u, -1)] for dim, o, d, u in link]
+            for name, link in self._links.items()
+        }
+        return {
+            "parts": labels,
+            "sources": list(sources),
+            "values": rows,
+            "links": links,
+            "compared": bool(after),
+        }
+
+
+def _size(found: Mapping[str, Value], node: Any) -> int:
+    return found[node.name].size if node is not None else 0
+
+
+def _total(found: Any) -> Part:
+    total = Part("all")
+    for name in ("flops", "held", "cached"):
+        pairs = [getattr(part, name) for part in found]
+        setattr(total, name, (sum(p[0] for p in pairs), sum(p[1] for p in pairs)))
+    return total
+
+
+def _warnings(report: Report) -> Iterator[str]:
+    """What a person who asked for pruning should hear first."""
+    outcome = report.outcome
+    if isinstance(outcome, Declined):
+        yield f"NOT pruned: {outcome.because}"
+        if outcome.where:
+            yield f"where: {outcome.where}"
+        if outcome.advice:
+            yield f"try: {outcome.advice}"
+    elif isinstance(outcome, Untouched) and (outcome.all_retained or outcome.unsure):
+        yield outcome.because

@@ -1,0 +1,195 @@
+"""Rebuilds the graph of a ``repro.py`` and runs the pipeline on it: no model, no weights, no data.
+
+:mod:`dartfx.observe.repro_script` writes such scripts.  The passes see fake tensors of the
+recorded shapes, strides, dtypes and devices, so that a graph of any size is rebuilt on any machine;
+then :mod:`dartfx.observe.trial` runs the graph, pruned and unpruned, on random inputs of the same
+form.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.node import map_aggregate
+
+from dartfx.backend.graph_compiler import Host, NeedsGraphBreaks, compile_graph
+from dartfx.config.options import DartConfig
+from dartfx.observe import report
+from dartfx.observe.report import Report
+from dartfx.observe.repro_script import Arrival
+from dartfx.observe.trial import Trial, arriving
+from dartfx.passes.frontend.normalise import fresh_size
+from dartfx.passes.graph import Size
+
+__all__ = ["Replay", "find", "missing"]
+
+# (paths of the enclosing modules, "file", line, "function", "code")
+Origin = tuple[tuple[str, ...], tuple[str, int, str, str] | None]
+
+
+class Replay:
+    """One graph as it is written down: sizes, inputs, calls, output, in this order."""
+
+    def __init__(self, mode: FakeTensorMode | None = None) -> None:
+        self.mode = mode or FakeTensorMode(shape_env=ShapeEnv())
+        self.root = nn.Module()
+        self.graph = Graph()
+        self.missing: set[str] = set()  # kinds of devices that the graph ran on, and not here
+        self._scalars = 0
+
+    def size(self, example: int) -> torch.SymInt:
+        """A symbolic size with this example value."""
+        return fresh_size(self.mode, example)
+
+    def tensor(
+        self, shape: Sequence[Size], stride: Sequence[Size], dtype: torch.dtype, device: str
+    ) -> Tensor:
+        """A fake tensor; on the CPU where this machine lacks the device."""
+        with self.mode:
+            return torch.empty_strided(shape, stride, dtype=dtype, device=self.device(device))
+
+    def constant(
+        self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: str
+    ) -> Tensor:
+        """A constant too large to be written down: normal values, or zeros for integers."""
+        made = torch.empty_strided(shape, stride, dtype=dtype, device=self.device(device))
+        return made.normal_() if made.is_floating_point() else made.zero_()
+
+    def device(self, name: str) -> torch.device:
+        """The device of this name, or the CPU where this machine has none of its kind."""
+        device = torch.device(name)
+        try:
+            present = (
+                device.type in ("cpu", "meta") or torch.get_device_module(device).is_available()
+            )
+        except RuntimeError:  # torch was built without its module
+            present = False
+        if not present:
+            self.missing.add(device.type)
+        return device if present else torch.device("cpu")
+
+    def _here(self, argument: Any) -> Any:
+        """An argument, its devices replaced as :meth:`device` says."""
+        if isinstance(argument, torch.device):
+            return self.device(str(argument))
+        if isinstance(argument, str) and re.fullmatch(r"(cuda|xpu|mps|hpu|npu)(:\d+)?", argument):
+            return str(self.device(argument))
+        return argument
+
+    def scalar(self, value: float) -> Tensor:
+        """A fake number [] that the graph may read: dynamo wraps Python floats so, when dynamic."""
+        self._scalars += 1
+        source = ConstantSource(f"scalar_{self._scalars}")
+        dtype = torch.int64 if isinstance(value, int) else torch.float64
+        return self.mode.from_tensor(torch.tensor(value, dtype=dtype), source=source)
+
+    def input(self, name: str, value: Any, *, state: bool = False) -> Node:
+        """A placeholder; state: it is a parameter or a buffer."""
+        node = self.graph.placeholder(name)
+        node.meta["example_value"] = value
+        if state:
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        return node
+
+    def attribute(self, name: str, value: Tensor | Callable[[Replay], None]) -> Node:
+        """A constant of the graph, or a graph inside it, built by a function of a Replay."""
+        if not isinstance(value, Tensor):
+            inner = Replay(self.mode)
+            value(inner)
+            self.missing |= inner.missing
+            self.root.add_module(name, GraphModule(inner.root, inner.graph))
+        else:
+            self.root.register_buffer(name, value)
+        return self.graph.get_attr(name)
+
+    def call(
+        self,
+        name: str,
+        target: Callable[..., Any] | str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        origin: Origin = ((), None),
+    ) -> Node:
+        """A call of a function, or of the first argument's method of this name."""
+        op = "call_method" if isinstance(target, str) else "call_function"
+        args, kwargs = map_aggregate((args, dict(kwargs)), self._here)
+        node = self.graph.create_node(op, target, args, kwargs, name)
+        paths, source = origin
+        node.meta["nn_module_stack"] = {path: (path, "") for path in paths}
+        if source is not None:
+            file, line, function, code = source
+            node.meta["stack_trace"] = f'  File "{file}", line {line}, in {function}\n    {code}\n'
+        return node
+
+    def output(self, value: Any) -> None:
+        """What the graph returns."""
+        self.graph.output(value)
+
+    def run(
+        self,
+        options: Mapping[str, object],
+        *,
+        host: tuple[bool, bool] = (False, False),
+        arrival: Arrival | None = None,
+        dump: str | None = None,
+        run: bool | None = None,
+        seed: int = 0,
+    ) -> list[Report]:
+        """Send the graph through the backend, print and return its reports; then run it.
+
+        host: whether the caller may break the graph, and recounts caches (dartfx.compile does).
+        run: whether to run the graph on random inputs, pruned and unpruned; None: where they fit
+        into half of this machine's memory.  Raises what the pruned graph raises on inputs that
+        the unpruned one takes.
+        """
+        module = GraphModule(self.root, self.graph)
+        examples = [n.meta["example_value"] for n in self.graph.nodes if n.op == "placeholder"]
+        given = {"lowering": "eager", "on_unsupported": "ignore", "dump": dump}
+        config, compiled = DartConfig.from_options({**options, **given}), None
+        with report.collecting() as reports, arriving(arrival, examples):
+            try:
+                compiled = compile_graph(config, module, examples, Host(*host))
+            except NeedsGraphBreaks as needs:
+                print(f"asks for several graphs: {needs}")  # noqa: T201  its reader is a terminal
+        for made in reports:
+            print(made)  # noqa: T201
+        if self.missing:
+            print(f"no {', '.join(sorted(self.missing))} here: on the CPU instead")  # noqa: T201
+        trial = Trial(module, examples, arrival, seed)
+        for line in trial.lines(compiled, any(r.pruned for r in reports), run):
+            print(line)  # noqa: T201
+        return reports
+
+
+def find(name: str) -> Any:
+    """The object of this qualified name.  Raises ImportError when a library is missing here."""
+    parts = name.split(".")
+    if len(parts) == 1:
+        return getattr(builtins, name)
+    for end in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError as error:
+            # A class or an operator's namespace stands in the name, or the library is not here.
+            if error.name is None or not name.startswith(error.name):
+                raise
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise ImportError(f"nothing here is called {name!r}; import the library that defines it first")
+
+
+def missing(what: str) -> Any:
+    """Stands where the script could not write something down.  Raises NotImplementedError."""
+    raise NotImplementedError(f"this repro could not record {what}; attach the model's code")

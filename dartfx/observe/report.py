@@ -1,0 +1,141 @@
+"""What the compiler did to each graph: the objects that ``dartfx.reports()`` returns."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, fields
+
+from dartfx.observe.collecting import listening
+from dartfx.passes.outcome import Outcome, Pruned
+from dartfx.passes.refusal import Declined
+
+__all__ = ["Report", "as_json", "clear", "collecting", "discard", "record", "reports"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One graph of a compiled call and what became of it.
+
+    graph: running number since the last reset; nodes: the graph's size as dynamo gave it;
+    outcome: Pruned (every figure of the cut), Declined (why, where, what to try), Untouched
+    (nothing to do, and why) or HandsOn (merges vision tokens for a later graph).
+    """
+
+    graph: int
+    nodes: int
+    outcome: Outcome
+
+    @property
+    def pruned(self) -> bool:
+        """Whether this graph was rewritten."""
+        return isinstance(self.outcome, Pruned)
+
+    def __str__(self) -> str:
+        head = f"graph {self.graph} ({self.nodes} nodes): "
+        outcome = self.outcome
+        if isinstance(outcome, Pruned):
+            return head + "\n".join(_pruned_lines(outcome))
+        if isinstance(outcome, Declined):
+            lines = [f"NOT pruned: {outcome.because}"]
+            lines += [f"  where: {outcome.where}"] if outcome.where else []
+            lines += [f"  try:   {outcome.advice}"] if outcome.advice else []
+            return head + "\n".join(lines)
+        return head + outcome.because
+
+
+def _pruned_lines(p: Pruned) -> list[str]:
+    saved = p.flops[0] / max(p.flops[1], 1)
+    layers, retained = [
+        ", ".join(str(getattr(c, name)) for c in p.cuts) for name in ("layer", "retained")
+    ]
+    lengths = [p.sequence[0], *(c.sequence[1] for c in p.cuts)]
+    lines = [
+        f"pruned before decoder layer {layers} of {p.stack}",
+        f"  vision tokens: {p.vision_tokens} per sample ({p.how}), {retained} retained",
+        f"  sequence:      {' -> '.join(map(str, lengths))} tokens, batch {p.batch}",
+        f"  decoder FLOPs: {p.flops[0]:.4g} -> {p.flops[1]:.4g} ({saved:.2f}x fewer)",
+    ]
+    if p.kv_bytes[0]:
+        lines.append(
+            f"  KV cache:      {p.kv_bytes[0]:,} -> {p.kv_bytes[1]:,} bytes ({p.kv_layout})"
+        )
+    if (across := p.cuts[0].across) is not None:
+        lines.append(f"  over {across.ranks} ranks:  {across.how}, process group {across.group!r}")
+    cut = "cut" if len(p.cuts) == 1 else "first cut"
+    lines.append(f"  crosses the {cut}, gathered once each ({len(p.crossings)} values):")
+    for c in p.crossings:
+        shape = ", ".join(c.shape)
+        dims = ", ".join(map(str, c.dims))
+        lines.append(f"    {c.name} [{shape}] along dim {dims}" + (f"  {c.where}" * bool(c.where)))
+    return lines
+
+
+_LOCK = threading.Lock()
+_REPORTS: list[Report] = []
+_sink: ContextVar[list[Report] | None] = ContextVar("dartfx_reports", default=None)
+_watching: ContextVar[list[Report] | None] = ContextVar("dartfx_watched", default=None)
+
+
+def record(nodes: int, outcome: Outcome) -> Report:
+    """Append one report, to the enclosing :func:`collecting` list if there is one."""
+    kept = _kept()
+    with _LOCK:
+        report = Report(len(kept), nodes, outcome)
+        kept.append(report)
+        if (watched := _watching.get()) is not None:
+            watched.append(report)
+    return report
+
+
+def discard(report: Report) -> None:
+    """Take one report back, if it is still there."""
+    with _LOCK:
+        for kept in (_kept(), _watching.get() or []):
+            if report in kept:
+                kept.remove(report)
+
+
+def _kept() -> list[Report]:
+    sink = _sink.get()
+    return _REPORTS if sink is None else sink
+
+
+def collecting() -> AbstractContextManager[list[Report]]:
+    """Keep the reports of this context apart from those of ``dartfx.reports()``."""
+    return listening(_sink)
+
+
+def watching() -> AbstractContextManager[list[Report]]:
+    """The reports made in this context, which are kept where they would be kept anyway."""
+    return listening(_watching)
+
+
+def reports() -> list[Report]:
+    """Every graph compiled since the last :func:`dartfx.reset`, oldest first."""
+    with _LOCK:
+        return list(_REPORTS)
+
+
+def clear() -> None:
+    """Forget all reports."""
+    with _LOCK:
+        _REPORTS.clear()
+
+
+def as_json(report: Report, **more: object) -> str:
+    """The report as JSON: its fields, with the outcome's kind under ``kind``, and ``more``."""
+    names = [f.name for f in fields(report.outcome)]
+    if isinstance(report.outcome, Pruned):
+        names += ["layer", "vision_tokens", "retained", "sequence"]
+    outcome = {name: getattr(report.outcome, name) for name in names}
+    shown = {
+        "graph": report.graph,
+        "nodes": report.nodes,
+        "kind": type(report.outcome).__name__.lower(),
+        **outcome,
+        **more,
+    }
+    return json.dumps(shown, indent=2, default=asdict) + "\n"

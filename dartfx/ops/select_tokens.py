@@ -1,0 +1,97 @@
+"""``dartfx.select_tokens``: the operator with its arguments checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import dartfx.ops.registration  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
+from dartfx.ops.validation import check_arguments, fail
+
+__all__ = ["select_tokens"]
+
+
+def select_tokens(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    retain: int,
+    *,
+    valid_mask: Tensor | None = None,
+    pivot_image_tokens: int = 4,
+    pivot_text_tokens: int = 4,
+    selector: str = "dart",
+    kernel: str = "auto",
+    queries: Tensor | None = None,
+) -> Tensor:
+    """Positions that stay when every sample keeps about ``retain`` vision tokens.
+
+    hidden: [B, S, D] float, decoder layer output after the model's final norm.  keys: [B, H, S,
+    Dh] float, the same layer's keys after rotary embedding.  vision_mask: [B, S] bool.
+    valid_mask: [B, S] bool, False at pads; None means no pads.  queries: [B, Hq, S, Dh] float, the
+    same layer's queries after rotary embedding, for selectors that ask for them (Hq a multiple of
+    H; scaled so that their products with the keys over sqrt(Dh) are attention scores).
+
+    Returns keep_idx: [B, S'] int64, ascending in every row, with S' = S - N + min(retain, N) and N
+    the vision tokens per row, rounded down.  Every row keeps all its valid text; pads, lowest
+    position first, and in rows of unequal vision tokens also the number of vision tokens kept,
+    make up the difference.
+
+    Arithmetic is float32 (float64 for float64 inputs), ties go to the lowest position, NaN ranks
+    last.  Source: DART (arXiv 2502.11494) section 3.  N is read from ``vision_mask`` on the host,
+    once per call; inside a compiled graph call ``torch.ops.dartfx.select_tokens``, which takes N.
+
+    Raises SelectionError for arguments of the wrong rank, shape, dtype, device or range, for a row
+    whose text would not fit, and for a selector that asks for queries where none are given;
+    ConfigError for an unknown selector or kernel; KernelUnavailableError for a kernel that cannot
+    run here.
+    """
+    counts = {
+        "retain": retain,
+        "pivot_image_tokens": pivot_image_tokens,
+        "pivot_text_tokens": pivot_text_tokens,
+    }
+    check_arguments(hidden, keys, vision_mask, valid_mask, queries, **counts)
+    vision_tokens = _read_vision_tokens(vision_mask, valid_mask, retain)
+    keep_idx: Tensor = torch.ops.dartfx.select_tokens(
+        hidden,
+        keys,
+        vision_mask,
+        valid_mask,
+        vision_tokens,
+        retain,
+        pivot_image_tokens,
+        pivot_text_tokens,
+        selector,
+        kernel,
+        queries,
+    )
+    return keep_idx
+
+
+def _read_vision_tokens(vision_mask: Tensor, valid_mask: Tensor | None, retain: int) -> int:
+    """N, with what only the masks' values can tell checked; the host read of ``select_tokens``."""
+    valid = torch.ones_like(vision_mask) if valid_mask is None else valid_mask
+    counts = [vision_mask, vision_mask & ~valid, valid & ~vision_mask]
+    vision, invalid, text = torch.stack([mask.sum(1) for mask in counts]).tolist()
+    for row, count in enumerate(invalid):
+        if count:
+            raise fail(
+                "valid_mask", f"is False at {count} vision tokens of row {row}; pads are not vision"
+            )
+    batch, sequence = vision_mask.shape
+    if not any(vision):
+        raise fail("vision_mask", "marks no vision token in the whole batch; nothing to select")
+    vision_tokens = sum(vision) // batch
+    length = sequence - vision_tokens + min(retain, vision_tokens)
+    for row in range(batch):
+        budget = min(vision[row], max(retain, vision[row] + length - sequence))
+        if text[row] + budget > length:
+            raise fail(
+                "vision_mask",
+                f"leaves no room for the text of row {row}: {text[row]} valid text positions and "
+                f"{budget} kept vision tokens exceed the {length} positions that every row "
+                "keeps, and text is never dropped; give every row the same number of vision "
+                "tokens, pad the batch further, or run this row on its own",
+            )
+    return int(vision_tokens)

@@ -1,5 +1,0 @@
-"""``report.html``: one graph's way through the passes, as a page that needs no network."""
-
-from dartfx.page.page import Page
-
-__all__ = ["Page"]

@@ -1,0 +1,1 @@
+"""What runs beside compiled code: vision masks, kept indices, agreement between ranks."""

@@ -1,0 +1,253 @@
+"""Compiled graphs that exchange a vision mask at run time, across dynamo's graph breaks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from dartfx.config.options import DartConfig
+from dartfx.passes.analysis import locate
+from dartfx.passes.analysis.attention import attends_causally
+from dartfx.passes.analysis.prefilter import masks_attention
+from dartfx.passes.frontend.normalise import example_values, fresh_size, independent, normalise
+from dartfx.passes.graph import is_one, is_state, module_paths, same_size, split_index
+from dartfx.passes.outcome import Outcome, Pruned, Untouched
+from dartfx.passes.pipeline import Observer, internal_error, prune
+from dartfx.passes.refusal import Declined, NoDecoder
+from dartfx.passes.request import Request
+from dartfx.passes.site import Vision
+from dartfx.runtime import vision_mask
+from dartfx.runtime.rank_agreement import Ranks
+from dartfx.token_map.kept_tokens import recording
+
+__all__ = ["NotesMask", "TakesMask", "prompts"]
+
+Compiled = Callable[..., Any]
+Lower = Callable[[DartConfig, GraphModule, Sequence[Any]], Compiled]
+
+
+class NotesMask:
+    """Runs a graph that returns ``(*outputs, mask, carrier)`` and notes the mask for one output."""
+
+    def __init__(self, compiled: Compiled, place: int) -> None:
+        self._compiled, self._place = compiled, place
+
+    def __call__(self, *args: Any) -> Any:
+        *outputs, mask, carrier = self._compiled(*args)
+        vision_mask.note(outputs[self._place], mask, carrier.shape[0])
+        return tuple(outputs)
+
+
+class Arrival(NamedTuple):
+    """A mask for one call.  embeds: the input it was noted for, or None when it was given;
+    like: an input with the mask's [B, S]."""
+
+    embeds: int | None
+    like: int
+    found: vision_mask.Found
+
+
+class TakesMask:
+    """Runs a decoder's graph pruned when its embeddings come with a mask, else as it is.
+
+    Which of the two a call needs is known only at run time, and dynamo guards on neither, so each
+    is built when first needed; ``announce`` hears of every outcome.
+    """
+
+    def __init__(
+        self,
+        config: DartConfig,
+        module: GraphModule,
+        request: Request,
+        announce: Callable[[Outcome], None],
+        observe: Observer,
+        lower: Lower,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._config, self._module, self._request = config, module, request
+        self._announce, self._observe, self._lower = announce, observe, lower
+        self._ranks = Ranks(module) if ranks is None else ranks
+        self._embeds, self._ids = prompts(module)
+        self._plain: Compiled | None = None
+        self._pruned: dict[int | None, Compiled | None] = {}
+        self._all_retained: set[tuple[int, int]] = set()
+        self._lock = threading.RLock()
+
+    @property
+    def may_take_masks(self) -> bool:
+        """Whether a later call could bring a mask; a decode step's graph never does."""
+        return bool(self._embeds or self._ids)
+
+    def unexplained_inputs(self) -> list[str]:
+        """Floating inputs that could bring vision tokens, as ``float32 [1, 630, 4096]``.
+
+        A text prompt comes as token ids, perhaps with a mask of their shape; embeddings, pixels or
+        features may hold more than text.  Empty for a graph whose attention hides nothing: a
+        vision tower's.
+        """
+        if not self.may_take_masks or not masks_attention(self._module.graph):
+            return []
+        values = example_values(self._module)
+        of_ids = [values[place].shape for place in self._ids]
+        return [
+            f"{str(value.dtype).removeprefix('torch.')} {[str(s) for s in value.shape]}"
+            for node in self._module.graph.nodes
+            if node.op == "placeholder" and isinstance(value := node.meta["example_value"], Tensor)
+            if value.is_floating_point() and value.ndim > 1 and not _is_state(node)
+            if not any(_same_shape(value.shape, shape) for shape in of_ids)
+        ]
+
+    def prepare(self, inputs: Sequence[Any]) -> None:
+        """Build now what the call that is being compiled is going to need.
+
+        Raises UnsupportedGraphError through ``announce`` when that call cannot be pruned.
+        """
+        arrival = self._arrival(inputs)
+        if arrival is None or self._pruned_for(arrival) is None:
+            self._plain = self._lower(self._config, self._module, inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        arrival = self._arrival(args)
+        pruned = self._pruned_for(arrival) if arrival is not None else None
+        if arrival is not None and pruned is not None:
+            mask, rows = arrival.found.mask, arrival.found.rows
+            return pruned(mask, mask.new_empty((rows, 0)), *self._ranks.inputs(args))
+        if self._plain is None:
+            with self._lock:
+                self._plain = self._plain or self._compile(self._module)
+        return self._plain(*args)
+
+    def _arrival(self, inputs: Sequence[Any]) -> Arrival | None:
+        """The mask that comes with these inputs on every rank."""
+        arrival = self.arrival(inputs)
+        came = None if arrival is None else [arrival.embeds, arrival.like, arrival.found.rows]
+        # A graph without embeddings has no notes on them, as in every decode step.
+        asks = self._embeds or vision_mask.given() is not None
+        told = self._ranks.alike(came) if asks else None
+        if told is None:
+            return arrival
+        self._announce(
+            Declined(
+                "the vision tokens that came with a call are not the same on every rank of a "
+                f"tensor-parallel model (input, its like, feature rows by rank: {told})",
+                advice="the same inputs, and dartfx.vision_tokens, on every rank",
+            )
+        )
+        return None
+
+    def arrival(self, inputs: Sequence[Any]) -> Arrival | None:
+        """The mask that comes with these inputs: noted for one of them, or given."""
+        for place in self._embeds:
+            noted = vision_mask.find(inputs[place])
+            if noted is not None:
+                return Arrival(place, place, noted)
+        given = vision_mask.given()
+        for place in (*self._embeds, *self._ids) if given is not None else ():
+            if given is not None and inputs[place].shape[:2] == given.mask.shape:
+                return Arrival(None, place, given)
+        return None
+
+    def _pruned_for(self, arrival: Arrival) -> Compiled | None:
+        with self._lock:
+            # True of this many rows in this batch only: a larger image may come the same way.
+            size = arrival.found.rows, arrival.found.mask.shape[0]
+            if size in self._all_retained:
+                return None
+            if arrival.embeds not in self._pruned:
+                outcome, module = self._rewrite(arrival)
+                agreed = self._ranks.agree(outcome)
+                assert agreed is not None
+                outcome = agreed
+                self._announce(outcome)
+                if isinstance(outcome, Untouched) and outcome.all_retained:
+                    self._all_retained.add(size)
+                else:
+                    self._pruned[arrival.embeds] = self._recorded(outcome, module)
+            return self._pruned.get(arrival.embeds)
+
+    def _recorded(self, outcome: Outcome, module: GraphModule) -> Compiled | None:
+        if not isinstance(outcome, Pruned):
+            return None
+        hands = outcome.hands_kept(self._request)
+        return recording(self._config, module, self._compile, hands=hands)
+
+    def _rewrite(self, arrival: Arrival) -> tuple[Outcome, GraphModule]:
+        """The graph with two inputs more, mask [B, S] and carrier [rows, 0], pruned."""
+        try:
+            local, place = self._ranks.module, self._ranks.place
+            examples = independent(example_values(local))
+            like, found = examples[place(arrival.like)], arrival.found
+            with like.fake_mode as mode:
+                mask = torch.empty(like.shape[:2], dtype=torch.bool, device=found.mask.device)
+                carrier = torch.empty((fresh_size(mode, found.rows), 0), device=found.mask.device)
+            module = normalise(local, examples, extra=(mask, carrier))
+        except Exception as error:
+            return internal_error("normalise", error), self._module
+        self._observe("normalise", module)
+        embeds = None if arrival.embeds is None else place(arrival.embeds)
+        entering = partial(_entering, arrival._replace(embeds=embeds))
+        outcome = prune(module, self._request, entering, self._observe)
+        assert outcome is not None
+        return outcome, module
+
+    def _compile(self, module: GraphModule) -> Compiled:
+        """Compile outside dynamo's call, which may be over: guards on what comes are its own."""
+        # Dynamo inlines a plain GraphModule, but not the lazily recompiled kind that it makes.
+        module = GraphModule(module, module.graph)
+
+        def run(*args: Any) -> Any:
+            return module(*args)
+
+        # Dynamo counts recompilations per code object; every graph gets one of its own.
+        run.__code__ = run.__code__.replace(co_name=f"run_{id(module):x}")
+        return torch.compile(run, backend=partial(self._lower, self._config), fullgraph=True)
+
+
+def _same_shape(one: torch.Size, other: torch.Size) -> bool:
+    """Whether two shapes are equal for every input; asking it installs no guard."""
+    return len(one) == len(other) and all(map(same_size, one, other))
+
+
+def _is_state(node: Node) -> bool:
+    """Whether a dynamo input is a parameter, a buffer, or a layer's KV cache."""
+    if is_state(node):
+        return True
+    # Whoever makes the decode mask asks for a cache's size, and that tells nothing of its contents.
+    reads = [user for user in node.users if user.target not in ("numel", "size")]
+    in_layers = all(any(map(split_index, module_paths(user))) for user in reads)
+    return node.meta["example_value"].ndim == 4 and in_layers
+
+
+def prompts(module: GraphModule) -> tuple[list[int], list[int]]:
+    """Inputs that may be a prompt: embeddings [B, S, D] and token ids [B, S], S > 1."""
+    embeds, ids = [], []
+    for place, value in enumerate(example_values(module)):
+        if not isinstance(value, Tensor) or value.ndim not in (2, 3) or is_one(value.shape[1]):
+            continue
+        if value.ndim == 3 and value.is_floating_point():
+            embeds.append(place)
+        elif value.ndim == 2 and value.dtype in (torch.int32, torch.int64):
+            ids.append(place)
+    return embeds, ids
+
+
+def _entering(arrival: Arrival, module: GraphModule) -> Vision:
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    mask, carrier = placeholders[:2]
+    if arrival.embeds is not None:
+        embeds = placeholders[2 + arrival.embeds]
+    else:
+        stacks = locate.find_stacks(module.graph)
+        if not stacks:
+            raise NoDecoder("the graph holds no whole decoder stack")
+        # A given mask fits any graph of the prompt's shape; a vision tower is no decoder.
+        if not attends_causally(stacks[-1]):
+            raise NoDecoder(f"{stacks[-1].path} attends without a mask, so it is no decoder")
+        embeds = locate.entry(module.graph, stacks[-1])
+    return Vision(embeds, (mask,), (), arrival.found.how, carrier)

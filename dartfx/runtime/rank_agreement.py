@@ -1,0 +1,193 @@
+"""Tensor parallelism: the processes that compile one graph together, and decide together.
+
+Every rank compiles the same graphs in the same order, each on its own shards.  A graph that is
+pruned on one rank only would leave the others waiting in a collective, so what became of it is
+exchanged before it is compiled.  That goes through the process group's key-value store: it can say
+which rank did not answer, and never gets between the collectives of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+import dartfx.ops.rank_hash  # noqa: F401  registers torch.ops.dartfx.hash_indices
+from dartfx.errors import ConfigError, RanksError
+from dartfx.passes.distributed.to_local_tensors import Localised, dtensors, groups, localise
+from dartfx.passes.outcome import Outcome, Pruned, Untouched
+from dartfx.passes.refusal import Declined
+
+__all__ = ["TIMEOUT_VARIABLE", "Ranks"]
+
+TIMEOUT_VARIABLE = "DARTFX_RANKS_TIMEOUT"
+_TIMEOUT = 600.0  # seconds; other ranks may still be compiling the graph before
+_ALL_OR_NONE = "a tensor-parallel model is pruned on every rank or on none"
+
+Compiled = Callable[..., Any]
+
+
+class Ranks:
+    """The ranks that one dynamo graph runs on: one process, or a tensor-parallel group."""
+
+    def __init__(self, module: GraphModule) -> None:
+        self._module = module
+        named = groups(module.graph)
+        # Of several groups none can be told to be the one; every rank refuses such a graph.
+        self.group = min(named) if len(named) == 1 else ""
+
+    @cached_property
+    def _local(self) -> Localised | None:
+        return localise(self._module) if dtensors(self._module.graph) else None
+
+    @property
+    def module(self) -> GraphModule:
+        """The graph over local tensors; dynamo's own where it has no others.
+
+        Raises Refusal where it cannot be had.
+        """
+        return self._module if self._local is None else self._local.module
+
+    def inputs(self, given: Sequence[Any]) -> Sequence[Any]:
+        """What :attr:`module` takes, of what dynamo's graph takes."""
+        return given if self._local is None else self._local.inputs(given)
+
+    def place(self, index: int) -> int:
+        """Where input ``index`` of dynamo's graph is among the inputs of :attr:`module`."""
+        return index if self._local is None else self._local.taken.index(index)
+
+    def wrap(self, compiled: Compiled) -> Compiled:
+        """Code that was compiled for :attr:`module`, to be called as dynamo's graph is."""
+        if self._local is None:
+            return compiled
+        local = self._local
+        return lambda *args: compiled(*local.inputs(args))
+
+    def agree(self, outcome: Outcome | None) -> Outcome | None:
+        """What became of this graph on all ranks: ``outcome`` if it is the same on each.
+
+        Every rank must call it for the same graphs.  Where one declined, all do.  Raises RanksError
+        when a rank does not answer in time.
+        """
+        if not self.group:
+            return outcome
+        mine = _Told.of(outcome)
+        told = [_Told(**t) for t in _exchange(self.group, mine.__dict__)]
+        if all(t == told[0] for t in told):
+            return outcome
+        refused = [(rank, t) for rank, t in enumerate(told) if t.kind == "Declined"]
+        if not refused:
+            return Declined(f"the ranks would do different things: {_listed(told)}; {_ALL_OR_NONE}")
+        rank, first = refused[0]
+        if isinstance(outcome, Declined):
+            return replace(outcome, broken_may_do=first.broken_may_do)
+        return Declined(
+            f"rank {rank} of {len(told)} cannot prune its part of this graph ({first.what}), and "
+            f"{_ALL_OR_NONE}",
+            advice=first.advice,
+            broken_may_do=first.broken_may_do,
+        )
+
+    def alike(self, fact: object) -> list[Any] | None:
+        """The ranks' ``fact`` (plain data) if they differ; None if they are the same everywhere."""
+        if not self.group:
+            return None
+        told = [t["fact"] for t in _exchange(self.group, {"fact": fact})]
+        return None if all(t == told[0] for t in told) else told
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a rank tells the others of an outcome; what must be equal on all of them."""
+
+    kind: str
+    what: str = ""
+    advice: str = ""
+    broken_may_do: bool = False
+
+    @classmethod
+    def of(cls, outcome: Outcome | None) -> _Told:
+        kind = type(outcome).__name__
+        if isinstance(outcome, Declined):
+            return cls(kind, outcome.because, outcome.advice, outcome.broken_may_do)
+        if isinstance(outcome, Pruned):
+            cuts = [
+                (c.layer, c.vision_tokens, c.retained, c.sequence, c.across) for c in outcome.cuts
+            ]
+            return cls(kind, f"{outcome.stack} {cuts} {outcome.kv_layout} {outcome.how}")
+        return cls(kind, str(isinstance(outcome, Untouched) and outcome.all_retained))
+
+
+def _listed(told: Sequence[_Told]) -> str:
+    return ", ".join(f"rank {rank}: {t.kind} {t.what}" for rank, t in enumerate(told))
+
+
+_LOCK = threading.Lock()
+_exchanged: dict[str, int] = {}
+_exchanged_in: Any = None
+
+
+def _exchange(group: str, mine: object) -> list[Any]:
+    """Plain data of every rank of a group, in rank order; each must call as often as the others."""
+    c10d: Any = torch.distributed.distributed_c10d
+    members = torch.distributed.get_process_group_ranks(c10d._resolve_process_group(group))
+    me, store = torch.distributed.get_rank(), c10d._get_default_store()
+    number = _next(store, group)
+
+    def key(rank: int, number: int) -> str:
+        return f"dartfx/{group}/{number}/{rank}"
+
+    store.set(key(me, number), json.dumps(mine))
+    deadline = time.monotonic() + _timeout()
+    found = []
+    for rank in members:
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+        try:
+            store.wait([key(rank, number)], left)
+        except RuntimeError as error:
+            late = [r for r in members if not store.check([key(r, number)])]
+            if not late:
+                raise
+            raise _unanswered(group, me, late) from error
+        found.append(json.loads(store.get(key(rank, number))))
+    # All have answered this one, so all have read the one before.
+    store.delete_key(key(me, number - 1))
+    return found
+
+
+def _next(store: Any, group: str) -> int:
+    global _exchanged_in
+    with _LOCK:
+        if store is not _exchanged_in:  # the process group was made anew
+            _exchanged.clear()
+            _exchanged_in = store
+        _exchanged[group] = _exchanged.get(group, 0) + 1
+        return _exchanged[group]
+
+
+def _timeout() -> float:
+    given = os.environ.get(TIMEOUT_VARIABLE)
+    try:
+        seconds = _TIMEOUT if given is None else float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ConfigError(f"{TIMEOUT_VARIABLE}={given!r} is no positive number of seconds")
+    return seconds
+
+
+def _unanswered(group: str, me: int, late: Sequence[int]) -> RanksError:
+    return RanksError(
+        f"rank {me} waited {_timeout():g} s for ranks {list(late)} of process group {group!r} to "
+        "say what became of the same graph. They failed, were given another call, or are still "
+        f"compiling: see their own output; {TIMEOUT_VARIABLE} sets another number of seconds"
+    )

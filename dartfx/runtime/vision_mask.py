@@ -1,0 +1,128 @@
+"""Where the vision mask comes from when the decoder's graph does not hold the merge.
+
+Either an earlier graph of the same call noted it for the embeddings it returned, or the caller
+gave it with :func:`vision_tokens`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dartfx.observe.collecting import listening
+
+__all__ = ["Found", "find", "forget", "given", "media_tokens", "note", "noting", "vision_tokens"]
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A vision mask [B, S] bool, its feature rows over the batch, and how it was found.
+
+    version: of the embeddings' data when the note was made; taken: set once a decoder had it.
+    """
+
+    mask: Tensor
+    rows: int
+    how: str
+    version: int | None = None
+    taken: threading.Event = field(default_factory=threading.Event, compare=False)
+
+
+LOST = (
+    "vision tokens were merged in one graph, but no compiled decoder took the merged embeddings as "
+    "they were, so that call ran unpruned"
+)
+LOST_ADVICE = (
+    "fullgraph=True, dartfx.compile, or model.generate; or say where the tokens are with "
+    "dartfx.vision_tokens"
+)
+
+_LOCK = threading.Lock()
+# Keyed by the tensor object itself: two threads, streams or prompts never share a note, and a note
+# dies with its embeddings.
+_notes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_given: ContextVar[Found | None] = ContextVar("dartfx_vision_tokens", default=None)
+_noting: ContextVar[list[Found] | None] = ContextVar("dartfx_noted", default=None)
+
+
+def note(embeds: Tensor, mask: Tensor, rows: int) -> None:
+    """Remember the mask of these very embeddings [B, S, D], for as long as they live.
+
+    Embeddings that no compiled decoder ever took are a pruning that silently did not happen, so
+    their end is logged as a warning.
+    """
+    found = Found(mask, rows, "merge in an earlier graph", _version(embeds))
+    with _LOCK:
+        _notes[embeds] = found
+    if (noted := _noting.get()) is not None:
+        noted.append(found)
+    weakref.finalize(embeds, _report_lost, found.taken).atexit = False
+
+
+def find(embeds: Tensor) -> Found | None:
+    """The note on these embeddings; None when there is none or they were written to since."""
+    with _LOCK:
+        found: Found | None = _notes.get(embeds)  # type: ignore[no-untyped-call]
+    if found is None or found.version != _version(embeds):
+        return None
+    found.taken.set()
+    return found
+
+
+def noting() -> AbstractContextManager[list[Found]]:
+    """The notes made in this context, so that whoever opened it can see which nobody took."""
+    return listening(_noting)
+
+
+def _report_lost(taken: threading.Event) -> None:
+    if not taken.is_set():
+        log.warning("%s; try %s", LOST, LOST_ADVICE)
+
+
+def given() -> Found | None:
+    """The mask given by an enclosing :func:`vision_tokens`."""
+    return _given.get()
+
+
+def forget() -> None:
+    """Drop every note."""
+    with _LOCK:
+        _notes.clear()
+
+
+@contextmanager
+def vision_tokens(mask: Tensor) -> Iterator[None]:
+    """Say which positions hold vision tokens, for callers who build ``inputs_embeds`` themselves.
+
+    mask: [B, S] bool, as long as the prompt; calls of another length (decode steps) ignore it.
+    A merge found in the graph itself goes first.  Reads ``mask`` once (a host synchronisation on
+    an accelerator).  Raises ValueError for another shape or dtype.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
+        shown = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(f"vision_tokens needs a bool tensor [B, S], got {shown}")
+    token = _given.set(Found(mask, int(mask.sum()), "given"))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+# The same for tokens of any kind: all that is looked at is where they are.
+media_tokens = vision_tokens
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

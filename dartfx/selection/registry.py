@@ -1,0 +1,226 @@
+"""The selector registry: which rule picks the vision tokens that a row keeps.
+
+A selector is a small function of tensors. It decides only which vision tokens stay; the operator
+around it applies the batch rule, keeps the text, drops pads and builds the indices.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from dartfx.errors import ConfigError
+from dartfx.selection import fastv, simple, spread
+from dartfx.selection.dart import dart
+
+__all__ = [
+    "BUILT_IN",
+    "OPTIONAL",
+    "Selector",
+    "asks_for",
+    "draws",
+    "get_selector",
+    "is_exact",
+    "reads_norms",
+    "register_selector",
+    "selector_fingerprint",
+    "selector_names",
+]
+
+
+# What a selector is given only where its signature names it, keyword-only: what nobody asks for is
+# not carried into the compiled graph.
+OPTIONAL = ("queries", "valid_mask")
+
+
+class Selector(Protocol):
+    """Chooses exactly ``budget[b]`` vision tokens in every row ``b``.
+
+    hidden: [B, S, D] float, after the final norm.  keys: [B, H, S, Dh] float, after rotary
+    embedding.  vision_mask: [B, S] bool.  text_mask: [B, S] bool, valid text after the row's last
+    vision token.  budget: [B] int64, at most the row's vision tokens.  Returns kept: [B, S] bool,
+    inside vision_mask.  Keywords: pivot_image_tokens, pivot_text_tokens: int.
+
+    A selector that has a keyword-only parameter of that name is also given
+    queries: [B, Hq, S, Dh] float, after rotary embedding, of the layer whose keys these are; Hq is
+    a multiple of H, each key serving Hq / H of them in turn, and ``queries @ keys.T / sqrt(Dh)``
+    are that layer's attention scores before its mask (and before a soft cap, where it has one).
+    valid_mask: [B, S] bool, False at pads.
+
+    It is traced once and compiled: shapes must not depend on values, and sizes may be symbolic.
+    """
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        vision_mask: Tensor,
+        text_mask: Tensor,
+        budget: Tensor,
+        /,
+        *none: Any,  # nothing is: with this and the next, mypy lets selectors name what they take
+        **keywords: Any,
+    ) -> Tensor: ...
+
+
+_F = TypeVar("_F", bound=Selector)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    selector: Selector
+    fingerprint: str
+    exact: bool
+    asks_for: tuple[str, ...]
+    reads_norms: bool
+    draws: bool
+
+
+_ENTRIES: dict[str, _Entry] = {}
+
+
+def register_selector(name: str) -> Callable[[_F], _F]:
+    """Decorator that adds a selector to the registry under ``name``.
+
+    Raises ConfigError if the name is taken or empty, or if the function is not a plain Python
+    function with the signature of ``Selector``.
+    """
+    # Nothing is known of it: it may read keys in any way, and draw numbers.
+    return _register(name, exact=False, reads_norms=False, draws=True)
+
+
+def selector_names() -> tuple[str, ...]:
+    """Names of all registered selectors, sorted."""
+    return tuple(sorted(_ENTRIES))
+
+
+def get_selector(name: str) -> Selector:
+    """The selector registered under ``name``; raises ConfigError for an unknown name."""
+    return _entry(name).selector
+
+
+def selector_fingerprint(name: str) -> str:
+    """Hash of a selector's source, so that a compile cache notices when it was edited.
+
+    It covers the file that defines the function (its code where there is no file), its defaults
+    and the values it closes over, as they were at registration. Other modules that the function
+    calls are not covered.  Raises ConfigError for an unknown name.
+    """
+    return _entry(name).fingerprint
+
+
+def is_exact(name: str) -> bool:
+    """Whether the selector is known to meet its budget, so that the operator need not check."""
+    return _entry(name).exact
+
+
+def asks_for(name: str) -> tuple[str, ...]:
+    """Which of ``OPTIONAL`` the selector takes; raises ConfigError for an unknown name."""
+    return _entry(name).asks_for
+
+
+def reads_norms(name: str) -> bool:
+    """Whether the selector is known to read no more of keys than their L1 norms."""
+    return _entry(name).reads_norms
+
+
+def draws(name: str) -> bool:
+    """Whether the selector may draw numbers, so that equal inputs may be selected from unlike."""
+    return _entry(name).draws
+
+
+def _register(
+    name: str, *, exact: bool = True, reads_norms: bool = True, draws: bool = False
+) -> Callable[[_F], _F]:
+    if not isinstance(name, str) or not name or " @ " in name:
+        raise ConfigError(
+            f"a selector's name must be a non-empty string without ' @ ', got {name!r}"
+        )
+
+    def add(function: _F) -> _F:
+        if name in _ENTRIES:
+            raise ConfigError(
+                f"a selector named {name!r} is already registered; choose another name"
+            )
+        plain = inspect.unwrap(function)
+        if not isinstance(plain, FunctionType):
+            raise ConfigError(f"selector {name!r} must be a Python function, got {function!r}")
+        asked = _asked(name, function)
+        _ENTRIES[name] = _Entry(function, _fingerprint(plain), exact, asked, reads_norms, draws)
+        return function
+
+    return add
+
+
+def _asked(name: str, function: Callable[..., Tensor]) -> tuple[str, ...]:
+    """The optional inputs in a selector's signature; raises ConfigError where it is none."""
+    signature = inspect.signature(function)
+    keywords = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    asked = tuple(optional for optional in OPTIONAL if optional in keywords)
+    given = dict.fromkeys(("pivot_image_tokens", "pivot_text_tokens", *asked))
+    try:
+        signature.bind(*range(5), **given)
+    except TypeError as error:
+        raise ConfigError(
+            f"selector {name!r} cannot be called as a selector ({error}); it takes (hidden, keys, "
+            "vision_mask, text_mask, budget, *, pivot_image_tokens, pivot_text_tokens) and, "
+            f"keyword-only, any of {', '.join(OPTIONAL)}"
+        ) from None
+    return asked
+
+
+def _entry(name: str) -> _Entry:
+    try:
+        return _ENTRIES[name]
+    except (KeyError, TypeError):
+        pass
+    near = difflib.get_close_matches(str(name), _ENTRIES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    names = ", ".join(map(repr, selector_names()))
+    raise ConfigError(f"unknown selector {name!r}; registered: {names}{hint}")
+
+
+def _fingerprint(function: FunctionType) -> str:
+    digest = hashlib.sha256(function.__qualname__.encode())
+    for part in _source(function):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    digest.update(repr((function.__defaults__, function.__kwdefaults__, cells)).encode())
+    return digest.hexdigest()
+
+
+def _source(function: FunctionType) -> Iterator[bytes]:
+    path = Path(function.__code__.co_filename)
+    if path.is_file():
+        yield path.read_bytes()
+    else:
+        yield from _code(function.__code__)
+
+
+def _code(code: CodeType) -> Iterator[bytes]:
+    yield code.co_code
+    yield repr(code.co_names).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code(constant)
+        else:
+            yield repr(constant).encode()
+
+
+_register("dart")(dart)
+_register("fastv", reads_norms=False)(fastv.fastv)
+_register("random", draws=True)(simple.random)
+_register("spread")(spread.spread)
+_register("tiled")(spread.tiled)
+_register("uniform")(simple.uniform)
+
+# What is there without a registration of the user's own.
+BUILT_IN = selector_names()

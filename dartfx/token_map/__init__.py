@@ -1,0 +1,1 @@
+"""Which vision tokens were kept, and where in the image."""

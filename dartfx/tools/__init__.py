@@ -1,0 +1,1 @@
+"""Model zoo, benchmarks and evaluation: never imported by the product."""

@@ -1,0 +1,260 @@
+"""``generate`` from the photograph to the last token: eager, hooks, plain Inductor and dart.
+
+  eager           the model as it is
+  eager + hooks   pruned by forward hooks, as those before dartfx do it, with dartfx's selection
+  plain Inductor  model.compile(), one graph where dynamo can
+  dart            dartfx.compile(model)
+  dart + static cache + compiled decode
+                  the same with cache_implementation="static"; on CUDA decode runs as CUDA graphs
+
+Shapes: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b; and tiny, to see whether it runs.
+
+All share one set of weights and run in one process in turns; figures are medians. transformers
+runs the vision tower eagerly inside generate in every row. A row that refuses or fails is printed
+with its reason. Peak memory is the CUDA allocator's while generating one token: the weights and
+what the row has allocated since it was first run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from datetime import date
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import dartfx
+from dartfx.config.options import DartConfig
+from dartfx.tools.bench.figures import limits, row_figures, speed_ups, tables
+from dartfx.tools.bench.timing import device_name
+
+if TYPE_CHECKING:  # they import transformers, which `bench kernel` does without
+    from dartfx.tools.bench.rows import Row
+    from dartfx.tools.bench.variants import Settings
+    from dartfx.tools.bench.workload import Workload
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "generate, beside eager execution, hooks and plain Inductor"
+
+# Every variant shares the model's code, so dynamo counts the compilations of all of them together.
+_RECOMPILE_LIMIT = 256
+_SHAPES = "dartfx.tools.zoo.shapes"  # by name, since nothing but the zoo imports what names models
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add = parser.add_argument
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--model-shape", metavar="SHAPE", help="random weights, real shapes")
+    models.add_argument("--model", metavar="CHECKPOINT", help="a folder or a name on the hub")
+    add("--image", type=Path, metavar="FILE", help="for --model (default: noise, 672 x 672)")
+    add("--retain-tokens", type=int, help="vision tokens kept (default: the shape's; see docs)")
+    add("--layer", type=int, default=2, help="first layer that sees them only (%(default)s)")
+    add("--new-tokens", nargs="+", type=int, help="1 8 64 256; on a CPU 1 8; 1 is always added")
+    add("--rows", nargs="+", metavar="ROW", help="eager hooks plain dart dart_static (all)")
+    add("--repeat", type=int, default=5, help="timed calls of each (%(default)s)")
+    add("--warmup", type=int, default=2, help="calls of each before that (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="float32; on CUDA bfloat16")
+    add("--threads", type=int, help="CPU threads (default: torch's)")
+    add("--lowering", choices=("inductor", "aot_eager", "eager"), default="inductor")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--plot", type=Path, metavar="FILE", help="draw the totals; needs matplotlib")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; 0, also when rows failed; 2 when nothing could be measured."""
+    problem = _problem(arguments)
+    if problem:
+        print(problem, file=sys.stderr)
+        return 2
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    work = _workload(arguments)
+    result = measure(work, _settings(work, arguments), arguments)
+    print(_heading(result))
+    print(tables(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.plot:
+        from dartfx.tools.bench.plot import draw
+
+        draw(result, arguments.plot)
+    return 0
+
+
+def _problem(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments, before anything long is begun."""
+    if find_spec("transformers") is None:
+        return "bench generate runs models of transformers: pip install 'dartfx[hf]'"
+    shapes = import_module(_SHAPES).SHAPES
+    if arguments.model_shape and arguments.model_shape not in shapes:
+        return f"unknown shape {arguments.model_shape!r}; known: {', '.join(shapes)}"
+    if arguments.plot and find_spec("matplotlib") is None:
+        return "--plot needs matplotlib: pip install matplotlib"
+    if arguments.repeat < 1 or arguments.warmup < 1:
+        return "--repeat and --warmup must be at least 1"
+    if arguments.new_tokens and min(arguments.new_tokens) < 1:
+        return "--new-tokens must be at least 1"
+    from dartfx.tools.bench.variants import VARIANTS
+
+    for row in arguments.rows or ():
+        if row not in VARIANTS:
+            return f"unknown row {row!r}; known: {', '.join(VARIANTS)}"
+    if arguments.image and not arguments.image.is_file():
+        return f"no image file {str(arguments.image)!r}"
+    return None
+
+
+def _workload(arguments: argparse.Namespace) -> Workload:
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose queue and memory are meant where none is named
+    default = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, arguments.dtype or default)
+    zoo = import_module(_SHAPES)
+    if arguments.model_shape:
+        work: Workload = zoo.build(arguments.model_shape, device, dtype)
+    else:
+        work = zoo.load(arguments.model, device, dtype, arguments.image)
+    return work
+
+
+def _settings(work: Workload, arguments: argparse.Namespace) -> Settings:
+    from dartfx.tools.bench.variants import Settings
+
+    retain = arguments.retain_tokens
+    if retain is None and arguments.model_shape:
+        retain = import_module(_SHAPES).SHAPES[work.name][1]
+    retain = DartConfig().retain_for(work.vision_tokens) if retain is None else retain
+    return Settings(retain, arguments.layer, arguments.lowering)
+
+
+def measure(work: Workload, settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every figure of the benchmark, as the JSON file holds it."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from dartfx.tools.bench.rows import Progress, Row, prepare, time_round
+    from dartfx.tools.bench.variants import VARIANTS
+
+    on_cpu = work.model.device.type == "cpu"
+    lengths = sorted({1, *(arguments.new_tokens or ((8,) if on_cpu else (8, 64, 256)))})
+    rows = [
+        Row(name, label, {n: [] for n in lengths})
+        for name, (label, _) in VARIANTS.items()
+        if name in (arguments.rows or VARIANTS)
+    ]
+    calls = len(rows) * len(lengths) * (arguments.warmup + arguments.repeat)
+    load = os.getloadavg()[0]
+    patch = torch._dynamo.config.patch(
+        recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=_RECOMPILE_LIMIT
+    )
+    dartfx.reset()
+    with patch, tqdm(total=calls, unit="call") as bar:
+        progress = Progress(bar, lengths)
+        for row in rows:
+            prepare(row, work, settings, progress, arguments.warmup)
+        for _ in range(arguments.repeat):
+            time_round(rows, work, progress)
+    return {
+        "machine": _machine(work, load),
+        "model": _model(work, settings),
+        "settings": {"new_tokens": lengths, **_plain(arguments)},
+        **_figures(rows, progress.towers, settings.layer / _layers(work)),
+    }
+
+
+def _figures(rows: list[Row], towers: list[float], unpruned: float) -> dict[str, Any]:
+    """What follows from the samples; ``unpruned`` is the share of layers before the cut."""
+    tower = median(towers) if towers else None
+    good = {row.name: row for row in rows if not row.failed}
+    told = [
+        {
+            "name": row.name,
+            "label": row.label,
+            "failed": row.failed,
+            **({} if row.failed else _row(row, tower)),
+        }
+        for row in rows
+    ]
+    ratios: dict[str, Any] = {"speed_ups": {}, "limits": {}}
+    if "plain" in good and tower is not None:
+        base = good["plain"].totals()
+        others = {name: row for name, row in good.items() if name != "plain"}
+        ratios["speed_ups"] = {k: speed_ups(base, r.totals(), tower) for k, r in others.items()}
+        if "dart" in good and (pruned := good["dart"].pruned) is not None:
+            ratios["limits"] = {
+                "flops": limits(base, tower, pruned.flops[1] / pruned.flops[0]),
+                "unpruned": limits(base, tower, unpruned),
+            }
+    return {"vision_tower_seconds": tower, "vision_tower_samples": towers, "rows": told, **ratios}
+
+
+def _row(row: Row, tower: float | None) -> dict[str, Any]:
+    assert row.ready is not None
+    return {
+        "note": row.ready.note,
+        "samples": row.samples,
+        "kv_bytes": row.kv_bytes,
+        "peak_bytes": row.peak_bytes,
+        **row_figures(row.totals(), tower),
+    }
+
+
+def _layers(work: Workload) -> int:
+    return len(work.model.get_decoder().layers)
+
+
+def _model(work: Workload, settings: Settings) -> dict[str, Any]:
+    from dartfx.tools.bench.rows import weight_bytes
+
+    return {
+        "name": work.name,
+        "parameters": sum(p.numel() for p in work.model.parameters()),
+        "weight_bytes": weight_bytes(work),
+        "dtype": str(work.model.dtype).removeprefix("torch."),
+        "layers": _layers(work),
+        "layer": settings.layer,
+        "prompt_tokens": work.inputs["input_ids"].shape[1],
+        "vision_tokens": work.vision_tokens,
+        "retained": settings.retain,
+    }
+
+
+def _machine(work: Workload, load: float) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "device": device_name(work.model.device),
+        "date": date.today().isoformat(),
+        "load": round(load, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dartfx": dartfx.__version__,
+    }
+
+
+def _plain(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("repeat", "warmup", "lowering")}
+
+
+def _heading(result: dict[str, Any]) -> str:
+    model = result["model"]
+    lines = [
+        ", ".join(f"{k} {v}" for k, v in result["machine"].items()),
+        f"{model['name']}, {model['parameters'] / 1e9:.2f} G parameters, {model['dtype']}: "
+        f"{model['prompt_tokens']} tokens, {model['vision_tokens']} of them vision, "
+        f"{model['retained']} retained from layer {model['layer']} of {model['layers']} on",
+        ", ".join(f"{k} {v}" for k, v in result["settings"].items()),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,94 @@
+"""The prefill of an eager model pruned by forward hooks, at the least cost hooks can have.
+
+``dartfx.tools.zoo.hooked`` does the same for every family and checks what it is given; here
+what the layers share is gathered once, nothing waits for the device, and decode runs without hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial, wraps
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+__all__ = ["pruned_by_hooks"]
+
+# Which dims of a decoder layer's arguments are tokens, as transformers names them.
+_TOKEN_DIMS = {
+    "attention_mask": (-2, -1),
+    "position_embeddings": (-2,),
+    "position_ids": (-1,),
+}
+
+
+def pruned_by_hooks(
+    model: Any,
+    vision: Tensor,
+    counts: tuple[int, int],
+    layer: int,
+    generate: Callable[[], Any],
+) -> Any:
+    """``generate()`` with the prefill of ``model`` pruned before decoder layer ``layer``.
+
+    vision: [1, S] bool, of the prompt.  counts: vision tokens and how many of them stay, given
+    so that counting need not wait for the device.  Caches before the cut keep S tokens.
+    Raises TypeError for a decoder layer that takes tensors not known here.
+    """
+    forward, decoder = model.forward, model.get_decoder()
+
+    @wraps(forward)
+    def prefill(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["input_ids"].shape[1] == 1:
+            return forward(*args, **kwargs)
+        cut = _Cut(decoder.norm, vision, counts, layer)
+        with ExitStack() as hooks:
+            for index, module in enumerate(decoder.layers[layer:], layer):
+                handle = module.register_forward_pre_hook(partial(cut, index), with_kwargs=True)
+                hooks.callback(handle.remove)
+            return forward(*args, **kwargs)
+
+    with mock.patch.object(model, "forward", prefill):
+        return generate()
+
+
+class _Cut:
+    """The pre-hooks of one prefill."""
+
+    def __init__(self, norm: Any, vision: Tensor, counts: tuple[int, int], layer: int) -> None:
+        self.norm, self.vision, self.counts, self.layer = norm, vision, counts, layer
+        self.keep = torch.empty(0)
+        self.gathered: dict[str, Any] = {}
+
+    def __call__(
+        self, index: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        [hidden] = args
+        if index == self.layer:
+            keys = kwargs["past_key_values"].layers[index - 1].keys
+            self.keep = self.select(self.norm(hidden), keys)[0]
+            hidden = hidden.index_select(1, self.keep)
+            self.gathered = {name: self.gather(name, value) for name, value in kwargs.items()}
+        return (hidden,), kwargs | self.gathered
+
+    def select(self, hidden: Tensor, keys: Tensor) -> Tensor:
+        """dartfx's own operator: the published loop waits for the device at every pivot."""
+        kept: Tensor = torch.ops.dartfx.select_tokens(
+            hidden, keys, self.vision, None, *self.counts, 4, 4, "dart", "auto"
+        )
+        return kept
+
+    def gather(self, name: str, value: Any) -> Any:
+        """One argument with only the kept tokens left in it."""
+        if isinstance(value, tuple):
+            return tuple(self.gather(name, part) for part in value)
+        if not isinstance(value, Tensor):
+            return value
+        if name not in _TOKEN_DIMS:
+            raise TypeError(f"decoder layers take a tensor {name}, which hooks know nothing of")
+        for dim in _TOKEN_DIMS[name]:
+            value = value.index_select(dim, self.keep)
+        return value

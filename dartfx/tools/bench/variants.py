@@ -1,0 +1,129 @@
+"""The ways to generate that are held side by side, each ready to be called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformers import CompileConfig
+
+import dartfx
+from dartfx.model.compiled_model import NOT_ONE_GRAPH
+from dartfx.passes.outcome import Pruned
+from dartfx.tools.bench.hooks import pruned_by_hooks
+from dartfx.tools.bench.timing import cache_bytes, twin
+from dartfx.tools.bench.workload import Workload
+
+__all__ = ["VARIANTS", "Ready", "Settings"]
+
+Generate = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is pruned, and what compiles: ``lowering`` is "inductor", "aot_eager" or "eager"."""
+
+    retain: int
+    layer: int = 2
+    lowering: str = "inductor"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """One way to generate, compiled as far as it can be before it runs.
+
+    generate: (new tokens) -> what ``generate`` returns; kv_bytes: of the caches after a prefill;
+    check: raises where nothing was pruned, else what was; note: how it was compiled.
+    """
+
+    generate: Generate
+    kv_bytes: Callable[[], int]
+    check: Callable[[], Pruned | None] = lambda: None
+    note: str = ""
+
+
+def _generate(model: Any, inputs: dict[str, Any], new_tokens: int, **more: Any) -> Any:
+    return model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        **more,
+    )
+
+
+def _ready(generate: Generate, **more: Any) -> Ready:
+    return Ready(generate, lambda: cache_bytes(generate(1).past_key_values), **more)
+
+
+def eager(work: Workload, settings: Settings) -> Ready:
+    """The model as it is."""
+    return _ready(partial(_generate, work.model, work.inputs))
+
+
+def hooked(work: Workload, settings: Settings) -> Ready:
+    """The eager model pruned by forward hooks, with dartfx's own operator for the selection."""
+    counts = work.vision_tokens, settings.retain
+
+    def generate(new_tokens: int) -> Any:
+        call = partial(_generate, work.model, work.inputs, new_tokens)
+        return pruned_by_hooks(work.model, work.vision, counts, settings.layer, call)
+
+    return _ready(generate)
+
+
+def plain(work: Workload, settings: Settings) -> Ready:
+    """``model.compile()``, as one graph where dynamo can: the stronger baseline."""
+    model = twin(work.model)
+    generate = partial(_generate, model, work.inputs)
+    model.compile(backend=settings.lowering, fullgraph=True)
+    try:
+        generate(1)
+    except NOT_ONE_GRAPH:
+        model.compile(backend=settings.lowering)
+        return _ready(generate, note="several graphs")
+    return _ready(generate, note="one graph")
+
+
+def _dart(work: Workload, settings: Settings, **more: Any) -> Ready:
+    model = dartfx.compile(
+        twin(work.model),
+        retain_tokens=settings.retain,
+        layer=settings.layer,
+        lowering=settings.lowering,
+        on_unsupported="error",  # a row without pruning would be a wrong number
+    )
+    before = len(dartfx.reports())
+
+    def check() -> Pruned:
+        made = dartfx.reports()[before:]
+        for report in made:
+            if isinstance(report.outcome, Pruned):
+                return report.outcome
+        raise RuntimeError("nothing was pruned: " + "; ".join(map(str, made)))
+
+    return _ready(partial(_generate, model, work.inputs, **more), check=check)
+
+
+def dart(work: Workload, settings: Settings) -> Ready:
+    """``dartfx.compile(model)``."""
+    return _dart(work, settings)
+
+
+def dart_static(work: Workload, settings: Settings) -> Ready:
+    """The same with a static cache, which transformers compiles decode for: on CUDA as graphs."""
+    graphs = settings.lowering == "inductor" and work.model.device.type == "cuda"
+    config = CompileConfig(backend=settings.lowering, mode="reduce-overhead" if graphs else None)
+    config._compile_all_devices = True  # else transformers compiles decode only on accelerators
+    return _dart(work, settings, cache_implementation="static", compile_config=config)
+
+
+VARIANTS: dict[str, tuple[str, Callable[[Workload, Settings], Ready]]] = {
+    "eager": ("eager", eager),
+    "hooks": ("eager + hooks", hooked),
+    "plain": ("plain Inductor", plain),
+    "dart": ("dart", dart),
+    "dart_static": ("dart + static cache + compiled decode", dart_static),
+}

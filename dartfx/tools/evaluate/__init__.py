@@ -1,0 +1,161 @@
+"""``python -m dartfx eval``: what pruning costs in answers, selector against selector.
+
+A model answers questions about pictures unpruned, and then pruned by the backend with every
+selector, number of retained tokens, layer and seed asked for. Reported for each type of question:
+accuracy, exact agreement with the unpruned answers, and the divergence of the first answer token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from dartfx.selection.registry import BUILT_IN
+from dartfx.tools.evaluate import selectors  # noqa: F401  (registers what dart is compared with)
+from dartfx.tools.evaluate.answers import Choice
+from dartfx.tools.evaluate.results import Results, as_lines
+from dartfx.tools.evaluate.scores import MEAN, score
+from dartfx.tools.evaluate.work import Asker, Task, answers
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "measure what pruning costs in answers"
+
+MODEL = Path("examples/tiny_vlm/model")
+QUESTIONS = Path("examples/tiny_vlm/heldout/questions.jsonl")
+QUICK = {"pictures": 32, "selectors": ["dart"], "retain": [576, 192, 0], "layers": [2]}
+SELECTORS = [*BUILT_IN, "key_norm"]  # DART first
+# What --quick asserts.
+_COST = 0.03  # accuracy that dart may lose on location with a third of the tokens
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add = parser.add_argument
+    add("--model", default=MODEL, help="folder or hub name (default: %(default)s)")
+    add("--questions", type=Path, default=QUESTIONS, help="JSON Lines (default: %(default)s)")
+    add("--pictures", type=int, help="only the first so many")
+    add("--selectors", nargs="+", default=SELECTORS, help="the first is the one compared with")
+    add("--retain", nargs="+", type=int, default=[576, 288, 192, 128, 64, 32, 16, 0])
+    add("--layers", nargs="+", type=int, default=[2, 1, 3, 4], help="(default: %(default)s)")
+    add(
+        "--retain-elsewhere",
+        nargs="+",
+        type=int,
+        default=[64, 16, 0],
+        help="instead of --retain, at all layers but the first (default: %(default)s)",
+    )
+    add("--seeds", type=int, default=3, help="of selectors that draw (%(default)s)")
+    add("--batch", type=int, default=32, help="prompts at once (%(default)s)")
+    add("--max-new-tokens", type=int, default=8, help="of an answer (%(default)s)")
+    add("--jobs", type=int, default=1, help="processes, each with the model (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    add("--write", type=Path, metavar="FILE", help="write the tables as Markdown")
+    add("--plot", type=Path, metavar="FILE", help="draw accuracy over tokens; needs matplotlib")
+    add("--quick", action="store_true", help="a small set, and only what must always hold")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; 1 when ``--quick`` finds something that must hold broken."""
+    if arguments.quick:
+        vars(arguments).update(QUICK)
+    problem = _problem(arguments)
+    if problem:
+        print(problem, file=sys.stderr)
+        return 2
+    results = _measure(arguments)
+    print(results.as_markdown())
+    if arguments.plot:
+        from dartfx.tools.evaluate.plot import draw
+
+        draw(results, arguments.layers[0], arguments.plot)
+    broken = list(_broken(results)) if arguments.quick else []
+    for what in broken:
+        print(f"BROKEN: {what}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _problem(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments, before anything long is begun."""
+    if not arguments.questions.is_file():
+        return f"no questions at {arguments.questions}: give --questions, or run from a checkout"
+    unknown = set(arguments.selectors) - set(SELECTORS)
+    if unknown:
+        known = ", ".join(SELECTORS)
+        return f"unknown selectors: {', '.join(sorted(unknown))}; registered: {known}"
+    if arguments.plot and find_spec("matplotlib") is None:
+        return "--plot needs matplotlib: pip install 'dartfx[eval]'"
+    return None
+
+
+def _measure(arguments: argparse.Namespace) -> Results:
+    asker = Asker(arguments)
+    questions, full = asker.questions, asker.full()
+    unpruned = score(questions, full, full)["accuracy"]
+    results = Results(questions, asker.vision_tokens, unpruned)
+    plan = list(_plan(arguments, results.vision_tokens))
+    start = time.monotonic()
+    for number, made in enumerate(answers(asker, arguments, plan), 1):
+        layer, choices = plan[number - 1]
+        retain = choices[0].retain
+        for one, answered in zip(choices, made, strict=True):
+            key = (layer, one.selector, one.retain)
+            results.add(key, one.seed, score(questions, full, answered))
+        told = ", ".join(
+            f"{name} {results.figures((layer, name, retain), 'accuracy')[MEAN].value:.1%}"
+            for name in dict.fromkeys(one.selector for one in choices)
+        )
+        print(
+            f"[{number}/{len(plan)}] layer {layer}, {retain} kept: {told} "
+            f"(after {time.monotonic() - start:.0f} s)",
+            file=sys.stderr,
+            flush=True,
+        )
+        _write(arguments, results)  # every time, so that what was measured survives an interruption
+    return results
+
+
+def _plan(arguments: argparse.Namespace, total: int) -> Iterator[Task]:
+    """Every layer and number of tokens, with the choices there.
+
+    Where no selector decides (all or none are kept) one stands for all.  Those come first at each
+    layer: where nothing is lost with no token left, nothing can be compared.
+    """
+    for layer in arguments.layers:
+        first = layer == arguments.layers[0]
+        retained = arguments.retain if first else arguments.retain_elsewhere
+        for retain in sorted(retained, key=lambda r: 0 < r < total):
+            decided = 0 < retain < total
+            names = arguments.selectors if decided else arguments.selectors[:1]
+            seeds = {name: arguments.seeds if decided and name == "random" else 1 for name in names}
+            yield layer, tuple(Choice(n, retain, s) for n in names for s in range(seeds[n]))
+
+
+def _write(arguments: argparse.Namespace, results: Results) -> None:
+    if arguments.json:
+        arguments.json.write_text(as_lines(results.as_json()))
+    if arguments.write:
+        arguments.write.write_text(results.as_markdown())
+
+
+def _broken(results: Results) -> Iterator[str]:
+    """What must hold of any measure worth reading, and does not."""
+    full = results.sample.figures(results.full)
+    for key in results.values:
+        accuracy = results.figures(key, "accuracy")
+        if key[2] >= results.vision_tokens:
+            if (results.mean(key, "agreement") != 1).any():
+                yield f"{key}: nothing was dropped, but some answers changed"
+            if results.mean(key, "kl").max() > 1e-6:
+                yield f"{key}: nothing was dropped, but distributions changed"
+        elif key[2] == 0:
+            if key in results.void():
+                yield f"{key}: {accuracy[MEAN].value:.1%} right without one vision token"
+        else:
+            kept, all_kept = accuracy["location"].value, full["location"].value
+            if kept < all_kept - _COST:
+                yield f"{key}: location {kept:.1%}, unpruned {all_kept:.1%}"

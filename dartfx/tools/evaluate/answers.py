@@ -1,0 +1,149 @@
+"""What a model answers, unpruned and pruned by the backend."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dartfx
+from dartfx.passes.outcome import Pruned
+from dartfx.tools.evaluate.questions import Batch
+from dartfx.tools.evaluate.resume import Resumed, resuming
+from dartfx.tools.evaluate.switch import name_for, selecting
+
+__all__ = ["Answers", "Choice", "PrunedModel", "answer", "encode_once", "vision_tokens"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is kept at a cut: so many tokens, by this selector, drawn with this seed."""
+
+    selector: str
+    retain: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """texts: one for each question.  first: [questions, vocabulary] float32, log-probabilities of
+    the first token of each."""
+
+    texts: tuple[str, ...]
+    first: Tensor
+
+
+@torch.no_grad()
+def answer(model: Any, processor: Any, batches: Sequence[Batch], most: int) -> Answers:
+    """Greedy answers of at most ``most`` tokens, in the order of the questions."""
+    texts: dict[int, str] = {}
+    first: dict[int, Tensor] = {}
+    for batch in batches:
+        inputs = batch.inputs
+        made = model.generate(
+            **inputs,
+            max_new_tokens=most,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        new = made.sequences[:, inputs["input_ids"].shape[1] :]
+        told = processor.batch_decode(new, skip_special_tokens=True)
+        logits = made.logits[0].float().log_softmax(-1).cpu()
+        texts.update(zip(batch.numbers, told, strict=False))
+        first.update(zip(batch.numbers, logits, strict=False))
+    order = sorted(texts)
+    return Answers(tuple(texts[i].strip() for i in order), torch.stack([first[i] for i in order]))
+
+
+class PrunedModel:
+    """The model compiled by dartfx to prune before one layer; ``model`` itself stays as it is.
+
+    selectors: all that it will be asked for.  retain: the number of tokens that it is compiled
+    with; where some are dropped, any other that drops some may be asked for later.
+
+    The rewritten graph is run eagerly: compiling it would take longer than running it, and the
+    selector is then looked up in every call.  Raises UnsupportedModelError, when first called,
+    where the model cannot be pruned.
+    """
+
+    def __init__(self, model: Any, layer: int, retain: int, selectors: Collection[str]) -> None:
+        torch.compiler.reset()
+        dartfx.reset()
+        self._halves: list[Resumed] = []
+        self._model = dartfx.compile(
+            _twin(model),
+            dynamic=True,  # the prompts' lengths differ
+            retain_tokens=retain,
+            layer=layer,
+            selector=name_for(selectors),
+            lowering="eager",
+            on_unsupported="error",
+        )
+
+    def answer(
+        self, processor: Any, batches: Sequence[Batch], most: int, choice: Choice
+    ) -> Answers:
+        """As :func:`answer`, pruned."""
+        with (
+            resuming(self._halves, choice.retain),
+            torch.random.fork_rng(),
+            selecting(choice.selector),
+        ):
+            torch.manual_seed(choice.seed)
+            return answer(self._model, processor, batches, most)
+
+
+def encode_once(model: Any) -> None:
+    """Let the model, and copies made later, remember what it makes of each tensor of pixels.
+
+    ``generate`` calls for image features before the decoder's graph, so that they are the same
+    whatever is dropped there.  A model without that call computes them anew every time.
+    """
+    base = getattr(model, "base_model", model)
+    if not hasattr(base, "get_image_features"):
+        return
+    encode: Callable[..., Any] = base.get_image_features
+    known: dict[int, tuple[Any, Any]] = {}
+
+    @wraps(encode)
+    def features(*args: Any, **kwargs: Any) -> Any:
+        pixels = kwargs.get("pixel_values")
+        if torch.compiler.is_compiling() or args or pixels is None:
+            return encode(*args, **kwargs)
+        if id(pixels) not in known:  # the tensor is kept beside, so its id is not used again
+            known[id(pixels)] = pixels, encode(**kwargs)
+        return known[id(pixels)][1]
+
+    base.get_image_features = features
+
+
+def vision_tokens(model: Any, batch: Batch) -> int:
+    """Vision tokens of each prompt of the batch, as dartfx counts them.
+
+    Raises ValueError when there are none to prune.
+    """
+    inputs: dict[str, Any] = dict(batch.inputs)
+    told = dartfx.explain(
+        _twin(model).generate,
+        **inputs,
+        max_new_tokens=1,
+        do_sample=False,
+        options={"retain_tokens": 0},
+    )
+    for report in told.reports:
+        if isinstance(report.outcome, Pruned):
+            return int(report.outcome.vision_tokens)
+    raise ValueError(f"dartfx finds no vision token to prune:\n{told}")
+
+
+def _twin(model: Any) -> Any:
+    """A copy of the module tree that shares every parameter and buffer with ``model``."""
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)

@@ -1,0 +1,184 @@
+"""A measure while it grows: settings with their figures, as JSON and as Markdown tables."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dartfx
+from dartfx.tools.evaluate.questions import Question
+from dartfx.tools.evaluate.scores import MEAN, METRICS, Figure, Sample, chance
+
+__all__ = ["Results", "as_lines"]
+
+Key = tuple[int, str, int]  # layer, selector, retained
+
+SEES_NOTHING = 0.10  # accuracy above chance that is allowed without one vision token
+
+_TITLES = {
+    "accuracy": "Accuracy, %",
+    "agreement": "Exactly the unpruned answer, %",
+    "kl": "KL divergence of the first answer token, nats",
+}
+
+
+@dataclass
+class Results:
+    """Figures of each setting; seeds of one setting are averaged question by question.
+
+    vision_tokens: of each prompt.  full: accuracy of the unpruned model, [questions].  values: by
+    layer, selector and retained tokens, the metrics of each seed, [questions].
+    """
+
+    questions: Sequence[Question]
+    vision_tokens: int
+    full: Tensor
+    values: dict[Key, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sample = Sample(self.questions)
+
+    def add(self, key: Key, seed: int, metrics: dict[str, Tensor]) -> None:
+        """Takes in what one setting gave with one seed, [questions] each."""
+        self.values.setdefault(key, {})[seed] = metrics
+
+    def mean(self, key: Key, metric: str) -> Tensor:
+        """A metric's mean over seeds, [questions]."""
+        return torch.stack([metrics[metric] for metrics in self.values[key].values()]).mean(0)
+
+    def figures(self, key: Key, metric: str) -> dict[str, Figure]:
+        """A metric by type."""
+        return self.sample.figures(self.mean(key, metric))
+
+    def differences(self, key: Key, selector: str) -> dict[str, Figure]:
+        """Accuracy of ``selector`` less that of ``key`` at the same layer and retained tokens."""
+        other = (key[0], selector, key[2])
+        return self.sample.figures(self.mean(other, "accuracy") - self.mean(key, "accuracy"))
+
+    def void(self) -> list[Key]:
+        """The settings without a vision token that answer better than by guessing.
+
+        At their layers the answers were read off before the cut, whatever is dropped there.
+        """
+        bound = chance(self.questions)[MEAN] + SEES_NOTHING
+        none = [key for key in self.values if key[2] == 0]
+        return [key for key in none if self.figures(key, "accuracy")[MEAN].value > bound]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, ready for :func:`as_lines`."""
+        kinds = [q.type for q in self.questions]
+        return {
+            "made_with": _made_with(),
+            "pictures": self.sample.pictures,
+            "questions": {kind: kinds.count(kind) for kind in self.sample.types},
+            "vision_tokens": self.vision_tokens,
+            "chance": chance(self.questions),
+            "unpruned": _as_json(self.sample.figures(self.full)),
+            "void_layers": [key[0] for key in self.void()],
+            "settings": [self._setting_as_json(key) for key in self.values],
+        }
+
+    def _setting_as_json(self, key: Key) -> dict[str, Any]:
+        layer, selector, retain = key
+        right = {seed: _bits(m["accuracy"]) for seed, m in self.values[key].items()}
+        figures = {metric: _as_json(self.figures(key, metric)) for metric in METRICS}
+        told = {"layer": layer, "selector": selector, "retained": retain}
+        return told | figures | {"right_by_seed": right}
+
+    def as_markdown(self) -> str:
+        """Tables of every metric for each layer, then each selector against the first."""
+        parts = [self._without_vision()]
+        for layer in dict.fromkeys(key[0] for key in self.values):
+            keys = sorted((k for k in self.values if k[0] == layer), key=lambda k: -k[2])
+            for metric in METRICS:
+                parts.append(self._table(layer, keys, metric))
+            first = keys[0][1]
+            pairs = [k for k in keys if k[1] != first and (layer, first, k[2]) in self.values]
+            if pairs:
+                title = f"Accuracy of {first} less that of the others, layer {layer}, points"
+                rows = [self._row(k, self.differences(k, first), 100, "+.1f") for k in pairs]
+                parts.append(self._lines(title, rows))
+        return "\n\n".join(parts) + "\n"
+
+    def _without_vision(self) -> str:
+        share = {kind: f"{100 * value:.1f}" for kind, value in chance(self.questions).items()}
+        rows = [["commonest answer", "", *share.values()]]
+        void = self.void()
+        for key in (k for k in self.values if k[2] == 0):
+            name = f"layer {key[0]}" + (": void" if key in void else "")
+            rows += [[name, "0", *_cells(self.figures(key, "accuracy"), 100, ".1f")]]
+        text = self._lines("Accuracy with no vision token left, %", rows)
+        if void:
+            text += (
+                "\n\nVoid: the answers were read off before that layer, so that a comparison of "
+                "selectors there says nothing."
+            )
+        return text
+
+    def _table(self, layer: int, keys: Sequence[Key], metric: str) -> str:
+        scale, form = (1, ".3f") if metric == "kl" else (100, ".1f")
+        rows = []
+        if metric == "accuracy":
+            share = {kind: f"{100 * value:.1f}" for kind, value in chance(self.questions).items()}
+            rows += [["commonest answer", "", *share.values()]]
+            full = self.sample.figures(self.full)
+            rows += [["unpruned", str(self.vision_tokens), *_cells(full, 100, ".1f")]]
+        rows += [self._row(key, self.figures(key, metric), scale, form) for key in keys]
+        return self._lines(f"{_TITLES[metric]}, pruned before layer {layer}", rows)
+
+    def _row(self, key: Key, figures: dict[str, Figure], scale: int, form: str) -> list[str]:
+        name = "none left" if key[2] == 0 else key[1]
+        return [name, str(key[2]), *_cells(figures, scale, form)]
+
+    def _lines(self, title: str, rows: Sequence[Sequence[str]]) -> str:
+        head = ["selector", "kept", *self.sample.types, MEAN]
+        lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *rows]
+        return f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(figures: dict[str, Figure], scale: int, form: str) -> Iterator[str]:
+    for figure in figures.values():
+        half = scale * (figure.high - figure.low) / 2
+        yield f"{scale * figure.value:{form}} ±{half:{form.lstrip('+')}}"
+
+
+def _as_json(figures: dict[str, Figure]) -> dict[str, Any]:
+    """Each figure as [value, low, high]."""
+    return {
+        kind: [round(value, 4) for value in astuple(figure)] for kind, figure in figures.items()
+    }
+
+
+def _bits(right: Tensor) -> str:
+    """Each question's verdict as a bit, the first the highest, padded by 0 to whole hex digits."""
+    bits = "".join(str(int(r)) for r in right.tolist())
+    digits = -(-len(bits) // 4)
+    return f"{int(bits.ljust(4 * digits, '0'), 2):0{digits}x}"
+
+
+def as_lines(told: dict[str, Any]) -> str:
+    """JSON with one line for each entry, and one for each setting."""
+    entries = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in told.items() if k != "settings"]
+    settings = ",\n".join(map(json.dumps, told["settings"]))
+    return "{\n" + ",\n".join([*entries, f'"settings": [\n{settings}\n]']) + "\n}\n"
+
+
+def _made_with() -> dict[str, str]:
+    import transformers
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "dartfx": dartfx.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+    }

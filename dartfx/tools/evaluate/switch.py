@@ -1,0 +1,59 @@
+"""One selector that stands for others: which of them is looked up whenever it runs.
+
+A graph whose operators run one by one can then be measured with many selectors.  Compiled code
+would have one of them built in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from dartfx.selection.registry import asks_for, get_selector, register_selector
+
+__all__ = ["name_for", "selecting"]
+
+_PLAIN, _ASKING = "(as measured)", "(as measured, with queries)"
+_names: list[str] = []  # the last is the one that selects now
+
+
+@contextmanager
+def selecting(name: str) -> Iterator[None]:
+    """Within it, the selectors of this module select as ``name`` does."""
+    _names.append(name)
+    try:
+        yield
+    finally:
+        _names.pop()
+
+
+def name_for(selectors: Collection[str]) -> str:
+    """The selector that can stand for all of these: with queries only if one asks for them."""
+    return _ASKING if any("queries" in asks_for(name) for name in selectors) else _PLAIN
+
+
+@register_selector(_PLAIN)
+def _plain(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    budget: Tensor,
+    *,
+    valid_mask: Tensor,
+    **keywords: Any,
+) -> Tensor:
+    name = _names[-1]
+    if "valid_mask" in asks_for(name):
+        keywords["valid_mask"] = valid_mask
+    return get_selector(name)(hidden, keys, vision_mask, text_mask, budget, **keywords)
+
+
+@register_selector(_ASKING)
+def _asking(*given: Tensor, queries: Tensor, valid_mask: Tensor, **keywords: Any) -> Tensor:
+    if "queries" in asks_for(_names[-1]):
+        keywords["queries"] = queries
+    return _plain(*given, valid_mask=valid_mask, **keywords)

@@ -1,0 +1,81 @@
+"""Every family by name, in the order of the table."""
+
+from __future__ import annotations
+
+from dartfx.tools.zoo import gemma, grids, llava, others, projected, qwen, tokenised
+from dartfx.tools.zoo.family import Builder, Family, build
+
+BUILDERS: tuple[Builder, ...] = (
+    llava.llava,
+    llava.llava_next,
+    llava.llava_onevision,
+    llava.llava_next_video,
+    llava.video_llava,
+    llava.vipllava,
+    llava.llava_pixtral,
+    llava.mistral3,
+    llava.internvl,
+    llava.idefics3,
+    llava.smolvlm,
+    llava.aya_vision,
+    llava.ovis2,
+    llava.lfm2_vl,
+    qwen.qwen2_vl,
+    qwen.qwen2_5_vl,
+    qwen.qwen3_vl,
+    qwen.qwen3_vl_moe,
+    qwen.qwen3_5,
+    qwen.qwen3_5_moe,
+    qwen.glm4v,
+    qwen.glm46v,
+    qwen.glm4v_moe,
+    gemma.paligemma,
+    gemma.paligemma2,
+    gemma.gemma3,
+    gemma.gemma4,
+    others.minicpmv4_6,
+    others.kimi_k25,
+    others.phi4_multimodal,
+    others.llama4,
+    others.perception_lm,
+    others.mllama,
+    others.florence2,
+    others.fuyu,
+    projected.cohere2_vision,
+    projected.aria,
+    projected.deepseek_vl,
+    projected.janus,
+    projected.idefics2,
+    projected.got_ocr2,
+    projected.lighton_ocr,
+    projected.qianfan_ocr,
+    projected.fast_vlm,
+    projected.granite4_vision,
+    projected.granite_docling,
+    projected.step3p7,
+    projected.deepseek_vl_hybrid,
+    projected.molmo2,
+    gemma.gemma4_unified,
+    grids.hunyuan_vl,
+    grids.qwen2_5_omni,
+    grids.qwen3_omni_moe,
+    grids.video_llama_3,
+    grids.paddleocr_vl,
+    grids.ernie4_5_vl_moe,
+    grids.glm_ocr,
+    grids.exaone4_5,
+    grids.hyperclovax_vision_v2,
+    grids.cohere_compass,
+    tokenised.emu3,
+    tokenised.chameleon,
+    tokenised.blip_2,
+    tokenised.instructblip,
+    tokenised.instructblipvideo,
+)
+
+FAMILIES: dict[str, Builder] = {builder.__name__: builder for builder in BUILDERS}
+
+
+def load(name: str, *, seed: int = 0, attn_implementation: str = "sdpa", **sizes: object) -> Family:
+    """Build one family, as :func:`build` does.  Raises KeyError on unknown names."""
+    return build(name, FAMILIES[name], seed=seed, attn_implementation=attn_implementation, **sizes)

@@ -1,0 +1,152 @@
+"""Families whose images become tokens or queries: image tokenisers and Q-Formers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+
+from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes
+
+
+def emu3(**text: Any) -> Structure:
+    """Emu3: a VQ-VAE writes each image as ids, which the text embedding looks up."""
+    sizes = text_sizes(**text)
+    vocab = sizes["vocab_size"]
+    image = special(vocab, 1)
+    codes = {f"<|visual token {n:06d}|>": 100 + n for n in range(32)}
+    tokeniser = {
+        "codebook_size": 32,
+        "embed_dim": 4,
+        "latent_channels": 4,
+        "temporal_downsample_factor": 1,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "hidden_size": 32,
+    }
+    config = hf.Emu3Config(
+        vq_config=tokeniser,
+        text_config=sizes,
+        vocabulary_map={**codes, "<image>": image, "<|extra_200|>": special(vocab, 2)},
+    )
+    pixels = images(3, 8, 8, image_sizes=[8, 8])
+    return Structure("Emu3ForConditionalGeneration", config, image, 20, pixels)
+
+
+def chameleon(**text: Any) -> Structure:
+    """Chameleon: image ids from a VQ-VAE, norms on queries and keys."""
+    sizes = text_sizes(**text)
+    vocab = sizes["vocab_size"]
+    image = special(vocab, 1)
+    digits = "ABCDEFGHIJ"  # a code's name spells its number
+    codes = {f"IMGIMG{digits[n // 10]}{digits[n % 10]}Z": 100 + n for n in range(32)}
+    tokeniser = {
+        "embed_dim": 8,
+        "num_embeddings": 32,
+        "latent_channels": 8,
+        "resolution": 16,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1, 1],
+        "num_res_blocks": 1,
+    }
+    config = hf.ChameleonConfig(
+        **sizes, vq_config=tokeniser, vocabulary_map={**codes, "<image>": image}
+    )
+    return Structure("ChameleonForConditionalGeneration", config, image, 16, images(3, 16, 16))
+
+
+def _tower(**more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        **more,
+    }
+
+
+def _qformer(vocab: int) -> dict[str, Any]:
+    return _tower(encoder_hidden_size=48, vocab_size=vocab, cross_attention_frequency=1)
+
+
+def blip_2(**text: Any) -> Structure:
+    """BLIP-2: a Q-Former's queries stand for the image, OPT decoder with learned positions."""
+    sizes = text_sizes(**text)
+    vocab = sizes["vocab_size"]
+    image = special(vocab, 1)
+    decoder = hf.OPTConfig(
+        **{k: v for k, v in sizes.items() if k != "num_key_value_heads"},
+        ffn_dim=160,
+        word_embed_proj_dim=sizes["hidden_size"],
+    )
+    config = hf.Blip2Config(
+        vision_config=_tower(image_size=56, patch_size=14),
+        qformer_config=_qformer(vocab),
+        text_config=decoder.to_dict(),
+        num_query_tokens=16,
+        image_token_index=image,
+    )
+    name = "Blip2ForConditionalGeneration"
+    return Structure(
+        name, config, image, 16, images(3, 56, 56), decoder="language_model.model.decoder"
+    )
+
+
+def _questions(name: str, *shape: int) -> Any:
+    def pixels(count: int, generator: torch.Generator) -> Inputs:
+        return {
+            "pixel_values": torch.randn((count, *shape), generator=generator),
+            "qformer_input_ids": torch.randint(2, 100, (count, 5), generator=generator),
+            "qformer_attention_mask": torch.ones((count, 5), dtype=torch.long),
+        }
+
+    return pixels
+
+
+def instructblip(**text: Any) -> Structure:
+    """InstructBLIP: a Q-Former that reads the question too, Llama decoder."""
+    sizes = text_sizes(**text)
+    vocab = sizes["vocab_size"]
+    image = special(vocab, 1)
+    config = hf.InstructBlipConfig(
+        vision_config=_tower(image_size=56, patch_size=14),
+        qformer_config=_qformer(vocab),
+        text_config={"model_type": "llama", **sizes},
+        num_query_tokens=16,
+        image_token_index=image,
+    )
+    name = "InstructBlipForConditionalGeneration"
+    return Structure(
+        name,
+        config,
+        image,
+        16,
+        _questions(name, 3, 56, 56),
+        decoder="language_model.model",
+    )
+
+
+def instructblipvideo(**text: Any) -> Structure:
+    """InstructBLIP for video: the queries of four frames in a row."""
+    sizes = text_sizes(**text)
+    vocab = sizes["vocab_size"]
+    video = special(vocab, 1)
+    config = hf.InstructBlipVideoConfig(
+        vision_config=_tower(image_size=56, patch_size=14),
+        qformer_config=_qformer(vocab),
+        text_config={"model_type": "llama", **sizes},
+        num_query_tokens=4,
+        video_token_index=video,
+    )
+    name = "InstructBlipVideoForConditionalGeneration"
+    return Structure(
+        name,
+        config,
+        video,
+        16,
+        _questions(name, 4, 3, 56, 56),
+        decoder="language_model.model",
+    )

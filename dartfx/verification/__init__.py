@@ -1,0 +1,1 @@
+"""``dartfx.verify``: the pruned model against the same selection by masks."""

@@ -1,0 +1,1 @@
+"""Read-only: where to cut, and which dimensions are the token axis."""

@@ -1,0 +1,280 @@
+"""Attention in one decoder layer: its keys, its mask, and what feeds it.  Read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dartfx.passes.graph import argument, aten, is_one, packet, same_size, sizes, tensor
+from dartfx.passes.refusal import Refusal
+from dartfx.passes.site import Stack
+
+# An addend that takes a key from a query: e^-1000 is no weight at all in any dtype.
+HIDING = -1e3
+_SDPA = aten.scaled_dot_product_attention
+_SOFTMAX = {aten.softmax, aten._softmax, aten._safe_softmax}
+_PRODUCTS = {aten.matmul, aten.bmm, aten.einsum}
+_MASKING = {aten.add, aten.add_, aten.masked_fill, aten.masked_fill_, aten.where}
+_ELEMENTWISE = {*_MASKING, aten.to, aten._to_copy, aten.dropout, aten.mul_, aten.div_}
+_SCALINGS = {aten.mul, aten.mul_, aten.div, aten.div_}
+_VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.clone, aten.contiguous}
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What an attention masks its scores with, [*, *, Q, K] or None.
+
+    hides: True marks keys to hide (``masked_fill``), not keys to see.
+    """
+
+    node: Node | None = None
+    hides: bool = False
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Post-RoPE queries [B, Hq, S, Dh] as they meet the keys.
+
+    scale: what the layer multiplies their products with the keys by, before its mask.
+    """
+
+    node: Node
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a softmax of scores is made of: ``softmax(mask(product * scale))``.
+
+    scale: None where it is not a number of the graph.
+    """
+
+    product: Node
+    mask: Mask
+    scale: float | None
+
+
+def is_attention(node: Node) -> bool:
+    """Whether the node weighs values by a softmax of products: fused, or the softmax itself."""
+    if packet(node) in _SOFTMAX:
+        return _product_above(argument(node, "self")) is not None
+    return packet(node) is _SDPA
+
+
+def _product_above(node: Node, depth: int = 8) -> Node | None:
+    """The matrix product that a value is an elementwise function of."""
+    if packet(node) in _PRODUCTS:
+        return node
+    if depth and packet(node) in _VIEWS:
+        return _product_above(node.all_input_nodes[0], depth - 1)
+    if depth == 0 or not _is_elementwise(node):
+        return None
+    shape = sizes(node)
+    for operand in node.all_input_nodes:
+        # A product of the scores' own shape; a mask broadcasts, or comes from no product.
+        if tensor(operand) is not None and len(sizes(operand)) == len(shape):
+            product = _product_above(operand, depth - 1)
+            if product is not None:
+                return product
+    return None
+
+
+def _is_elementwise(node: Node) -> bool:
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return pointwise or packet(node) in _ELEMENTWISE
+
+
+def attends_causally(stack: Stack) -> bool:
+    """Whether the first layer masks its attention, as a decoder's prefill does."""
+    for node in stack.nodes(0):
+        if packet(node) is _SDPA:
+            return bool(argument(node, "is_causal")) or argument(node, "attn_mask") is not None
+        if packet(node) in _SOFTMAX and is_attention(node):
+            return _eager_attention(node).mask.node is not None
+    return False
+
+
+def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Mask]:
+    """Post-RoPE keys [B, H, S, Dh] of one layer and the mask it attends with."""
+    core = _core(stack, index)
+    if packet(core) is _SDPA:
+        keys, mask = argument(core, "key"), Mask(argument(core, "attn_mask"))
+    else:
+        scores = _eager_attention(core)
+        keys, mask = _keys(scores.product), scores.mask
+        _require_whole_weights(core)
+    keys = _unrepeated(keys)
+    if len(sizes(keys)) != 4:
+        raise Refusal("attention keys are not [B, H, S, Dh]", core)
+    return keys, mask
+
+
+def queries_of(stack: Stack, index: int) -> Queries:
+    """The queries of one layer's attention.  Raises Refusal where they cannot be told."""
+    core = _core(stack, index)
+    if packet(core) is _SDPA:
+        node, scale = argument(core, "query"), argument(core, "scale")
+        scale = sizes(node)[-1] ** -0.5 if scale is None else scale
+    else:
+        scores = _eager_attention(core)
+        node, scale = _queries(scores.product), scores.scale
+    if not isinstance(scale, int | float):
+        raise Refusal(
+            "the scale of attention scores is no number of the graph, so the selector cannot be "
+            "given queries",
+            core,
+            advice="a selector that asks for no queries",
+        )
+    if len(sizes(node)) != 4:
+        raise Refusal("attention queries are not [B, Hq, S, Dh]", core)
+    return Queries(node, float(scale))
+
+
+def _core(stack: Stack, index: int) -> Node:
+    """The one attention operation of a layer."""
+    cores = [n for n in stack.nodes(index) if is_attention(n)]
+    if len(cores) != 1:
+        raise Refusal(
+            f"layer {index} of {stack.path} holds {len(cores)} attention operations, expected one",
+            cores[0] if cores else None,
+            advice="another layer: the one before the cut must be self-attention",
+        )
+    return cores[0]
+
+
+def _eager_attention(softmax: Node) -> _Scores:
+    """The parts of ``softmax(mask(q @ k.T * scale))``."""
+    node, mask = argument(softmax, "self"), Mask()
+    scale: float | None = 1.0
+    while packet(node) not in _PRODUCTS:
+        operands = [n for n in node.all_input_nodes if tensor(n) is not None]
+        scores = next(n for n in operands if _product_above(n) is not None)
+        scale = _scaled(scale, node)
+        for other in operands:
+            if other is scores or all(map(is_one, sizes(other))):
+                continue
+            unknown = packet(node) not in _MASKING or argument(node, "alpha", 1) != 1
+            if mask.node is not None or unknown or _product_above(other) is not None:
+                raise Refusal("attention scores meet a tensor that is no mask we know", node)
+            if not _fills_with_a_score(node):
+                mask = Mask(other, hides=_hides(node, scores))
+        node = scores
+    return _Scores(node, mask, scale)
+
+
+def _scaled(scale: float | None, node: Node) -> float | None:
+    """``scale`` times what this call multiplies scores by; None where that is a tensor."""
+    if scale is None or packet(node) not in _SCALINGS:
+        return scale
+    factors = [a for a in node.args if isinstance(a, int | float)]
+    if len(factors) != 1:
+        return None
+    return scale / factors[0] if packet(node) in (aten.div, aten.div_) else scale * factors[0]
+
+
+def _fills_with_a_score(node: Node) -> bool:
+    """Whether a masking call puts a number in the place of scores that still leaves a weight."""
+    fills = (argument(node, name) for name in ("value", "self", "other"))
+    return any(isinstance(f, int | float) and f > HIDING for f in fills)
+
+
+def _require_whole_weights(weights: Node) -> None:
+    """Raise Refusal where keys are hidden after the softmax: then no mask tells which."""
+    for user in weights.users:
+        if packet(user) in {*_VIEWS, aten.to, aten._to_copy, aten.dropout}:
+            _require_whole_weights(user)
+        elif _is_elementwise(user):
+            others = [n for n in user.all_input_nodes if n is not weights and tensor(n) is not None]
+            if not all(is_one(sizes(n)[-1]) for n in others if sizes(n)):
+                raise Refusal("attention weights meet a tensor that may hide keys", user)
+
+
+def _queries(product: Node) -> Node:
+    """The queries [B, Hq, S, Dh] of a query-key product."""
+    if packet(product) is aten.einsum:
+        found = argument(product, "tensors")[0] if _einsum_keys(product) is not None else None
+    else:
+        found = argument(product, "self")
+    queries = found if found is None or len(sizes(found)) == 4 else _through(found, _VIEWS)
+    if queries is None or found is None or not _ends_alike(queries, found):
+        raise Refusal(
+            "the queries of the query-key product are not [B, Hq, S, Dh]",
+            product,
+            advice="a selector that asks for no queries",
+        )
+    return queries
+
+
+def _keys(product: Node) -> Node:
+    """The keys [B, H, S, Dh] of a query-key product."""
+    if packet(product) is aten.einsum:
+        found = _einsum_keys(product)
+    else:
+        transposed = _through(product.all_input_nodes[-1], _VIEWS)
+        found = transposed.all_input_nodes[0] if _swaps_last(transposed) else None
+    keys = found if found is None or len(sizes(found)) == 4 else _through(found, _VIEWS)
+    if keys is None or found is None or not _ends_alike(keys, found):
+        raise Refusal(
+            "the keys of the query-key product are not a transposed [B, H, S, Dh]", product
+        )
+    return keys
+
+
+def _ends_alike(one: Node, other: Node) -> bool:
+    """Whether the last two dims of [B, H, S, Dh] are those of a view of it."""
+    return all(map(same_size, sizes(one)[2:], sizes(other)[-2:]))
+
+
+def _einsum_keys(product: Node) -> Node | None:
+    """The second operand of ``...qd,...kd->...qk``."""
+    operands, letters = argument(product, "tensors"), str(product.args[0]).replace(" ", "")
+    inputs, _, result = letters.partition("->")
+    queries, _, keys = inputs.partition(",")
+    if len(operands) != 2 or not result or "." in letters:
+        return None
+    fits = keys[-2:] == result[-1] + queries[-1] and keys[:-2] == queries[:-2] == result[:-2]
+    return operands[1] if fits else None
+
+
+def _hides(node: Node, scores: Node) -> bool:
+    """Whether True in this masking call's mask takes a score away."""
+    if packet(node) is aten.where:
+        return argument(node, "other") is scores
+    return packet(node) in (aten.masked_fill, aten.masked_fill_)
+
+
+def _swaps_last(node: Node) -> bool:
+    """Whether a value is another one with its last two dims swapped."""
+    rank = len(sizes(node))
+    if packet(node) in (aten.transpose, aten.swapaxes):
+        return {d % rank for d in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[operator]
+    if packet(node) is aten.permute:
+        order = [d % rank for d in argument(node, "dims")]
+        return order == [*range(rank - 2), rank - 1, rank - 2]
+    return packet(node) is aten.mT
+
+
+def _unrepeated(keys: Node) -> Node:
+    """Grouped-query keys before their heads were repeated: the ranking is the same, and cheaper."""
+    expanded = _through(keys, _VIEWS)
+    if packet(expanded) is not aten.expand:
+        return keys
+    grouped = _through(expanded.all_input_nodes[0], {aten.slice})
+    if packet(grouped) is not aten.unsqueeze:
+        return keys
+    source = grouped.all_input_nodes[0]
+    return source if len(sizes(source)) == 4 else keys
+
+
+def _through(node: Node, kinds: Collection[Any]) -> Node:
+    """The value before any of these operators; a slice only when it takes all there is."""
+    while packet(node) in kinds:
+        source = node.all_input_nodes[0]
+        if packet(node) is aten.slice and not all(map(same_size, sizes(source), sizes(node))):
+            break
+        node = source
+    return node

@@ -1,0 +1,273 @@
+"""Which dimensions are the token axis: type inference by unification.  Read-only.
+
+Every dimension of every value is a variable; each operator's rule (rules/) unifies those that
+must be equal.  Sizes are never compared to decide what is a token axis, so a model whose hidden
+size, head count or batch equals the sequence length infers the same as any other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from functools import cached_property
+
+import torch
+from networkx.utils import UnionFind
+from torch.fx import Graph, Node
+
+from dartfx.passes.graph import (
+    Size,
+    argument,
+    aten,
+    bases,
+    is_one,
+    mutated_operands,
+    packet,
+    same_size,
+    sizes,
+    tensor,
+)
+from dartfx.passes.site import Site
+
+Var = tuple[Node, int]
+Factor = Var | int
+
+
+class Axes:
+    """Dimension variables of a graph, united by the operators' rules.
+
+    ``place`` also unites size-1 dims with what they broadcast against: it tells which dim of a
+    ``[1, S, D]`` table is the batch.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        from dartfx.passes.rules import relate
+
+        self._value: UnionFind = UnionFind()
+        self._place: UnionFind = UnionFind()
+        self._factors: dict[Var, tuple[Factor, ...]] = {}
+        self._handled: set[tuple[Node, Var]] = set()
+        self._counted: dict[Node, tuple[Node, ...]] = {}
+        self._onward: dict[Var, set[Var]] = defaultdict(set)
+        for node in graph.nodes:
+            relate(self, node)
+        for node in graph.nodes:
+            self._follow_write(node)
+
+    def tie(self, user: Node, a: Var, b: Var) -> None:
+        """Two dims that ``user`` makes one; its operands' dims among them count as handled."""
+        self.handle(user, a)
+        self.handle(user, b)
+        self.stay(user, a, b)
+
+    def stay(self, user: Node, a: Var, b: Var) -> None:
+        """Two dims that are equal position by position, though ``user`` may read positions."""
+        a, b = _positive(a), _positive(b)
+        self.unify(a, b)
+        for source, result in ((a, b), (b, a)):
+            # a part of a call with several results hangs on the call
+            if result[0] is user or user in result[0].all_input_nodes:
+                self._onward[source].add(result)
+
+    def unify(self, a: Var, b: Var) -> None:
+        """Two dims that are equal, without saying that the operator treats them token by token."""
+        a, b = _positive(a), _positive(b)
+        self._place.union(a, b)
+        size, other_size = sizes(a[0])[a[1]], sizes(b[0])[b[1]]
+        if is_one(size) or is_one(other_size):
+            return
+        if type(size) is int and type(other_size) is int and size != other_size:
+            raise AssertionError(f"a rule tied {a[0]} dim {a[1]} to {b[0]} dim {b[1]}")
+        one, other = self.factors(a), self.factors(b)
+        self._value.union(a, b)
+        self._unify_factors(one, other)
+        if one or other:
+            self._factors[self._value[a]] = one or other
+
+    def handle(self, user: Node, var: Var) -> None:
+        """``user`` treats this operand dim in a way that survives dropping tokens."""
+        self._handled.add((user, _positive(var)))
+
+    def counted_anew(self, user: Node, *operands: Node) -> None:
+        """``operands`` name or count positions for ``user``: right only if made after the cut."""
+        self._counted[user] = operands
+
+    def stale(self, nodes: Collection[Node]) -> tuple[Node, Node] | None:
+        """The first (user, operand) among ``nodes`` whose positions are counted outside of them."""
+        for user in nodes:
+            for operand in self._counted.get(user, ()):
+                if operand not in nodes:
+                    return user, operand
+        return None
+
+    def product(self, var: Var, factors: tuple[Factor, ...]) -> None:
+        """The dim is the product of these dims and numbers, in memory order (``B * S``)."""
+        known, var = self.factors(var), _positive(var)
+        for part in (_positive(f) for f in factors if isinstance(f, tuple)):
+            self._onward[part].add(var)
+            self._onward[var].add(part)
+        self._unify_factors(known, factors)
+        if not known:
+            self._factors[self._value[var]] = factors
+
+    def _unify_factors(self, one: tuple[Factor, ...], other: tuple[Factor, ...]) -> None:
+        """One product split twice the same way; split another way, the parts have no relation."""
+        lengths = [[length(f) for f in factors] for factors in (one, other)]
+        if len(one) == len(other) and all(map(same_size, *lengths)):
+            for left, right in zip(one, other, strict=True):
+                if isinstance(left, tuple) and isinstance(right, tuple):
+                    self.unify(left, right)
+
+    def factors(self, var: Factor) -> tuple[Factor, ...]:
+        """The factors of a product dim, which are no products themselves, or ()."""
+        if not isinstance(var, tuple):
+            return ()
+        known = self._factors.get(self._value[_positive(var)], ())
+        return tuple(f for factor in known for f in self.factors(factor) or (factor,))
+
+    def _follow_write(self, node: Node) -> None:
+        """What an in-place call writes is found in its operand, and in what that is a view of."""
+        for base in (b for written in mutated_operands(node) for b in bases(written)):
+            for dim in range(len(sizes(node)) if tensor(node) is not None else 0):
+                for other in range(len(sizes(base)) if tensor(base) is not None else 0):
+                    if self.same((node, dim), (base, other)):
+                        self._onward[node, dim].add((base, other))
+
+    def leads(self, start: Var, end: Var) -> bool:
+        """Whether positions along one dim reach the other in their order, by some way at least."""
+        seen, ahead = {start}, [start]
+        while ahead and end not in seen:
+            new = self._onward[ahead.pop()] - seen
+            seen |= new
+            ahead += new
+        return end in seen
+
+    def in_order(self, start: Node, end: Node) -> bool:
+        """Whether rows and tokens of [B, S, ..] are those of an earlier [B, S, ..], in order."""
+        dims = (d for d in (0, 1) if not is_one(sizes(start)[d]))
+        return all(self.leads((start, d), (end, d)) for d in dims)
+
+    def same(self, a: Var, b: Var) -> bool:
+        """Whether two dims are one axis."""
+        return bool(self._value[_positive(a)] == self._value[_positive(b)])
+
+    def earliest(self, var: Var) -> Var:
+        """The first dim in graph order of those that are one axis with this one."""
+        axis = self._value[_positive(var)]
+        found: Var = min(v for v in list(self._value) if self._value[v] == axis)
+        return found
+
+    def aligned(self, a: Var, b: Var) -> bool:
+        """Whether two dims stand in one place, size-1 broadcasts included."""
+        return bool(self._place[_positive(a)] == self._place[_positive(b)])
+
+    def alone(self, var: Var) -> bool:
+        """Whether no other axis stands anywhere in the place of this dim.
+
+        A ``[1, 1, 1]`` parameter used in two places makes one of them.  What was expanded from one
+        to a length of its own is no other axis: every entry is the same.
+        """
+        place = next(group for group in self._place.to_sets() if var in group)
+        return all(self.same((n, d), var) or _is_expanded(n, d) for n, d in place)
+
+    def was_handled(self, user: Node, var: Var) -> bool:
+        """Whether ``user``'s rule accounts for this operand dim."""
+        return (user, var) in self._handled
+
+
+def _is_expanded(node: Node, dim: int) -> bool:
+    """Whether all entries along a dim are the same, because it was expanded from size 1."""
+    if is_one(sizes(node)[dim]):
+        return True
+    if packet(node) is aten.expand:
+        source = argument(node, "self")
+        missing = len(sizes(node)) - len(sizes(source))
+        return dim < missing or _is_expanded(source, dim - missing)
+    if packet(node) is aten.slice:
+        cut = argument(node, "dim", 0) % len(sizes(node))
+        return cut != dim and _is_expanded(argument(node, "self"), dim)
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        return False
+    # Operands broadcast from the right.
+    places = [(i, dim - len(sizes(node)) + _rank(i)) for i in node.all_input_nodes]
+    return all(place < 0 or _is_expanded(i, place) for i, place in places)
+
+
+def _rank(node: Node) -> int:
+    return len(sizes(node)) if tensor(node) is not None else 0
+
+
+def _positive(var: Var) -> Var:
+    node, dim = var
+    return (node, dim % len(sizes(node))) if dim < 0 else var
+
+
+def length(factor: Factor) -> Size:
+    """The size of a product's factor."""
+    return sizes(factor[0])[factor[1]] if isinstance(factor, tuple) else factor
+
+
+class TokenAxes:
+    """Where the token axis of one :class:`Site` runs."""
+
+    def __init__(self, axes: Axes, site: Site) -> None:
+        self.axes = axes
+        self.token: Var = (site.hidden, 1)
+        self.batch: Var = (site.hidden, 0)
+
+    @cached_property
+    def _batch_stands_alone(self) -> bool:
+        return self.axes.alone(self.batch)
+
+    def is_token(self, node: Node, dim: int) -> bool:
+        """Whether this dim is the token axis (of size S)."""
+        return not is_one(sizes(node)[dim]) and self.axes.same((node, dim), self.token)
+
+    def dims(self, node: object) -> tuple[int, ...]:
+        """The token dims of a value; () for anything that is no tensor."""
+        if not isinstance(node, Node) or tensor(node) is None:
+            return ()
+        return tuple(d for d in range(len(sizes(node))) if self.is_token(node, d))
+
+    def is_token_factor(self, factor: Factor) -> bool:
+        """Whether a product's factor is the token axis."""
+        return isinstance(factor, tuple) and self.is_token(*factor)
+
+    def is_batch_factor(self, factor: Factor) -> bool:
+        """Whether a product's factor is the batch."""
+        return isinstance(factor, tuple) and self.axes.same(factor, self.batch)
+
+    def factors(self, node: Node, dim: int) -> tuple[Factor, ...]:
+        """The factors of a product dim that has the token axis among them, else ()."""
+        factors = self.axes.factors((node, dim))
+        return factors if any(map(self.is_token_factor, factors)) else ()
+
+    def flat_dims(self, node: object) -> tuple[int, ...]:
+        """The product dims (``B * S``) of a value that hold the token axis."""
+        if not isinstance(node, Node) or tensor(node) is None:
+            return ()
+        found = range(len(sizes(node)))
+        return tuple(d for d in found if not self.is_token(node, d) and self.factors(node, d))
+
+    def batch_dim(self, node: Node) -> int | None:
+        """The dim that is, or broadcasts against, the batch; None when there is none."""
+        tokens = self.dims(node)
+        for dim in range(len(sizes(node))):
+            if dim in tokens:
+                continue
+            # Only a size-1 dim needs its place to tell.
+            if not is_one(sizes(node)[dim]):
+                if self.axes.same((node, dim), self.batch):
+                    return dim
+            elif self.axes.aligned((node, dim), self.batch) and self._batch_stands_alone:
+                return dim
+        return None
+
+    def opaque(self, nodes: Collection[Node]) -> tuple[Node, Node] | None:
+        """The first (user, operand) whose token axis the user's rule does not account for."""
+        for node in nodes:
+            for operand in node.all_input_nodes:
+                dims = (*self.dims(operand), *self.flat_dims(operand))
+                if any(not self.axes.was_handled(node, (operand, d)) for d in dims):
+                    return node, operand
+        return self.axes.stale(nodes)

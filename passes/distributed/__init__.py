@@ -1,0 +1,1 @@
+"""Tensor-parallel graphs: local tensors, placements, a selection that every rank shares."""

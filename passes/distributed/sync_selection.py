@@ -1,0 +1,121 @@
+"""Under tensor parallelism: let every rank select the same tokens, and the same as one process.
+
+The selection looks at hidden states, masks and keys.  The graph must show that the first two are
+the same on every rank; keys are mostly split by heads, and what the selection reads of them is put
+together by one collective in front of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from dartfx.passes.distributed.rank_placement import Placement, Placements, Same, Split
+from dartfx.passes.graph import Emitter, aten, sizes, tensor
+from dartfx.passes.outcome import Across
+from dartfx.passes.refusal import Refusal
+from dartfx.passes.selection import ByOperator, Select
+
+_c10d = torch.ops._c10d_functional
+_HEADS, _TOKENS, _CHANNELS = 1, 2, 3
+
+_UNLIKE = (
+    "rank {row} of process group GROUP selected other tokens than rank 0. Give every rank the same "
+    "inputs; a selector that draws random numbers needs one seed on all ranks (torch.manual_seed)"
+)
+
+
+def unite(keep: Node, select: Select) -> tuple[Node, Across | None]:
+    """Make the selection behind ``keep`` one over all ranks, in place.
+
+    keep: keep_idx [B, S'], right after ``select`` emitted it.  Returns what to gather by instead,
+    and what was done; ``keep`` itself and None in a graph of one process.  Raises Refusal where the
+    graph does not show that the ranks select alike.
+    """
+    places = Placements(keep.graph)
+    if not places.group:
+        return keep, None
+    chosen = _chosen(keep)
+    emit = Emitter(chosen)
+    norms_only = isinstance(select, ByOperator) and select.reads == "norms"
+    how = []
+    for operand in [n for n in chosen.all_input_nodes if tensor(n) is not None]:
+        place = places.of(operand)
+        if isinstance(place, Split) and len(sizes(operand)) == 4:
+            _require_split_by_heads(operand, place)
+            if norms_only:
+                whole = _norms_as_keys(emit, operand, places.group)
+            else:
+                whole = _all_heads(emit, operand, places)
+            chosen.replace_input_with(operand, whole)
+            how.append("key norms summed" if norms_only else "heads gathered")
+        else:
+            _require_same(operand, place)
+    proof = places.proof(chosen)
+    if isinstance(select, ByOperator) and select.checks_ranks:
+        keep = _checked(keep, places)
+    told = " and ".join(how) or "keys are the same on every rank"
+    return keep, Across(places.group, places.ranks, told, proof)
+
+
+def _chosen(keep: Node) -> Node:
+    """The selection itself, before the checks that may follow it."""
+    while keep.target is torch.ops.dartfx.require_rows.default:
+        keep = keep.all_input_nodes[0]
+    return keep
+
+
+def _require_same(node: Node, place: Placement) -> None:
+    if place is not Same:
+        shape = [str(s) for s in sizes(node)]
+        raise Refusal(
+            f"the selection reads a value of shape {shape} that the graph does not show to be the "
+            "same on every rank, so they might keep different tokens",
+            node if isinstance(place, Split) else place.node,
+            advice='transformers\' own tp_plan (tp_plan="auto"), without sequence parallelism',
+        )
+
+
+def _require_split_by_heads(node: Node, place: Split) -> None:
+    if place.dim != _HEADS:
+        raise Refusal(
+            "the keys before the cut differ between ranks, and not by their heads alone",
+            node,
+            advice="a tp_plan that splits key projections by heads, or not at all",
+        )
+
+
+def _norms_as_keys(emit: Emitter, keys: Node, group: str) -> Node:
+    """Keys [B, 1, S, 1] whose L1 norms are those of all ranks' keys together.
+
+    Summed in float32, float64 for float64 keys, as the selection itself does.
+    """
+    value = tensor(keys)
+    assert value is not None
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    magnitude = emit(aten.abs.default, keys)
+    norms = emit(aten.sum.dim_IntList, magnitude, [_HEADS, _CHANNELS], True, dtype=dtype)
+    total = emit(_c10d.all_reduce.default, norms, "sum", group)
+    return emit(_c10d.wait_tensor.default, total)
+
+
+def _all_heads(emit: Emitter, local: Node, places: Placements) -> Node:
+    """[B, H, S, Dh] of all ranks' heads, in the order of the ranks."""
+    batch, heads, tokens, channels = (emit.size(local, d) for d in range(4))
+    packed = emit(aten.contiguous.default, local)
+    gathered = emit(_c10d.all_gather_into_tensor.default, packed, places.ranks, places.group)
+    gathered = emit(_c10d.wait_tensor.default, gathered)
+    by_rank = emit(aten.view.default, gathered, [places.ranks, batch, heads, tokens, channels])
+    by_row = emit(aten.permute.default, by_rank, [1, 0, 2, 3, 4])
+    return emit(aten.reshape.default, by_row, [batch, -1, tokens, channels])
+
+
+def _checked(keep: Node, places: Placements) -> Node:
+    """``keep`` once all ranks were seen to have selected alike."""
+    emit = Emitter(keep.next)
+    mine = emit(torch.ops.dartfx.hash_indices.default, keep)
+    of_all = emit(_c10d.all_gather_into_tensor.default, mine, places.ranks, places.group)
+    of_all = emit(_c10d.wait_tensor.default, of_all)
+    alike = emit(aten.eq.Tensor, of_all, emit(aten.slice.Tensor, of_all, 0, 0, 1))
+    message = _UNLIKE.replace("GROUP", repr(places.group))
+    return emit(torch.ops.dartfx.require_rows.default, keep, alike, message)

@@ -1,0 +1,224 @@
+"""Spellings that hide what they do token by token, rewritten to ones that show it.
+
+Each rewrite computes the same values.  It runs on every graph that may be pruned, before anything
+is asked of it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from dartfx.passes.frontend.fix_windows import write_out
+from dartfx.passes.graph import (
+    Emitter,
+    argument,
+    aten,
+    is_one,
+    is_view,
+    packet,
+    same_size,
+    sizes,
+    tensor,
+    written_after,
+)
+
+_ASSERTS = {
+    aten._assert_scalar,
+    aten._assert_async,
+    aten.sym_constrain_range,
+    aten.sym_constrain_range_for_size,
+}
+# Of all that is row by row, what gives no NaN for any row, nor in its gradient.
+_PER_ROW = {aten.to, aten._to_copy, aten.clone, aten.add, aten.sub, aten.mul, aten.neg}
+_SCATTERS = {aten.masked_scatter, aten.masked_scatter_}
+_BROADCASTS = {aten.squeeze, aten.unsqueeze, aten.expand, aten.expand_as}
+
+
+def canonicalise(graph: Graph) -> None:
+    """Rewrite what can be; leave everything else as it is."""
+    for node in list(graph.nodes):
+        if packet(node) in (aten.index_put, aten.index_put_):
+            _inverse_permutation(node)
+    for node in list(graph.nodes):
+        if packet(node) is aten.index:
+            _unpack(node)
+        elif packet(node) is aten.slice:
+            write_out(node)
+
+
+# --- the inverse of a permutation -------------------------------------------------------------
+
+
+def _inverse_permutation(node: Node) -> None:
+    """``inverse[order] = arange(n)`` of a sort's indices is ``argsort(order)``."""
+    target, indices, values = (argument(node, n) for n in ("self", "indices", "values"))
+    if len(indices) != 1 or argument(node, "accumulate") or not _written_alone(target, node):
+        return
+    order, places = indices[0], tensor(target)
+    if places is None or places.dtype != torch.int64 or places.ndim != 1:
+        return
+    if not is_sort_order(order) or not _counts_up(values):
+        return
+    if same_size(*_lengths(values, order)) and same_size(*_lengths(target, order)):
+        emit = Emitter(node)
+        inverse = emit(aten.argsort.default, order)
+        node.replace_all_uses_with(inverse)
+        for dead in (node, target, values):
+            if not dead.users:
+                node.graph.erase_node(dead)
+
+
+def is_sort_order(node: object) -> bool:
+    """Whether a value is the positions, in order, of what a 1-D sort sorted."""
+    if not isinstance(node, Node) or tensor(node) is None or len(sizes(node)) != 1:
+        return False
+    if packet(node) is aten.argsort:
+        return True
+    source = node.args[0] if node.target is operator.getitem and node.args[1] == 1 else None
+    return isinstance(source, Node) and packet(source) is aten.sort
+
+
+def _counts_up(node: Node) -> bool:
+    """Whether a value is 0, 1, 2, ..."""
+    if packet(node) is not aten.arange:
+        return False
+    return bool(argument(node, "start", 0) == 0 and argument(node, "step", 1) == 1)
+
+
+def _lengths(*nodes: Node) -> list[Any]:
+    return [sizes(n)[0] for n in nodes]
+
+
+def _written_alone(target: Node, write: Node) -> bool:
+    """Whether nothing else can see what ``write`` writes into ``target``."""
+    if target.op != "call_function" or is_view(target):
+        return False
+    order = {n: i for i, n in enumerate(target.graph.nodes)}
+    others = [u for u in target.users if u is not write]
+    return all(order[u] < order[write] and not is_view(u) for u in others)
+
+
+# --- rows picked by a mask, changed and put back ----------------------------------------------
+
+
+def _unpack(index: Node) -> None:
+    """``x[mask] = f(x[mask], rows)`` is ``where(mask, f(x, rows spread over the mask), x)``.
+
+    The packed rows' number depends on data, and what of them a dropped token was cannot be told
+    from shapes.  Spread out, they have a token axis.
+    """
+    source, chosen = argument(index, "self"), [i for i in argument(index, "indices") if i]
+    value = tensor(chosen[0]) if len(chosen) == 1 and argument(index, "indices")[0] else None
+    if value is None or value.dtype != torch.bool or value.ndim != 2 or len(sizes(source)) != 3:
+        return
+    mask: Node = chosen[0]
+    packed = _packed(index)
+    writes = [n for n in packed if _write_mask(n, packed) is not None]
+    put_back = writes and all(_puts_back(n, mask, packed) for n in writes)
+    changes = written_after(index, source, next(reversed(packed))) if put_back else []
+    if put_back and set(packed).issuperset(changes):
+        _rewrite(index, mask, packed)
+
+
+def _write_mask(node: Node, packed: Container[Node]) -> Node | None:
+    """The mask by which a call writes packed rows somewhere; None for any other call."""
+    if packet(node) in (aten.index_put, aten.index_put_) and argument(node, "values") in packed:
+        chosen = [i for i in argument(node, "indices") if i is not None]
+        return chosen[0] if len(chosen) == 1 and not argument(node, "accumulate") else None
+    if packet(node) in _SCATTERS and argument(node, "source") in packed:
+        mask: Node = argument(node, "mask")
+        return mask
+    return None
+
+
+def _packed(index: Node) -> dict[Node, None]:
+    """Everything computed from the packed rows [P, D] row by row, up to where it is put back.
+
+    Sizes of packed values, and what asserts about them, are among it.  A dict, for its order;
+    empty when anything else reads the rows.
+    """
+    found: dict[Node, None] = {index: None}
+    written: set[Node] = set()
+    for node in index.graph.nodes:
+        if all(i in written or i not in found for i in node.all_input_nodes):
+            continue
+        if _write_mask(node, found) is not None:
+            written.add(node)
+        elif not (_row_by_row(node, found) or _flattened(node) or _about_sizes(node)):
+            return {}
+        found[node] = None
+    return found
+
+
+def _row_by_row(node: Node, packed: Container[Node]) -> bool:
+    value = tensor(node)
+    by_number = any(i in packed and tensor(i) is None for i in node.all_input_nodes)
+    return value is not None and value.ndim == 2 and packet(node) in _PER_ROW and not by_number
+
+
+def _flattened(node: Node) -> bool:
+    """Whether packed rows are laid out as one run of values, as a masked scatter reads them."""
+    value = tensor(node)
+    flat = value is not None and value.ndim == 1 and packet(node) in (aten.view, aten.reshape)
+    return flat and all(packet(u) in _SCATTERS for u in node.users)
+
+
+def _about_sizes(node: Node) -> bool:
+    """Whether a node is a size, computes with sizes, or asserts something of them."""
+    is_size = isinstance(node.meta.get("val"), int | torch.SymInt | torch.SymBool | bool)
+    return is_size or packet(node) in _ASSERTS
+
+
+def _puts_back(node: Node, mask: Node, packed: Container[Node]) -> bool:
+    target, used = argument(node, "self"), _write_mask(node, packed)
+    functional = packet(node) in (aten.index_put, aten.masked_scatter)
+    return (
+        used is not None
+        and _positions(used) is _positions(mask)
+        and target not in packed
+        and (functional or _written_alone(target, node))
+    )
+
+
+def _positions(mask: Node) -> Node:
+    """The mask itself, whatever dims it was given to broadcast."""
+    while packet(mask) in _BROADCASTS:
+        mask = mask.all_input_nodes[0]
+    return mask
+
+
+def _rewrite(index: Node, mask: Node, packed: dict[Node, None]) -> None:
+    spread: dict[Node, Node] = {index: argument(index, "self")}
+    chosen = Emitter(index)(aten.unsqueeze.default, mask, 2)
+
+    def dense(operand: Node, user: Node) -> Node:
+        """[B, S, D] for packed rows [P, D]; anything that broadcasts over rows, as it is."""
+        if operand not in spread and tensor(operand) is not None:
+            shape = sizes(operand)
+            if len(shape) == 2 and not is_one(shape[0]):
+                emit = Emitter(user)
+                full = [emit.size(mask, 0), emit.size(mask, 1), emit.size(operand, 1)]
+                empty = emit(aten.new_zeros.default, operand, full)
+                spread[operand] = emit(aten.masked_scatter.default, empty, chosen, operand)
+        return spread.get(operand, operand)
+
+    for node in packed:
+        if node is index or _about_sizes(node):
+            continue
+        if _write_mask(node, packed) is not None:
+            rows = dense(argument(node, "source" if packet(node) in _SCATTERS else "values"), node)
+            emit = Emitter(node)
+            node.replace_all_uses_with(emit(aten.where.self, chosen, rows, argument(node, "self")))
+        elif _flattened(node):
+            spread[node] = dense(argument(node, "self"), node)
+        else:
+            spread[node] = Emitter(node).copy(
+                node, {i: dense(i, node) for i in node.all_input_nodes}
+            )
+    for node in reversed(packed):
+        index.graph.erase_node(node)

@@ -1,0 +1,186 @@
+"""Dynamo's graph -> pre-dispatch ATen, the one IR that every later pass reads."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch.fx.traceback
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from dartfx.passes.frontend.canonicalise import canonicalise
+from dartfx.passes.frontend.expand_vmap import expand_vmap
+from dartfx.passes.graph import argument, aten, expr, hint, packet, tensor
+from dartfx.passes.refusal import Refusal
+
+
+def normalise(
+    module: GraphModule, examples: Sequence[Any] | None = None, extra: Sequence[Any] = ()
+) -> GraphModule:
+    """Re-trace a dynamo graph into pre-dispatch ATen with fake values on every node.
+
+    examples: fake inputs; by default dynamo's own, so sizes it holds symbolic stay symbolic.
+    extra: values of placeholders to add in front, which later passes may use: fake ones of the
+    graph's own mode, or tensors that stand for any of their shape.
+    Parameters stay placeholders, SDPA stays one call, and each node keeps its module path and
+    source line.  Raises Refusal when the graph cannot be re-traced (an operator without a fake
+    implementation).
+    """
+    if examples is None:
+        examples = example_values(module)
+    mode = _fake_mode(examples)
+    extra = [_fake(mode, value) for value in extra]
+    _require_own_gradients(module.graph)
+
+    def run(*args: Any) -> Any:
+        with torch.fx.traceback.preserve_node_meta():
+            return torch.fx.Interpreter(source).run(*args[len(extra) :])
+
+    start = time.perf_counter()
+    try:
+        with mode, torch.no_grad(), _fresh_symbols_ignored(mode):
+            source = expand_vmap(module, examples)
+            traced = make_fx(run, pre_dispatch=True)(*extra, *examples)
+        _keep_what_inputs_are(module.graph, traced.graph, len(extra))
+        drop_aliases(traced.graph)
+        canonicalise(traced.graph)
+    except Exception as error:  # any operator may fail here, each in its own way
+        raise Refusal(
+            f"the graph could not be re-traced to ATen: {type(error).__name__}: {error}",
+            advice="please report it with the dump of this graph (option dump=...)",
+        ) from error
+    traced.recompile()
+    traced.meta["seconds"] = time.perf_counter() - start
+    return traced
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return value
+    return mode.from_tensor(value, static_shapes=True)
+
+
+def _keep_what_inputs_are(old: Graph, new: Graph, extra: int) -> None:
+    """Dynamo's note on each input, which tells parameters and buffers from what a call brings."""
+    inputs, traced = ([n for n in g.nodes if n.op == "placeholder"] for g in (old, new))
+    for one, other in zip(inputs, traced[extra:], strict=True):
+        other.meta["tensor_dict"] = one.meta.get("tensor_dict", {})
+
+
+def _require_own_gradients(graph: Graph) -> None:
+    """Raise Refusal for a function with a backward of its own, which a re-trace would lose.
+
+    Dynamo leaves it as a call only where gradients are asked for.
+    """
+    for node in graph.nodes:
+        if node.target is torch._functorch.autograd_function.autograd_function_apply:
+            raise Refusal(
+                "a torch.autograd.Function with its own backward is in a graph that computes "
+                "gradients",
+                node,
+                advice="torch.no_grad() or torch.inference_mode() around the call",
+            )
+
+
+def drop_aliases(graph: Graph) -> None:
+    """Remove conversions that convert nothing, and dropout where it drops nothing.
+
+    They return their operand itself, so the tracer took each for the origin of every later use:
+    a hidden state would seem to come from the norm that reads it.
+    """
+    for node in list(graph.nodes):
+        kind = packet(node)
+        may_be = kind in (aten.to, aten.type_as) or (
+            kind is aten.dropout and not argument(node, "train")
+        )
+        source = node.args[0] if may_be and node.args else None
+        if not isinstance(source, Node) or argument(node, "copy"):
+            continue
+        old, new = tensor(source), tensor(node)
+        if old is None or new is None or argument(node, "memory_format") is not None:
+            continue
+        if (old.dtype, old.device) == (new.dtype, new.device):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def example_values(module: GraphModule) -> list[Any]:
+    """Dynamo's fake value (or SymInt) of each placeholder."""
+    return [n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder"]
+
+
+def independent(examples: Sequence[Any]) -> list[Any]:
+    """The same fake inputs in a fake mode of their own, with symbols of their own.
+
+    What is decided on these installs no guard in the compilation they came from.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    assert mode.shape_env is not None
+    symbols: dict[sympy.Symbol, sympy.Expr] = {}
+
+    def size(old: Any) -> Any:
+        if type(old) is int or not isinstance(old, torch.SymInt):
+            return old
+        for symbol in sorted(expr(old).free_symbols, key=str):
+            if symbol not in symbols:
+                example = hint(old) if symbol == expr(old) else 2 + len(symbols)
+                symbols[symbol] = expr(fresh_size(mode, example))
+        return _sym_int(mode, expr(old).xreplace(symbols), hint(old))
+
+    def value(old: Any) -> Any:
+        if not isinstance(old, torch.Tensor):
+            return size(old)
+        with mode:
+            return torch.empty_strided(
+                [size(s) for s in old.shape],
+                [size(s) for s in old.stride()],
+                dtype=old.dtype,
+                device=old.device,
+            )
+
+    # Bare symbols first: their example is what dynamo saw.
+    bare = [e for e in examples if isinstance(e, torch.SymInt) and expr(e).is_Symbol]
+    for symbol in bare:
+        size(symbol)
+    return [value(e) for e in examples]
+
+
+def fresh_size(mode: FakeTensorMode, example: int) -> torch.SymInt:
+    """A new symbolic size with this example value."""
+    shape_env = mode.shape_env
+    assert shape_env is not None
+    source = ConstantSource(f"dartfx_size_{len(shape_env.var_to_range)}")
+    symbol = shape_env.create_symbol(example, source, dynamic_dim=DimDynamic.DYNAMIC)
+    return _sym_int(mode, symbol, example, source)
+
+
+def _sym_int(mode: FakeTensorMode, value: Any, example: int, source: Any = None) -> torch.SymInt:
+    assert mode.shape_env is not None
+    made = mode.shape_env.create_symintnode(value, hint=example, source=source)
+    assert isinstance(made, torch.SymInt)
+    return made
+
+
+def _fake_mode(examples: Sequence[object]) -> FakeTensorMode:
+    for value in examples:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise Refusal("the graph's inputs carry no fake tensors")
+
+
+@contextlib.contextmanager
+def _fresh_symbols_ignored(mode: FakeTensorMode) -> Iterator[None]:
+    # ``.item()`` in the graph makes new unbacked symbols at every trace; dynamo bound its own.
+    if mode.shape_env is None:
+        yield
+    else:
+        with mode.shape_env.ignore_fresh_unbacked_symbols():
+            yield

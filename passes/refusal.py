@@ -1,0 +1,51 @@
+"""Declining to prune: a value that a pass returns, and the exception that carries it there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from dartfx.passes.graph import source_line
+
+
+@dataclass(frozen=True)
+class Declined:
+    """The graph holds vision tokens but cannot be pruned; nothing was changed.
+
+    ``where`` is the user's own source line of the node that stopped us, or "".
+    ``broken_may_do``: several smaller graphs of the same call may be prunable.
+    """
+
+    because: str
+    where: str = ""
+    advice: str = ""
+    broken_may_do: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.because]
+        if self.where:
+            parts.append(f"at {self.where}")
+        if self.advice:
+            parts.append(f"try: {self.advice}")
+        return "; ".join(parts)
+
+
+class Refusal(Exception):
+    """Carries a :class:`Declined` out of a pass to the pipeline, which returns it as a value."""
+
+    def __init__(
+        self,
+        because: str,
+        node: Node | None = None,
+        advice: str = "",
+        broken_may_do: bool = False,
+    ) -> None:
+
+        where = source_line(node) if node is not None else ""
+        self.declined = Declined(because, where, advice, broken_may_do)
+        super().__init__(str(self.declined))
+
+
+class NoDecoder(Refusal):
+    """The graph is none of ours: a mask given for a whole call comes by every graph of it."""

@@ -1,0 +1,41 @@
+"""What the caller wants of the pipeline: where to cut, how much to retain, which KV layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dartfx.passes.graph import Size
+from dartfx.passes.selection import Select
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One cut.
+
+    layer: K, the first decoder layer that sees the sequence as this cut leaves it;
+    retain: N -> R of the tokens that the prompt had, for int and SymInt alike;
+    select: emits the selection and returns keep_idx int64 [B, S'], see selection.py.
+    """
+
+    layer: int
+    retain: Callable[[Size], Size]
+    select: Select
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller wants of the pipeline.
+
+    stages: where to cut, layers ascending, each retaining no more than the one before;
+    kv_layout: "auto", "layered" or "uniform";
+    recounts: the caller sets each sliding cache's own token count from its keys after the call;
+    remasks: the caller gathers the decode mask's columns as the rows' tokens were gathered;
+    always: rewrite the graph even where R >= N leaves nothing to drop, to check the rewriting.
+    """
+
+    stages: tuple[Stage, ...]
+    kv_layout: str = "auto"
+    recounts: bool = False
+    remasks: bool = False
+    always: bool = False

@@ -1,0 +1,1 @@
+"""Rewrites of a normalised graph, in place."""

@@ -1,0 +1,160 @@
+"""The frontier: every token-axis value that enters the pruned region is gathered, once."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from dartfx.passes.analysis.axes import TokenAxes
+from dartfx.passes.graph import (
+    Emitter,
+    aten,
+    bases,
+    is_one,
+    mutated_operands,
+    packet,
+    sizes,
+    without_gradient,
+)
+from dartfx.passes.refusal import Refusal
+
+_REPLAYED = {aten.unsqueeze, aten.transpose}
+State = tuple[Node | None, Node | None]
+
+
+class Gatherer:
+    """Gathers values along their token dims by keep_idx [B, S'], remembering each.
+
+    A value is gathered anew after something was written to it, and once more where gradients are
+    off: what is gathered there hands on none.
+    """
+
+    def __init__(self, axes: TokenAxes, keep: Node) -> None:
+        self.axes = axes
+        self.keep = keep
+        self.done: dict[tuple[Node, State], Node] = {}
+        self._flat: Node | None = None
+        self._flat_rows: Node | None = None
+        nodes = list(keep.graph.nodes)
+        self._order = {n: i for i, n in enumerate(nodes)}
+        self._writes = [(n, bases(w)[-1]) for n in nodes for w in mutated_operands(n)]
+        self._off: dict[Node, Node | None] = {}
+        off: Node | None = None
+        for node in nodes:
+            off = without_gradient(node, off)
+            self._off[node] = off
+
+    def __call__(self, value: Node, anchor: Node) -> Node:
+        """``value`` with its token dims gathered before ``anchor``; itself when it has none."""
+        dims, flat = self.axes.dims(value), self.axes.flat_dims(value)
+        if not dims and not flat:
+            return value
+        key = value, self._state(value, anchor)
+        if key not in self.done:
+            self.done[key] = self._gathered(value, anchor, dims, flat)
+        return self.done[key]
+
+    def crossed(self) -> dict[Node, Node]:
+        """Every value that was gathered, and what came of it; views made anew are left out."""
+        return {v: done for (v, _), done in self.done.items() if packet(done) not in _REPLAYED}
+
+    def crosses(self, value: Node) -> bool:
+        """Whether the value has a token axis, in a dim of its own or not."""
+        return bool(self.axes.dims(value) or self.axes.flat_dims(value))
+
+    def _state(self, value: Node, anchor: Node) -> State:
+        """The last write to the value before ``anchor``, and what turned gradients off there."""
+        now, base = self._order[anchor], bases(value)[-1]
+        written = (n for n, b in reversed(self._writes) if b is base and self._order[n] < now)
+        return next(written, None), self._off[anchor]
+
+    def _gathered(
+        self, value: Node, anchor: Node, dims: tuple[int, ...], flat: tuple[int, ...]
+    ) -> Node:
+        emit = Emitter(anchor)
+        if flat:
+            return self._by_flat_index(emit, value, flat)
+        if packet(value) in _REPLAYED:
+            # One table (cos, sin) viewed anew by every layer: gather the table, repeat the view.
+            source = value.all_input_nodes[0]
+            return emit.copy(value, {source: self(source, anchor)})
+        if is_one(sizes(self.keep)[0]):
+            return self._by_index(emit, value, dims)
+        return self._by_row(emit, value, dims)
+
+    def _by_index(self, emit: Emitter, value: Node, dims: tuple[int, ...]) -> Node:
+        """One row: the same positions for the whole tensor."""
+        if self._flat is None:
+            after = Emitter(self.keep.next)
+            self._flat = after(aten.select.int, self.keep, 0, 0)
+        for dim in dims:
+            value = emit(aten.index_select.default, value, dim, self._flat)
+        return value
+
+    def _by_flat_index(self, emit: Emitter, value: Node, flat: tuple[int, ...]) -> Node:
+        """Batch and tokens in one dim: row b keeps positions b * S + keep_idx[b]."""
+        if self._flat_rows is None:
+            after = Emitter(self.keep.next)
+            rows = after(aten.arange.default, after.size(self.keep, 0), device=_device(self.keep))
+            starts = after(aten.mul.Tensor, rows, after.size(self.axes.token[0], 1))
+            places = after(aten.add.Tensor, self.keep, after(aten.unsqueeze.default, starts, 1))
+            self._flat_rows = after(aten.view.default, places, [-1])
+        for dim in flat:
+            factors = self.axes.factors(value, dim)
+            is_rows = len(factors) == 2 and self.axes.is_batch_factor(factors[0])
+            if not is_rows or not self.axes.is_token_factor(factors[1]) or self.axes.dims(value):
+                raise Refusal(
+                    "a value that flattens tokens together with other dims crosses the cut", value
+                )
+            value = emit(aten.index_select.default, value, dim, self._flat_rows)
+        return value
+
+    def _by_row(self, emit: Emitter, value: Node, dims: tuple[int, ...]) -> Node:
+        """Each row its own positions; a value shared by the rows is expanded first."""
+        batch = self.axes.batch_dim(value)
+        if batch is None:
+            raise Refusal("a value with a token axis but no batch dim crosses the cut", value)
+        rank = len(sizes(value))
+        rows, kept = emit.size(self.keep, 0), emit.size(self.keep, 1)
+        shape = [emit.size(value, d) for d in range(rank)]
+        if is_one(sizes(value)[batch]):
+            shape[batch] = rows
+            value = emit(aten.expand.default, value, list(shape))
+        for dim in dims:
+            places: list[int | Node] = [1] * rank
+            places[batch], places[dim] = rows, kept
+            shape[dim] = kept
+            index = emit(aten.view.default, self.keep, places)
+            index = emit(aten.expand.default, index, list(shape))
+            value = emit(aten.gather.default, value, dim, index)
+        return value
+
+
+def _device(node: Node) -> torch.device:
+    device: torch.device = node.meta["val"].device
+    return device
+
+
+def gather_frontier(region: list[Node], gather: Gatherer) -> None:
+    """Gather every operand that enters ``region`` (in graph order) from outside it.
+
+    Each gather stands at a use, after any in-place write the value received before.
+    Raises Refusal when the region itself writes to a token-axis value from outside.
+    """
+    inside = set(region)
+    for node in region:
+        if node.op == "output":
+            continue
+        for written in mutated_operands(node):
+            if any(b not in inside and gather.crosses(b) for b in bases(written)):
+                raise Refusal(
+                    "a decoder layer after the cut writes in place to a value from before it, as "
+                    "a static cache's update or `x += y` on the layer's input does",
+                    node,
+                    advice="the default DynamicCache, or `x = x + y`",
+                )
+        for operand in node.all_input_nodes:
+            if operand not in inside:
+                replacement = gather(operand, node)
+                if replacement is not operand:
+                    node.replace_input_with(operand, replacement)

@@ -1,0 +1,73 @@
+"""Calls of operators -> the plain operators that a function of tensors is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from dartfx.passes.graph import fake_mode
+from dartfx.passes.refusal import Refusal
+
+Body = Callable[..., Any]
+
+
+def inline(module: GraphModule, bodies: Mapping[object, Body]) -> list[Node]:
+    """Replace every call of an operator in ``bodies`` by what its function does; the new nodes.
+
+    A function is traced on the call's fake values, so it must not depend on data; it may call
+    operators that are in ``bodies`` themselves.  Raises Refusal for one that makes constant tensors
+    while being traced: a graph has no place of its own for them.
+    """
+    made: list[Node] = []
+    while found := [n for n in module.graph.nodes if n.target in bodies]:
+        for call in found:
+            made += _replace(call, bodies[call.target])
+    left = set(module.graph.nodes)
+    return [n for n in made if n in left]
+
+
+def _replace(call: Node, body: Body) -> list[Node]:
+    operands = call.all_input_nodes
+    traced = _traced(call, body, operands)
+    constants = traced.find_nodes(op="get_attr")
+    if constants:
+        raise Refusal(
+            f"{call.target} makes a constant tensor ({constants[0].target}) while it is traced, "
+            "for which an exported graph has no place",
+            call,
+            advice="torch.full or torch.arange with the device of an operand",
+        )
+    values: dict[Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), operands, strict=True))
+    made = []
+    with call.graph.inserting_before(call):
+        for node in traced.nodes:
+            if node.op == "call_function":
+                values[node] = call.graph.node_copy(node, values.__getitem__)
+                values[node].meta = {**_place(call), "val": node.meta.get("val")}
+                made.append(values[node])
+            elif node.op == "output":
+                call.replace_all_uses_with(map_arg(node.args[0], values.__getitem__))
+    call.graph.erase_node(call)
+    return made
+
+
+def _traced(call: Node, body: Body, operands: list[Node]) -> Graph:
+    def run(*values: Any) -> Any:
+        given = dict(zip(operands, values, strict=True))
+        args, kwargs = map_arg((call.args, call.kwargs), given.__getitem__)
+        return body(*args, **kwargs)
+
+    mode = fake_mode(call.graph)
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        return make_fx(run, pre_dispatch=True)(*(n.meta["val"] for n in operands)).graph
+
+
+def _place(call: Node) -> dict[str, Any]:
+    """Where a call stands in the model, for those that take its place."""
+    return {k: call.meta[k] for k in ("nn_module_stack", "stack_trace") if k in call.meta}

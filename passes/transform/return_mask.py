@@ -1,0 +1,53 @@
+"""A graph that merges vision tokens but holds no decoder: make it return their mask as well."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, GraphModule, Node
+
+from dartfx.passes.analysis.axes import Axes
+from dartfx.passes.analysis.locate import find_merges
+from dartfx.passes.graph import Emitter, aten, downstream, tensor, written_after
+from dartfx.passes.site import Vision
+from dartfx.passes.transform.insert_selection import vision_mask, vision_rows
+
+
+def hand_on(module: GraphModule) -> int | None:
+    """Append the vision mask [B, S] and an empty [rows, 0] tensor to the graph's outputs.
+
+    The empty tensor carries the number of feature rows in its shape, without reading data.
+    Returns which output holds the merged embeddings; None (and no change) when none does.
+    """
+    graph = module.graph
+    output = next(n for n in graph.nodes if n.op == "output")
+    found = _merged_output(graph, output)
+    if found is None:
+        return None
+    place, vision = found
+    emit = Emitter(output)
+    mask = vision_mask(emit, vision)
+    carrier = emit(aten.new_empty.default, vision.embeds, [vision_rows(emit, vision), 0])
+    returned = output.args[0]
+    assert isinstance(returned, list | tuple)
+    output.args = ((*returned, mask, carrier),)
+    graph.lint()
+    module.recompile()
+    return place
+
+
+def _merged_output(graph: Graph, output: Node) -> tuple[int, Vision] | None:
+    returned = output.args[0]
+    merges = [m for m in find_merges(graph) if not written_after(m.node, m.mask)]
+    if not merges or not isinstance(returned, list | tuple):
+        return None
+    axes = Axes(graph)
+    reached = {m: set(downstream(graph, [m.node])) for m in merges}
+    for place, node in enumerate(returned):
+        value = tensor(node)
+        if not isinstance(node, Node) or value is None or value.ndim != 3:
+            continue
+        entering = [m for m in merges if node in reached[m] and axes.in_order(m.node, node)]
+        if entering:
+            masks = tuple(m.mask for m in entering)
+            features = tuple(m.features for m in entering)
+            return place, Vision(entering[-1].node, masks, features, "merge in this graph")
+    return None

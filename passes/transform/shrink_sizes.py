@@ -1,0 +1,91 @@
+"""Size arguments after the cut: replaced by position, never by value."""
+
+from __future__ import annotations
+
+import operator
+
+from torch.fx import Node
+
+from dartfx.passes.analysis.axes import Factor, TokenAxes
+from dartfx.passes.graph import Emitter, argument, aten, packet, set_argument, sizes, tensor
+
+# Operators whose size argument lists the output's dims one by one, and that argument's name.
+_SIZED = {
+    aten.view: "size",
+    aten.reshape: "shape",
+    aten._unsafe_view: "size",
+    aten.expand: "size",
+    aten.broadcast_to: "size",
+    aten.new_zeros: "size",
+    aten.new_ones: "size",
+    aten.new_empty: "size",
+    aten.new_full: "size",
+}
+
+
+def shrink(region: list[Node], axes: TokenAxes, kept: int | Node) -> None:
+    """Give every size argument in ``region`` whose output dim is the token axis the new length.
+
+    kept: S' as an argument.  Product dims (``B * S``) are recomputed from their factors; ``-1``
+    stays; a size equal to S that stands for something else is never touched.
+    """
+    for node in region:
+        name: str | None = _SIZED.get(packet(node))
+        if name is not None and tensor(node) is not None:
+            old = argument(node, name)
+            new = [_argument(node, d, size, axes, kept) for d, size in enumerate(old)]
+            if new != list(old):
+                set_argument(node, name, new)
+        elif packet(node) is aten.unflatten:
+            _unflatten(node, axes, kept)
+        elif packet(node) is aten.slice:
+            _open_end(node, axes)
+
+
+def _unflatten(node: Node, axes: TokenAxes, kept: int | Node) -> None:
+    first = argument(node, "dim") % len(sizes(argument(node, "self")))
+    old = argument(node, "sizes")
+    new = [_argument(node, first + d, size, axes, kept) for d, size in enumerate(old)]
+    set_argument(node, "sizes", new)
+
+
+def _argument(
+    node: Node, dim: int, size: int | Node, axes: TokenAxes, kept: int | Node
+) -> int | Node:
+    if type(size) is int and size == -1:
+        return size
+    if axes.is_token(node, dim):
+        return kept
+    factors = axes.factors(node, dim)
+    if not factors:
+        return size
+    emit = Emitter(node)
+    product: int | Node = 1
+    for factor in factors:
+        part = kept if axes.is_token_factor(factor) else _size(emit, factor, axes)
+        product = emit.arithmetic(operator.mul, product, part)
+    return product
+
+
+def _size(emit: Emitter, factor: Factor, axes: TokenAxes) -> int | Node:
+    """A factor's size, read off a value that stands above where it is used."""
+    if not isinstance(factor, tuple):
+        return factor
+    # A product is known by the dims that some view split it into, and that view may come later.
+    return emit.size(*factor if factor[0] < emit.anchor else axes.axes.earliest(factor))
+
+
+def _open_end(node: Node, axes: TokenAxes) -> None:
+    """``x[:, :S]`` of all tokens becomes ``x[:, :]``."""
+    source = argument(node, "self")
+    dim = argument(node, "dim", 0) % len(sizes(node))
+    if axes.is_token(source, dim) and axes.is_token(node, dim):
+        set_argument(node, "end", None)
+
+
+def reroute_sizes(region: list[Node], axes: TokenAxes, hidden: Node) -> None:
+    """Sizes read off pruned values mean the original length: read them off ``hidden`` instead."""
+    for node in region:
+        for user in list(node.users):
+            if user.target is aten.sym_size.int and axes.is_token(node, int(user.args[1])):  # type: ignore[arg-type]
+                user.args = (hidden, 1)

@@ -1,0 +1,366 @@
+"""What the backend promises around the pruning itself: options, refusals, masks, shapes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+
+import dartfx
+from dartfx.passes.outcome import Pruned, Untouched
+from dartfx.passes.refusal import Declined
+from dartfx.runtime import vision_mask
+from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo.family import Family
+from dartfx.tools.zoo.registry import load
+
+RETAIN = 6
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+EAGER: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
+
+
+@pytest.fixture(scope="module")
+def llava() -> Family:
+    return load("llava")
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Family:
+    return load("qwen2_5_vl")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    dartfx.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(family: Family, **options: Any) -> Any:
+    return torch.compile(family.model, backend="dart", options={**EAGER, **options})
+
+
+def outcomes(kind: type) -> list[Any]:
+    return [r.outcome for r in dartfx.reports() if isinstance(r.outcome, kind)]
+
+
+# --- options --------------------------------------------------------------------------------
+
+
+def test_backend_is_known_without_importing_dartfx() -> None:
+    code = (
+        "import sys, torch\n"
+        "assert 'dart' in torch._dynamo.list_backends()\n"
+        "f = torch.compile(lambda x: x + 1, backend='dart', options={'lowering': 'eager'})\n"
+        "assert f(torch.ones(2)).tolist() == [2.0, 2.0]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_a_bad_option_is_named_at_the_first_call(llava: Family) -> None:
+    fast = torch.compile(llava.model, backend="dart", options={"retian_tokens": 6})
+    with pytest.raises(
+        BackendCompilerFailed, match=r"unknown option 'retian_tokens'.*retain_tokens"
+    ):
+        fast(**llava.make_inputs())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"mode": "max-autotune-no-cudagraphs"}, {"max_autotune": True}),
+        ({"options": {"inductor": {"cpp.threads": 3}}}, {"cpp.threads": 3}),
+        (
+            {"options": {"mode": "max-autotune", "inductor": {"triton.cudagraphs": False}}},
+            {"max_autotune": True, "triton.cudagraphs": False},
+        ),
+    ],
+    ids=["mode", "inductor", "both"],
+)
+def test_mode_and_inductor_options_reach_inductor(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], expected: dict[str, object]
+) -> None:
+    import torch._inductor.compile_fx as inductor
+
+    seen: list[dict[str, object]] = []
+
+    def record(module: Any, inputs: Any, **settings: Any) -> Any:
+        seen.append(settings["config_patches"])
+        return module.forward
+
+    monkeypatch.setattr(inductor, "compile_fx", record)
+    torch.compile(lambda x: x + 1, backend="dart", **arguments)(torch.ones(2))
+    (patches,) = seen
+    assert expected.items() <= patches.items()
+
+
+# --- identity and refusals ------------------------------------------------------------------
+
+
+def test_retaining_all_is_the_identity_and_says_so(
+    llava: Family, caplog: pytest.LogCaptureFixture
+) -> None:
+    retain = 40
+    inputs = llava.make_inputs()
+    plain = torch.compile(llava.model, backend="eager")(**inputs).logits
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, logger="dartfx"):
+        kept = compiled(llava, retain_tokens=retain)(**inputs).logits
+    assert torch.equal(kept, plain)
+    assert not outcomes(Pruned)
+    (said,) = [o.because for o in outcomes(Untouched) if "to retain" in o.because]
+    assert said == f"nothing to drop: {retain} tokens to retain of 16"
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("policy", ["warn", "error", "ignore"])
+def test_a_refusal_is_as_loud_as_asked(llava: Family, policy: str) -> None:
+    inputs = llava.make_inputs()
+    plain = torch.compile(llava.model, backend="eager")(**inputs).logits
+    torch._dynamo.reset()
+    fast = compiled(llava, layer=9, on_unsupported=policy)
+    told = r"(?s)layer=9, but the decoder stack .*layers has \d layers here.*try: a layer from 1 to"
+    if policy == "error":
+        with pytest.raises(BackendCompilerFailed, match=told) as failed:
+            fast(**inputs)
+        assert isinstance(failed.value.inner_exception, dartfx.UnsupportedGraphError)
+        return
+    if policy == "warn":
+        with pytest.warns(dartfx.PruningWarning, match=told):
+            logits = fast(**inputs).logits
+    else:
+        logits = fast(**inputs).logits
+    assert torch.equal(logits, plain)
+    (declined,) = outcomes(Declined)
+    assert "layer=9" in declined.because
+
+
+def test_a_static_cache_is_refused(llava: Family) -> None:
+    inputs = llava.make_inputs()
+    expected = llava.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    llava.model.compile(backend="dart", options=EAGER)
+    try:
+        with pytest.warns(dartfx.PruningWarning, match="the cache is static"):
+            ids = llava.model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, cache_implementation="static"
+            )
+    finally:
+        llava.model._compiled_call_impl = None
+    assert torch.equal(ids, expected)
+
+
+def test_ragged_rows_with_caches_fail_naming_the_row(llava: Family) -> None:
+    with pytest.raises(
+        dartfx.SelectionError, match=r"row \d of this batch does not hold its share"
+    ):
+        compiled(llava)(**llava.make_inputs("ragged"))
+
+
+def test_ragged_rows_without_caches(llava: Family) -> None:
+    inputs = llava.make_inputs("ragged")
+    oracle = hooked.pruned_forward(llava.model, inputs, retain=RETAIN, kv_layout="uniform")
+    output = compiled(llava)(**inputs, use_cache=False)
+    torch.testing.assert_close(output.logits, oracle.logits, **CLOSE)
+
+
+# --- which calls are pruned -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_text_of_the_same_shape_stays_exact(name: str, request: pytest.FixtureRequest) -> None:
+    family: Family = request.getfixturevalue({"llava": "llava", "qwen2_5_vl": "qwen"}[name])
+    image, text = family.make_inputs(), family.make_inputs("text")
+    assert image["input_ids"].shape == text["input_ids"].shape
+    plain = family.model(**text).logits
+    fast = compiled(family)
+    for _ in range(2):
+        assert fast(**image).logits.shape[1] < plain.shape[1]
+        torch.testing.assert_close(fast(**text).logits, plain, **CLOSE)
+
+
+def embedded(family: Family, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """The prompt as embeddings that the caller merged, and its vision mask."""
+    ids = inputs["input_ids"]
+    mask = ids == family.image_token_id
+    embeds = family.model.get_input_embeddings()(ids).clone()
+    features = family.model.get_image_features(inputs["pixel_values"]).pooler_output
+    embeds[mask] = torch.cat(list(features), 0).reshape(-1, embeds.shape[-1])
+    return {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}, mask
+
+
+@pytest.mark.parametrize("first", ["given", "plain"])
+def test_given_vision_tokens(llava: Family, first: str) -> None:
+    inputs = llava.make_inputs()
+    oracle = hooked.pruned_forward(llava.model, inputs, retain=RETAIN, kv_layout="uniform")
+    embeds, mask = embedded(llava, inputs)
+    plain = llava.model(**embeds).logits
+    fast = compiled(llava)
+    if first == "plain":
+        torch.testing.assert_close(fast(**embeds).logits, plain, **CLOSE)
+    for _ in range(2):
+        with dartfx.vision_tokens(mask):
+            torch.testing.assert_close(fast(**embeds).logits, oracle.logits, **CLOSE)
+        torch.testing.assert_close(fast(**embeds).logits, plain, **CLOSE)
+    (pruned,) = outcomes(Pruned)
+    assert pruned.how == "given"
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, dtype=torch.bool), torch.ones(1, 3), [[True]]])
+def test_vision_tokens_wants_a_bool_mask(mask: Any) -> None:
+    with pytest.raises(ValueError, match=r"vision_tokens needs a bool tensor \[B, S\]"):
+        dartfx.vision_tokens(mask).__enter__()
+
+
+def test_a_note_lives_and_dies_with_its_embeddings() -> None:
+    embeds, mask = torch.zeros(1, 3, 2), torch.ones(1, 3, dtype=torch.bool)
+    vision_mask.note(embeds, mask, 3)
+    found = vision_mask.find(embeds)
+    assert found is not None
+    assert found.mask is mask
+    assert vision_mask.find(embeds.clone()) is None
+    embeds.add_(1)
+    assert vision_mask.find(embeds) is None, "written to since: the note is stale"
+    vision_mask.note(embeds, mask, 3)
+    del embeds, found
+    gc.collect()
+    assert len(vision_mask._notes) == 0
+
+
+def test_two_models_in_one_process(llava: Family) -> None:
+    other = load("llava", seed=5, layers=5)
+    expected = [
+        hooked.pruned_forward(f.model, f.make_inputs(), retain=r, kv_layout="uniform").logits
+        for f, r in ((llava, RETAIN), (other, 9))
+    ]
+    fast = compiled(llava), compiled(other, retain_tokens=9)
+    for _ in range(2):
+        for model, logits in zip(fast, expected, strict=True):
+            torch.testing.assert_close(model(**llava.make_inputs()).logits, logits, **CLOSE)
+
+
+def test_another_selector(llava: Family) -> None:
+    inputs = llava.make_inputs()
+    fast = compiled(llava, selector="random")
+
+    def logits(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        out: Tensor = fast(**inputs).logits
+        return out
+
+    first, again, other = logits(1), logits(1), logits(2)
+    assert first.shape[1] == inputs["input_ids"].shape[1] - llava.tokens_per_image + RETAIN
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+# --- shapes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 4}, 64),
+        ({"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 48}, 48),
+        ({"hidden_size": 128, "num_attention_heads": 4}, 32),
+        ({"hidden_size": 256, "num_attention_heads": 32, "num_key_value_heads": 32}, 32),
+    ],
+    ids=["hidden", "vocabulary", "head", "heads"],
+)
+def test_sizes_that_coincide_with_the_sequence(sizes: dict[str, int], length: int) -> None:
+    family = load("llava", **sizes)
+    inputs = family.make_inputs(length=length)
+    assert inputs["input_ids"].shape[1] == length
+    oracle = hooked.pruned_forward(family.model, inputs, retain=RETAIN, kv_layout="uniform")
+    torch.testing.assert_close(compiled(family)(**inputs).logits, oracle.logits, **CLOSE)
+
+
+def test_batch_times_tokens_coincides_with_the_hidden_size() -> None:
+    family = load("llava", hidden_size=64, num_attention_heads=4)
+    inputs = family.make_inputs("pad2", length=32)
+    oracle = hooked.pruned_forward(family.model, inputs, retain=RETAIN, kv_layout="uniform")
+    torch.testing.assert_close(compiled(family)(**inputs).logits, oracle.logits, **CLOSE)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_other_prompt_lengths_do_not_recompile(llava: Family, dynamic: bool | None) -> None:
+    model = llava.model
+    prompts = [llava.make_inputs(after=8 + extra) for extra in (0, 3, 5, 11)]
+    oracles = [hooked.pruned_generate(model, p, retain=RETAIN, max_new_tokens=4) for p in prompts]
+    model.compile(backend="dart", options=EAGER, dynamic=dynamic, fullgraph=True)
+    graphs = []
+    try:
+        for inputs, oracle in zip(prompts, oracles, strict=True):
+            output = model.generate(
+                **inputs,
+                max_new_tokens=4,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            torch.testing.assert_close(torch.stack(output.logits, 1), oracle.logits, **CLOSE)
+            graphs.append(len(dartfx.reports()))
+    finally:
+        model._compiled_call_impl = None
+    assert graphs[1] == graphs[2] == graphs[3]
+    assert len(outcomes(Pruned)) == (1 if dynamic else 2)
+
+
+def test_across_graph_breaks_other_prompt_lengths_do_not_recompile(qwen: Family) -> None:
+    fast, graphs = compiled(qwen), []
+    for extra in (0, 3, 5, 11):
+        inputs = qwen.make_inputs(after=8 + extra)
+        oracle = hooked.pruned_forward(qwen.model, inputs, retain=RETAIN, kv_layout="uniform")
+        torch.testing.assert_close(fast(**inputs).logits, oracle.logits, **CLOSE)
+        graphs.append(len(dartfx.reports()))
+    assert graphs[1] == graphs[2] == graphs[3]
+    assert {p.how for p in outcomes(Pruned)} == {"merge in an earlier graph"}
+
+
+def test_images_of_another_size(llava: Family) -> None:
+    """N follows the features, and a reduction ratio follows N, without data being read."""
+    llava.model.compile(
+        backend="dart",
+        options={"reduction_ratio": 0.5, "lowering": "eager"},
+        dynamic=True,
+        fullgraph=True,
+    )
+    try:
+        for variant, retain in (("one", 8), ("two", 16)):
+            inputs = llava.make_inputs(variant)
+            current, llava.model._compiled_call_impl = llava.model._compiled_call_impl, None
+            oracle = hooked.pruned_generate(llava.model, inputs, retain=retain, max_new_tokens=3)
+            llava.model._compiled_call_impl = current
+            ids = llava.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            assert torch.equal(ids[:, inputs["input_ids"].shape[1] :], oracle.token_ids)
+    finally:
+        llava.model._compiled_call_impl = None
+    assert len(outcomes(Pruned)) == 2, "one for each number of images: dynamo sees a list"
+
+
+def test_gradients_reach_what_was_kept(llava: Family) -> None:
+    inputs = llava.make_inputs()
+    embeds, mask = embedded(llava, inputs)
+
+    def gradient(call: Any) -> Tensor:
+        leaf = embeds["inputs_embeds"].detach().clone().requires_grad_()
+        call(leaf).logits.square().sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    fast = torch.compile(
+        llava.model, backend="dart", options={"retain_tokens": RETAIN, "lowering": "aot_eager"}
+    )
+    with dartfx.vision_tokens(mask):
+        found = gradient(lambda e: fast(inputs_embeds=e, attention_mask=embeds["attention_mask"]))
+    kept = hooked.pruned_forward(llava.model, inputs, retain=RETAIN, kv_layout="uniform").keep_idx
+    assert torch.isfinite(found).all()
+    assert (found[0, kept[0]].abs().sum(-1) > 0).all()

@@ -1,0 +1,58 @@
+"""One compiled model called with one batch size after the other, where experts flatten tokens.
+
+A product dim (B * S) is then known by views that come later than where its size is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import dartfx
+from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo.registry import load
+
+RETAIN, STEPS = 6, 3
+
+
+def generate(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    output = model.generate(
+        **inputs,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return torch.stack(output.logits, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kimi_k25", "qwen3_vl_moe"])
+def test_one_row_and_then_several(name: str) -> None:
+    torch.compiler.reset()
+    dartfx.reset()
+    family = load(name)
+    model = dartfx.compile(
+        family.model, retain_tokens=RETAIN, lowering="eager", on_unsupported="error"
+    )
+    compiled = model._compiled_call_impl
+    for variant in ("one", "pad2"):
+        inputs = family.make_inputs(variant)
+        model._compiled_call_impl = compiled
+        logits = generate(model, inputs)
+        model._compiled_call_impl = None
+        oracle = hooked.pruned_generate(
+            model,
+            inputs,
+            decoder=family.decoder,
+            image_token_id=family.image_token_id,
+            layer=family.structure.layer,
+            latent_cache=family.structure.latent_cache,
+            retain=RETAIN,
+            max_new_tokens=STEPS,
+            kv_layout="layered" if variant == "one" else "uniform",
+        )
+        torch.testing.assert_close(logits, oracle.logits, rtol=1e-4, atol=1e-4)
+    assert sum(r.pruned for r in dartfx.reports()) == 2

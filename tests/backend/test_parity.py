@@ -1,0 +1,115 @@
+"""The compiled model against the eager one pruned by hooks with the float64 oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dartfx
+from dartfx.passes.outcome import Pruned
+from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo.family import Family
+from dartfx.tools.zoo.registry import load
+
+RETAIN = 6
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module", params=["llava", "llava_next", "qwen2_5_vl"])
+def family(request: pytest.FixtureRequest) -> Family:
+    return load(request.param)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Any:
+    torch._dynamo.reset()
+    dartfx.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def pruned_reports() -> list[Pruned]:
+    return [r.outcome for r in dartfx.reports() if isinstance(r.outcome, Pruned)]
+
+
+def assert_same_prefill(output: Any, oracle: hooked.Pruned) -> None:
+    torch.testing.assert_close(output.logits, oracle.logits, **CLOSE)
+    assert [e.keys.shape[2] for e in output.past_key_values.layers] == oracle.kv_lengths
+    for entry, keys, values in zip(
+        output.past_key_values.layers, oracle.keys, oracle.values, strict=True
+    ):
+        torch.testing.assert_close(entry.keys, keys, **CLOSE)
+        torch.testing.assert_close(entry.values, values, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("layout", "masked"), [("layered", False), ("uniform", True)], ids=["layered", "uniform_mask"]
+)
+def test_forward(family: Family, layout: str, masked: bool) -> None:
+    inputs = family.make_inputs()
+    if not masked:
+        del inputs["attention_mask"]
+    oracle = hooked.pruned_forward(family.model, inputs, retain=RETAIN, kv_layout=layout)
+    options = {"retain_tokens": RETAIN, "lowering": "eager", "kv_layout": layout}
+    fast = torch.compile(family.model, backend="dart", options=options)
+    assert_same_prefill(fast(**inputs), oracle)
+    (report,) = pruned_reports()
+    assert report.sequence == (inputs["input_ids"].shape[1], oracle.keep_idx.shape[1])
+    assert report.kv_layout == layout
+
+
+def generate(model: Any, inputs: dict[str, Tensor], steps: int) -> Any:
+    try:
+        return model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    finally:
+        model._compiled_call_impl = None
+
+
+@pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "graph_breaks"])
+def test_generate(family: Family, fullgraph: bool) -> None:
+    inputs = family.make_inputs()
+    oracle = hooked.pruned_generate(family.model, inputs, retain=RETAIN, max_new_tokens=8)
+    options = {"retain_tokens": RETAIN, "lowering": "eager"}
+    family.model.compile(backend="dart", options=options, fullgraph=fullgraph)
+    output = generate(family.model, inputs, 8)
+    prompt = inputs["input_ids"].shape[1]
+    assert torch.equal(output.sequences[:, prompt:], oracle.token_ids)
+    torch.testing.assert_close(torch.stack(output.logits, 1), oracle.logits, **CLOSE)
+    assert [e.keys.shape[2] for e in output.past_key_values.layers] == oracle.kv_lengths
+    assert len(pruned_reports()) == 1
+
+
+@pytest.mark.parametrize("variant", ["pad2", "pad4"])
+def test_padded_batch(family: Family, variant: str) -> None:
+    inputs = family.make_inputs(variant)
+    oracle = hooked.pruned_generate(
+        family.model, inputs, retain=RETAIN, max_new_tokens=6, kv_layout="uniform"
+    )
+    family.model.compile(
+        backend="dart", options={"retain_tokens": RETAIN, "lowering": "eager"}, fullgraph=True
+    )
+    output = generate(family.model, inputs, 6)
+    prompt = inputs["input_ids"].shape[1]
+    assert torch.equal(output.sequences[:, prompt:], oracle.token_ids)
+    torch.testing.assert_close(torch.stack(output.logits, 1), oracle.logits, **CLOSE)
+    (report,) = pruned_reports()
+    assert report.kv_layout == "uniform"
+
+
+def test_through_inductor(family: Family) -> None:
+    inputs = family.make_inputs()
+    oracle = hooked.pruned_generate(family.model, inputs, retain=RETAIN, max_new_tokens=4)
+    dartfx.compile(family.model, retain_tokens=RETAIN)
+    output = generate(family.model, inputs, 4)
+    prompt = inputs["input_ids"].shape[1]
+    assert torch.equal(output.sequences[:, prompt:], oracle.token_ids)
+    torch.testing.assert_close(torch.stack(output.logits, 1), oracle.logits, **CLOSE)

@@ -1,0 +1,224 @@
+"""The programs behind ``make demo`` and ``make bench``, run as a user runs them, at tiny sizes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+N, RETAIN, LAYERS, CUT = 16, 4, 4, 2  # of --tiny
+# fp32, keys and values, hidden size 64
+BYTES_PER_TOKEN = 4 * 2 * 64
+EAGER = ("--lowering", "eager")
+ONLY_TIMES = ("--questions", "0")
+FEW = ("--max-new-tokens", "2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    """The examples import one another by file name; and so small a model needs one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+    torch.set_num_threads(threads)
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def numbers(pattern: str, text: str) -> list[int]:
+    """The integers that the groups of ``pattern`` match, without thousands separators."""
+    found = re.search(pattern, text)
+    assert found is not None, f"no {pattern!r} in:\n{text}"
+    return [int(group.replace(",", "")) for group in found.groups()]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with its processor, saved as one downloads it, and a photograph of noise."""
+    from PIL import Image
+
+    folder, vlm = tmp_path_factory.mktemp("model"), load("vlm")
+    size = vlm.SIZES["tiny"]
+    vlm.build_model(size, seed=3).save_pretrained(folder)
+    vlm.build_processor(size).save_pretrained(folder)
+    Image.effect_noise((90, 60), 80.0).save(folder / "photo.png")
+    return folder
+
+
+def check_demo(text: str, retain: int) -> None:
+    """The demo's figures agree with one another and with the sizes of the tiny model."""
+    [prompt] = numbers(r"prompt: (\d+) tokens, vision", text)
+    kept = prompt - N + retain
+    assert numbers(r"pruned before decoder layer (\d+) of .*language_model", text) == [CUT]
+    assert numbers(r"vision tokens: (\d+) per sample .*, (\d+) retained", text) == [N, retain]
+    assert numbers(r"tokens from layer 2 on: (\d+) -> (\d+)", text) == [prompt, kept]
+    assert numbers(r"tokens in layers 0\.\.1: +(\d+) -> (\d+)", text) == [prompt, prompt]
+    full, cut = LAYERS * prompt, CUT * prompt + (LAYERS - CUT) * kept
+    assert numbers(r"KV cache bytes: ([\d,]+) -> ([\d,]+)", text) == [
+        full * BYTES_PER_TOKEN,
+        cut * BYTES_PER_TOKEN,
+    ]
+    assert "modeling_llama.py" in text  # the source line of what crosses the cut
+    plain, dart = re.findall(r"ids: +\[([\d, ]+)\]", text)
+    assert len(plain.split(",")) == len(dart.split(",")) == 2
+
+
+def check_answers(text: str, asked: int, picture: Path) -> None:
+    """The first part counts as the measure does, and shows the questions it says it shows."""
+    from PIL import Image, ImageStat
+
+    from dartfx.tools.evaluate.questions import load as load_questions
+
+    questions = load_questions(EXAMPLES / "tiny_vlm" / "heldout" / "questions.jsonl")
+    assert f"first {asked} held-out questions" in text
+    [full, of] = numbers(r"all 576 vision tokens +(\d+) of (\d+)", text)
+    [few, of_few] = numbers(r"64 of them, by DART +(\d+) of (\d+)", text)
+    assert of == of_few == asked
+    assert asked - 1 <= full <= asked  # 93% are right in the model card
+    shown = re.findall(
+        r"(both answer right|pruning got wrong): question (\d+), .*\n +question +(.*)\n"
+        r" +answer +(.*)\n +576 tokens +(.*)\n +64 tokens +(.*)\n",
+        text,
+    )
+    assert [each[0] for each in shown] == ["both answer right", "pruning got wrong"]
+    for (_, number, question, answer, said, said_of_few), right in zip(
+        shown, (True, False), strict=True
+    ):
+        expected = questions[int(number) - 1]
+        assert (question, answer, said) == (expected.text, expected.answer, expected.answer)
+        assert (said_of_few == answer) == right
+    assert few < full
+    # The first that both get right comes after as many as pruning can have got wrong before it.
+    assert int(shown[0][1]) <= asked - few + 1
+    with Image.open(picture) as drawn:
+        assert drawn.size == (672 * 2 + 8, 672)
+        left, right_half = drawn.crop((0, 0, 672, 672)), drawn.crop((680, 0, 1352, 672))
+        dark = [sum(ImageStat.Stat(half).sum) for half in (left, right_half)]
+    assert dark[1] < 0.8 * dark[0]  # 512 of 576 patches are dimmed
+
+
+def test_demo_on_the_trained_model_and_the_sample_photograph(tmp_path: Path) -> None:
+    # As make does it: a process of its own.
+    picture = tmp_path / "kept.png"
+    arguments = ["--tiny", *EAGER, *FEW, "--repeat", "2", "--questions", "8", "--out", picture]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "demo.py", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
+    check_answers(text, 8, picture)
+    assert "RANDOM weights" in text
+    assert "china.jpg 640x427" in text
+    check_demo(text, RETAIN)
+    times = re.search(
+        r"prefill, median of 2: ([\d.]+) ms -> ([\d.]+) ms\nspeed-up: ([\d.]+)x", text
+    )
+    assert times is not None
+    plain, dart, ratio = map(float, times.groups())
+    # Times are printed to a tenth, so times of a few milliseconds leave the ratio that much room.
+    assert (plain - 0.06) / (dart + 0.06) - 0.01 <= ratio <= (plain + 0.06) / (dart - 0.06) + 0.01
+
+
+def test_demo_on_a_saved_model_and_image(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = str(saved / "photo.png")
+    arguments = ["--model", str(saved), "--image", photo, "--prompt", "Who is it?", *EAGER]
+    assert load("demo").main([*arguments, *FEW, "--retain-tokens", "5", "--repeat", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "photo.png 90x60; prompt: 'Who is it?'" in text
+    check_demo(text, 5)
+    assert "plain text:" in text
+    assert "RANDOM" not in text
+    assert "trained model" not in text  # a model of one's own is all that is shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--questions", "1", "--retain-tokens", "576"], "the trained model: nothing was pruned"),
+        (["--image", "nowhere.jpg"], "no image file 'nowhere.jpg'"),
+        (["--image", __file__], "not an image that Pillow can read"),
+        (["--model", "./no-such-model"], "cannot load the model './no-such-model'"),
+        (["--retain-tokens", "16", *EAGER], "no vision token was pruned"),
+        (["--layer", "9", *EAGER], "no vision token was pruned"),
+        (["--retain-tokens", "-1", *EAGER], "retain_tokens"),
+    ],
+)
+def test_demo_says_what_stopped_it(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load("demo").main(["--tiny", *ONLY_TIMES, *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def bench(file: Path, *arguments: str) -> dict[str, Any]:
+    """What ``make bench`` writes."""
+    assert load("bench_prefill").main(["--tiny", *EAGER, "--json", str(file), *arguments]) == 0
+    figures: dict[str, Any] = json.loads(file.read_text())
+    return figures
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return bench(tmp_path_factory.mktemp("bench") / "figures.json", "--repeat", "3")
+
+
+def test_bench_counts_flops_exactly(figures: dict[str, Any]) -> None:
+    length, kept = figures["sequence"]
+    assert (length, kept) == (35 + N + 19, 35 + RETAIN + 19)
+
+    def layer(tokens: int) -> int:
+        return 2 * tokens * (4 * 64 * 64 + 3 * 64 * 160) + 4 * tokens * tokens * 64
+
+    flops = figures["flops"]
+    full, cut = LAYERS * layer(length), CUT * layer(length) + (LAYERS - CUT) * layer(kept)
+    assert flops["decoder"] == [full, cut]
+    # Counted while the model ran, where the report counts from the graph's shapes.
+    assert flops["decoder_counted"] == full
+    before, after = flops["total"]
+    assert before - after == full - cut
+    projector, head = 2 * N * (32 * 64 + 64 * 64), 2 * 64 * 512
+    assert before > full + projector + head  # and the tower
+    assert figures["allowed"] == pytest.approx(before / after)
+
+
+def test_bench_figures_are_consistent(figures: dict[str, Any]) -> None:
+    plain, dart = figures["prefill_seconds"]
+    assert [len(samples) for samples in figures["prefill_samples"]] == [3, 3]
+    assert sorted(figures["prefill_samples"][0])[1] == plain
+    assert figures["of_allowed"] == pytest.approx(plain / dart / figures["allowed"])
+    assert figures["operator_share"] == pytest.approx(figures["operator_seconds"] / dart)
+    passes = dict(figures["passes_seconds"])
+    total = passes.pop("total")
+    assert {"locate", "gather", "check"} <= passes.keys()
+    assert 0 < sum(passes.values()) <= total
+
+
+def test_bench_prints_what_it_measured_with_another_selector(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = bench(tmp_path / "uniform.json", "--repeat", "1", "--selector", "uniform")
+    assert figures["machine"]["selector"] == "uniform"
+    assert figures["vision_tokens"] == [N, RETAIN]
+    text = capsys.readouterr().out
+    assert numbers(r"sequence (\d+) -> (\d+)", text) == figures["sequence"]
+    assert numbers(r"all FLOPs +([\d,]+) -> ([\d,]+)", text) == figures["flops"]["total"]
+    assert f"of {figures['allowed']:.2f}x" in text
+    assert "no goal" in text  # a tiny model in eager mode is held to none

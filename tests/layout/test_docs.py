@@ -1,0 +1,125 @@
+"""Every Python block of the README and of docs/ runs, on a tiny model."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+
+import dartfx
+import dartfx.observe.dump
+from dartfx.selection import registry
+from dartfx.tools.zoo.family import Family
+from dartfx.tools.zoo.registry import load
+from tests.support.decoders import Decoder, Sizes, prompt, run
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(PYTHON.findall(page.read_text()))
+]
+
+
+@pytest.fixture(scope="module")
+def llava() -> Family:
+    family = load("llava")
+    with torch.no_grad():  # transformers installs hooks in the first call, which fullgraph forbids
+        family.model(**family.make_inputs())
+    return family
+
+
+@pytest.fixture
+def names(
+    llava: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, Any]]:
+    """What the pages take as given; without Inductor, which is not what they are about."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dartfx.observe.dump, "lower", lambda config, module, inputs: module.forward)
+    registered = dict(registry._ENTRIES)
+    llava.model.generation_config.max_new_tokens = 2
+    llava.model.generation_config.cache_implementation = None  # decode="static" sets it
+    inputs = llava.make_inputs()
+    mask = inputs["input_ids"] == llava.image_token_id
+    embeds = torch.randn(*mask.shape, 64)
+    with torch.no_grad():
+        yield {
+            "model": llava.model,
+            "inputs": inputs,
+            "image": Image.new("RGB", (40, 40), "grey"),
+            "mask": mask,
+            "embeds": embeds,
+        }
+    registry._ENTRIES.clear()
+    registry._ENTRIES.update(registered)
+    llava.model._compiled_call_impl = None
+    dartfx.reset()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_block_runs(block: str, names: dict[str, Any]) -> None:
+    exec(compile(block, "<page>", "exec"), names)
+
+
+def test_there_are_blocks_to_run() -> None:
+    assert len(BLOCKS) >= 10
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert {p.name for p in PAGES[1:]} == set(listed)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([\w/.]+\.md)(?:#[\w-]+)?\)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page.name} links to {target}"
+
+
+def test_pictures_are_there_and_small() -> None:
+    for page in PAGES:
+        for target in re.findall(r"!\[[^\]]+\]\(([\w/.]+)\)", page.read_text()):
+            assert (page.parent / target).stat().st_size < 100_000 or target == "quality.svg"
+    shown = re.findall(r"\(pictures/([\w.]+)\)", (ROOT / "docs" / "design.md").read_text())
+    assert sorted(shown) == sorted(p.name for p in (ROOT / "docs" / "pictures").iterdir())
+
+
+def test_pictures_are_drawn_from_a_dump(tmp_path: Path) -> None:
+    z = Sizes(seq=24, vision=12, layers=3)
+    run(Decoder(z), prompt(z), retain_tokens=5, dump=tmp_path)
+    pictures = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    folder = tmp_path / "graph_000"
+    drawn = ElementTree.fromstring(pictures["lengths"](folder))
+    bars = [e for e in drawn.iter() if e.get("data-length")]
+    assert [e.get("data-length") for e in bars if "layers" in str(e.get("data-part"))] == [
+        "24", "24", "17",
+    ]  # fmt: skip
+    flow = ElementTree.fromstring(pictures["passes"](folder))
+    told = [e.text for e in flow.iter() if str(e.tag).endswith("text")]
+    titles = [title for title, _ in pictures["STAGES"].values()]
+    assert [t for t in told if t in titles] == titles
+    counts = [int(m[1]) for t in told if (m := re.fullmatch(r"(\d+) calls", str(t)))]
+    nodes = (folder / "01_normalise.txt").read_text().count(" = torch.ops.")
+    assert counts[1] == nodes
+    assert counts[-1] > counts[1]
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    listed = re.findall(r"^::: dartfx\.([\w.]+)$", page, re.MULTILINE)
+    objects = [pkgutil.resolve_name(f"dartfx.{name}") for name in listed]
+    inside = [name for o in objects if isinstance(o, ModuleType) for name in o.__all__]
+    assert not set(dartfx.__all__) - {*listed, *inside}
+    assert len(set(listed)) == len(listed)
+    assert all(o.__doc__ for o in objects)

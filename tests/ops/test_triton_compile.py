@@ -1,0 +1,79 @@
+"""The kernels compiled for devices that are not there: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+
+from tests.support.offline import Shape, Usage, usage
+
+# Registers per thread and bytes of shared memory per program that a device can give.
+TARGETS = [
+    pytest.param(GPUTarget("cuda", 80, 32), Usage(255, 0, 163 * 1024), id="sm_80"),
+    pytest.param(GPUTarget("cuda", 90, 32), Usage(255, 0, 227 * 1024), id="sm_90"),
+    pytest.param(GPUTarget("hip", "gfx942", 64), Usage(512, 0, 64 * 1024), id="gfx942"),
+]
+SHAPES = {
+    "heads32": Shape(S=640, H=32, D=4096),
+    "gqa4": Shape(S=4096, H=4, D=3584, padded=True),
+    "float32": Shape(S=2930, H=32, D=4096, dtype=torch.float32, padded=True),
+    "float16": Shape(S=577, H=2, D=576, Dh=80, dtype=torch.float16, pivots=(1, 0)),
+    "pivots16": Shape(S=640, H=8, D=2048, pivots=(10, 6), padded=True),
+    "pivots64": Shape(S=640, H=8, D=2048, pivots=(32, 32), padded=True),
+    "pivots0": Shape(S=640, H=8, D=2048, pivots=(0, 0)),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cold_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize(("target", "limit"), TARGETS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_fit_without_spilling(
+    name: str, target: GPUTarget, limit: Usage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = SHAPES[name].launches(monkeypatch)
+    used = {one.kernel.__name__: usage(one.compile(target), target) for one in launches}
+    cosines = {"cosines"} if name != "pivots0" else set()
+    assert set(used) == {"key_norms", "rank", "select"} | cosines
+    for kernel, what in used.items():
+        assert what.spilled == 0, (kernel, what)
+        assert 0 < what.registers <= limit.registers, (kernel, what)
+        assert 0 < what.shared <= limit.shared, (kernel, what)
+
+
+@pytest.mark.parametrize("counts", ["i64", "constexpr"])
+@pytest.mark.parametrize("name", ["heads32", "gqa4"])
+def test_kernels_take_counts_as_inductor_passes_them(
+    name: str, counts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A size that it cannot bound is 64 bits wide, and one that is 1 a constant."""
+    for one in SHAPES[name].launches(monkeypatch):
+        assert one.compile(GPUTarget("cuda", 90, 32), counts).asm["cubin"]
+
+
+def test_the_largest_grids_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA allows 2 ** 31 - 1 programs in the first dimension and 65,535 in the others."""
+    largest = Shape(S=32_768, H=1, D=1, Dh=1, pivots=(32, 32), B=70_000)
+    for one in largest.launches(monkeypatch):
+        assert one.grid[0] == 70_000
+        assert all(size <= 65_535 for size in one.grid[1:])
+
+
+@pytest.mark.parametrize(("target", "limit"), TARGETS)
+def test_a_spill_would_be_seen(
+    target: GPUTarget, limit: Usage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select = SHAPES["heads32"].launches(monkeypatch)[-1]
+    select.constants.update(BLOCK=2048, num_warps=1)
+    assert usage(select.compile(target), target).spilled > 0

@@ -1,0 +1,76 @@
+"""What is put into the embeddings counts as vision only where it is, and is missed by no one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_refusals import RETAIN, SMALL, assert_declined, assert_pruned
+from torch import Tensor, nn
+
+import dartfx
+from dartfx.passes.outcome import Untouched
+from tests.support.decoders import IMAGE, Decoder, assert_same, prompt, run
+
+LEARNED = 39
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    dartfx.reset()
+
+
+class Inverted(Decoder):
+    """The vision mask is made a mask of text, in place, once the features are merged."""
+
+    def merge(self, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        vision = ids == IMAGE
+        x = self.embed(ids).masked_scatter(vision.unsqueeze(-1), features)
+        text = vision.logical_not_()
+        return x + text.unsqueeze(-1) * 0.01, vision
+
+
+def test_mask_that_is_written_to_after_the_merge() -> None:
+    assert_declined(Inverted(SMALL), prompt(SMALL), "written to after the merge")
+
+
+class LearnedPrompt(Decoder):
+    """Rows of a parameter stand at positions of their own, put there before or after the merge."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__(SMALL)
+        self.first, self.learned = first, nn.Parameter(torch.randn(3, SMALL.hidden))
+
+    def merge(self, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        x, vision = self.embed(ids), ids == IMAGE
+        if self.first:
+            x = x.index_put((ids == LEARNED,), self.learned)
+        x = x.masked_scatter(vision.unsqueeze(-1), features)
+        if not self.first:
+            x = x.masked_scatter((ids == LEARNED).unsqueeze(-1), self.learned * 2)
+        return x, vision
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_learned_prompt_is_not_vision(first: bool) -> None:
+    inputs = prompt(SMALL)
+    inputs["ids"][inputs["ids"] == LEARNED] = 5
+    inputs["ids"][0, -5:-2] = LEARNED
+    assert_pruned(LearnedPrompt(first), inputs)
+
+
+class Joined(Decoder):
+    """Vision features stand between two pieces of text, with no mask that tells where."""
+
+    def merge(self, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(ids)
+        return torch.cat([x[:, :2], features[None], x[:, 14:]], 1), ids == IMAGE
+
+
+def test_features_that_are_joined_do_not_pass_in_silence() -> None:
+    model, inputs = Joined(SMALL).eval(), prompt(SMALL)
+    outputs, outcome = run(model, inputs, retain_tokens=RETAIN, layer=1)
+    assert isinstance(outcome, Untouched)
+    assert outcome.unsure
+    assert "float32 ['12', '16']" in outcome.because
+    with torch.no_grad():
+        assert_same(outputs, model(**inputs), rtol=0, atol=0)

@@ -1,0 +1,102 @@
+"""A pass that misbehaves is caught by the check after it: the model runs unpruned, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import Node
+
+import dartfx
+from dartfx.passes.graph import aten, sizes
+from dartfx.passes.outcome import Pruned
+from dartfx.passes.refusal import Declined
+from dartfx.passes.rules import RULES
+from dartfx.passes.transform import apply_cut, check_shapes
+from dartfx.passes.transform.gather_frontier import Gatherer
+from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, pruned_by_hand, run
+
+Patch = pytest.MonkeyPatch
+STYLE = Style(rope="one_row", split="view", join="view")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    dartfx.reset()
+
+
+def no_shrink(patch: Patch) -> None:
+    patch.setattr(apply_cut, "shrink", lambda *_: None)
+
+
+def no_rope_gather(patch: Patch) -> None:
+    _skip_gather(patch, lambda value: sizes(value)[-1] == Sizes.head_dim)
+
+
+def no_hidden_gather(patch: Patch) -> None:
+    _skip_gather(patch, lambda value: sizes(value)[-1] == Sizes.hidden)
+
+
+def _skip_gather(patch: Patch, skipped: Callable[[Node], bool]) -> None:
+    gather = Gatherer.__call__
+
+    def call(self: Gatherer, value: Node, anchor: Node) -> Node:
+        return value if self.axes.dims(value) and skipped(value) else gather(self, value, anchor)
+
+    patch.setattr(Gatherer, "__call__", call)
+
+
+def without(packet: Any) -> Callable[[Patch], None]:
+    return lambda patch: patch.delitem(RULES, packet)
+
+
+def failing_pass(patch: Patch) -> None:
+    def gather(*_: object) -> None:
+        raise KeyError("lost")
+
+    patch.setattr(apply_cut.gather, "gather_frontier", gather)
+
+
+BROKEN: dict[str, tuple[Callable[[Patch], None], str]] = {
+    "shrink does nothing": (no_shrink, "after pruning"),
+    "rope is not gathered": (no_rope_gather, "after pruning"),
+    "hidden states are not gathered": (no_hidden_gather, "after pruning"),
+    "no rule for linear": (without(aten.linear), "token axis"),
+    "no rule for attention": (without(aten.scaled_dot_product_attention), "token axis"),
+    "no rule for transpose": (without(aten.transpose), "token axis"),
+    "a pass raises": (failing_pass, "internal error in pass 'gather': KeyError: 'lost'"),
+}
+
+
+@pytest.mark.parametrize(("misbehave", "text"), BROKEN.values(), ids=BROKEN)
+def test_misbehaving_pass_changes_nothing(
+    misbehave: Callable[[Patch], None], text: str, monkeypatch: Patch
+) -> None:
+    misbehave(monkeypatch)
+    model, inputs = Decoder(style=STYLE).eval(), prompt(Sizes())
+    with pytest.warns(dartfx.PruningWarning, match="left a graph unpruned"):
+        outputs, outcome = run(model, inputs, retain_tokens=5, on_unsupported="warn")
+    assert isinstance(outcome, Declined), outcome
+    assert text in outcome.because
+    with torch.no_grad():
+        assert_same(outputs, model(**inputs), rtol=0, atol=0)
+
+
+def test_check_is_what_catches_it(monkeypatch: Patch) -> None:
+    """Without the misbehaviour the same decoder is pruned, and every pruned value was compared."""
+    compared: list[Node] = []
+    compare = check_shapes._compare
+
+    def note(node: Node, shape: list[Any]) -> None:
+        compared.append(node)
+        compare(node, shape)
+
+    monkeypatch.setattr(check_shapes, "_compare", note)
+    model, inputs = Decoder(style=STYLE).eval(), prompt(Sizes())
+    outputs, outcome = run(model, inputs, retain_tokens=5, on_unsupported="error")
+    assert isinstance(outcome, Pruned)
+    assert {n.target for n in compared} >= {aten.linear.default, aten.view.default}
+    with torch.no_grad():
+        assert_same(outputs, pruned_by_hand(model, inputs, 5))

@@ -1,0 +1,231 @@
+"""Pruning in several stages, against an eager model pruned by hooks stage by stage."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dartfx
+from dartfx.passes.outcome import Pruned
+from dartfx.tools.zoo.family import Family
+from dartfx.tools.zoo.registry import load
+from tests.support.staged import Stages
+
+LAYERS, RETAIN = [1, 2, 3], [9, 6, 3]
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+OPTIONS = {
+    "layer": LAYERS,
+    "retain_tokens": RETAIN,
+    "lowering": "eager",
+    "on_unsupported": "error",
+}
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3"])
+def family(request: pytest.FixtureRequest) -> Family:
+    return load(request.param)
+
+
+@pytest.fixture(scope="module")
+def llava() -> Family:
+    return load("llava")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Any:
+    dartfx.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def pruned() -> Pruned:
+    (outcome,) = [r.outcome for r in dartfx.reports() if isinstance(r.outcome, Pruned)]
+    return outcome
+
+
+def assert_same(output: Any, oracle: Any) -> None:
+    torch.testing.assert_close(output.logits, oracle.logits, **CLOSE)
+    entries = output.past_key_values.layers, oracle.past_key_values.layers
+    for one, other in zip(*entries, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, **CLOSE)
+        torch.testing.assert_close(one.values, other.values, **CLOSE)
+
+
+@pytest.mark.parametrize(("variant", "layout"), [("one", "layered"), ("pad2", "uniform")])
+def test_forward(family: Family, variant: str, layout: str) -> None:
+    inputs = family.make_inputs(variant)
+    if variant == "one":
+        del inputs["attention_mask"]
+    stages = Stages(family.model, inputs, LAYERS, RETAIN)
+    with stages(layout == "uniform"):
+        oracle = family.model(**inputs)
+    fast = torch.compile(family.model, backend="dart", options={**OPTIONS, "kv_layout": layout})
+    assert_same(fast(**inputs), oracle)
+    before = inputs["input_ids"].shape[1]
+    lengths = [keep.shape[1] for keep in stages.keep_idx]
+    assert [cut.sequence for cut in pruned().cuts] == list(
+        zip([before, *lengths], lengths, strict=False)
+    )
+    assert [(c.layer, c.retained) for c in pruned().cuts] == list(zip(LAYERS, RETAIN, strict=True))
+
+
+def generate(model: Any, inputs: dict[str, Tensor]) -> Any:
+    return model.generate(
+        **inputs,
+        max_new_tokens=6,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def test_generate(family: Family) -> None:
+    inputs = family.make_inputs()
+    dartfx.compile(family.model, **OPTIONS)
+    try:
+        output = generate(family.model, inputs)
+    finally:
+        family.model._compiled_call_impl = None
+    uniform = pruned().kv_layout == "uniform"
+    with Stages(family.model, inputs, LAYERS, RETAIN)(uniform):
+        oracle = generate(family.model, inputs)
+    assert torch.equal(output.sequences, oracle.sequences)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(oracle.logits), **CLOSE)
+    assert pruned().retained == RETAIN[-1]
+
+
+def test_rows_of_unequal_images(llava: Family) -> None:
+    """Such a batch loses pads, so decode needs the mask's columns of all stages together."""
+    inputs = llava.make_inputs("ragged")
+    dartfx.compile(llava.model, **OPTIONS)
+    try:
+        output = generate(llava.model, inputs)
+    finally:
+        llava.model._compiled_call_impl = None
+    with Stages(llava.model, inputs, LAYERS, RETAIN)(uniform=True):
+        oracle = generate(llava.model, inputs)
+    assert torch.equal(output.sequences, oracle.sequences)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(oracle.logits), **CLOSE)
+
+
+@pytest.mark.slow
+def test_through_inductor(llava: Family) -> None:
+    inputs = llava.make_inputs()
+    with Stages(llava.model, inputs, LAYERS, RETAIN)(uniform=True), torch.no_grad():
+        oracle = llava.model(**inputs)
+    options = {**OPTIONS, "lowering": "inductor", "kv_layout": "uniform"}
+    with torch.no_grad():
+        assert_same(torch.compile(llava.model, backend="dart", options=options)(**inputs), oracle)
+
+
+def test_kept_tokens_are_those_of_the_last_stage(llava: Family) -> None:
+    inputs = llava.make_inputs("pad2")
+    stages = Stages(llava.model, inputs, LAYERS, RETAIN)
+    with stages(uniform=True):
+        llava.model(**inputs)
+    options = {**OPTIONS, "tokens": True, "kv_layout": "uniform"}
+    torch.compile(llava.model, backend="dart", options=options)(**inputs)
+    for row, found in enumerate(dartfx.kept_tokens()):
+        positions = [found.positions[i] for i in found.kept]
+        left = stages.kept(3)[row].tolist()
+        assert positions == [p for p in left if p in found.positions]
+        assert len(positions) == RETAIN[-1]
+        picked = {i for pick in found.picks for i in pick.kept}
+        assert picked == set(found.kept), "every kept token was picked by a pivot of the last cut"
+
+
+def test_a_stage_that_drops_nothing_is_left_out(llava: Family) -> None:
+    inputs = llava.make_inputs()
+    options = {**OPTIONS, "retain_tokens": [99, 6, 3]}
+    torch.compile(llava.model, backend="dart", options=options)(**inputs)
+    assert [(c.layer, c.vision_tokens, c.retained) for c in pruned().cuts] == [
+        (2, 16, 6),
+        (3, 6, 3),
+    ]
+    dartfx.reset()
+    with Stages(llava.model, inputs, LAYERS[1:], [6, 3])(uniform=True):
+        oracle = llava.model(**inputs)
+    torch._dynamo.reset()
+    assert_same(torch.compile(llava.model, backend="dart", options=options)(**inputs), oracle)
+
+
+def test_other_lengths_add_no_graph(llava: Family) -> None:
+    fast = torch.compile(llava.model, backend="dart", options=OPTIONS, dynamic=True)
+    graphs = []
+    for words in (3, 5, 9):
+        inputs = llava.make_inputs()
+        more = torch.full((1, words), 7)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with Stages(llava.model, inputs, LAYERS, RETAIN)(uniform=True):
+            oracle = llava.model(**inputs)
+        assert_same(fast(**inputs), oracle)
+        graphs.append(len(dartfx.reports()))
+    assert len(set(graphs)) == 1, "every length ran what the first one compiled"
+    assert pruned().retained == RETAIN[-1]
+
+
+@pytest.mark.parametrize("name", ["llava", "kimi_k25", "qwen3_vl", "gemma4"])
+def test_verify(name: str) -> None:
+    """Where caches hold no keys, features enter between layers, or windows slide, too."""
+    family = load(name)
+    options = {"layer": LAYERS, "retain_tokens": RETAIN}
+    inputs = family.make_inputs()
+    found = dartfx.verify(family.model.generate, options=options, **inputs, max_new_tokens=2)
+    assert found.ok, str(found)
+    assert "tokens before layer 1, 2, 3: verified" in str(found)
+
+
+def test_dump_of_every_stage(family: Family, tmp_path: Path) -> None:
+    """In one graph and, for a model that dynamo breaks, in the graph that waits for its mask."""
+    options = {**OPTIONS, "layer": [1, 3], "retain_tokens": [9, 3], "dump": str(tmp_path)}
+    with torch.no_grad():
+        torch.compile(family.model, backend="dart", options=options)(**family.make_inputs())
+    (folder,) = {f.parent for f in tmp_path.glob("*/*check_2.txt")}
+    names = [f.stem.partition("_")[2] for f in sorted(folder.glob("[0-9]*.txt"))]
+    once = ["axes", "insert", "gather", "shrink", "trim_cache", "check"]
+    stages = [*once, "locate_2", *(f"{name}_2" for name in once)]
+    assert names[-14:] == ["locate", *stages]
+    page = (folder / "report.html").read_text()
+    assert len(re.findall(r'class="cut" x1="([\d.]+)"', page)) == 2
+    told = json.loads((folder / "report.json").read_text())
+    assert [cut["retained"] for cut in told["cuts"]] == [9, 3]
+    assert (told["layer"], told["retained"]) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layer": [2, 3]}, "has 2 and reduction_ratio=0.778 has 1 values"),
+        ({"layer": [2, 3], "retain_tokens": 4}, "has 2 and retain_tokens=4 has 1 values"),
+        ({"layer": 2, "retain_tokens": [4, 3]}, "has 1 and retain_tokens=(4, 3) has 2 values"),
+        ({"layer": [3, 2], "retain_tokens": [4, 3]}, "must ascend"),
+        ({"layer": [2, 3], "retain_tokens": [4, 4]}, "must fall from stage to stage"),
+        ({"layer": [2, 3], "reduction_ratio": [0.5, 0.4]}, "must rise from stage to stage"),
+        ({"layer": [], "retain_tokens": []}, "must hold a value for each stage"),
+        ({"layer": [2, 3], "retain_tokens": [4, None]}, "retain_tokens[1] must be an int"),
+        ({"layer": [2, 0], "retain_tokens": [4, 3]}, "layer[1] must be an int, at least 1"),
+    ],
+)
+def test_stages_that_contradict_one_another(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(dartfx.ConfigError) as error:
+        dartfx.DartConfig.from_options(options)
+    assert said in str(error.value)
+
+
+def test_one_stage_in_a_list_is_that_stage() -> None:
+    listed = dartfx.DartConfig.from_options({"layer": [3], "retain_tokens": [64]})
+    plain = dartfx.DartConfig.from_options({"layer": 3, "retain_tokens": 64})
+    assert listed == plain
+    assert listed.fingerprint() == plain.fingerprint()
+
+
+def test_ratios_are_of_the_prompts_tokens() -> None:
+    config = dartfx.DartConfig(layer=(2, 8, 16), reduction_ratio=(0.5, 0.75, 0.875))
+    assert [config.retain_for(576, stage) for stage in range(3)] == [288, 144, 72]

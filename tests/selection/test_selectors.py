@@ -1,0 +1,317 @@
+"""The selector registry, the built-in selectors, and what happens to a selector that is wrong."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dartfx.errors import ConfigError, SelectionError
+from dartfx.ops import select_tokens
+from dartfx.selection import registry
+from dartfx.selection.batch_rule import enforce_budget
+from dartfx.selection.registry import (
+    BUILT_IN,
+    asks_for,
+    get_selector,
+    register_selector,
+    selector_fingerprint,
+    selector_names,
+)
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    yield
+    torch._dynamo.reset()
+
+
+def batch() -> dict[str, Any]:
+    """Two rows of 12 and 8 vision tokens, so that N = 10, with text on both sides and pads."""
+    generator = torch.Generator().manual_seed(0)
+    vision = torch.zeros(2, 24, dtype=torch.bool)
+    vision[0, 4:16] = True
+    vision[1, 8:16] = True
+    valid = torch.ones(2, 24, dtype=torch.bool)
+    valid[1, :6] = False
+    return {
+        "hidden": torch.randn(2, 24, 8, generator=generator),
+        "keys": torch.randn(2, 2, 24, 4, generator=generator),
+        "vision_mask": vision,
+        "valid_mask": valid,
+        "retain": 4,
+    }
+
+
+def vision_kept(case: dict[str, Any], keep_idx: Tensor) -> list[list[int]]:
+    return [
+        [p for p in row if case["vision_mask"][b, p]] for b, row in enumerate(keep_idx.tolist())
+    ]
+
+
+def test_built_in_names() -> None:
+    assert BUILT_IN == ("dart", "fastv", "random", "spread", "tiled", "uniform")
+    assert list(selector_names()) == sorted(selector_names())
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_operator_keeps_text_whatever_the_selector(name: str) -> None:
+    case = batch()
+    got = select_tokens(**case, selector=name, queries=torch.ones(2, 4, 24, 4))
+    assert got.shape == (2, 18)
+    for b in range(2):
+        text = torch.nonzero(case["valid_mask"][b] & ~case["vision_mask"][b])[:, 0].tolist()
+        assert set(text) <= set(got[b].tolist())
+    assert [len(row) for row in vision_kept(case, got)] == [6, 4]
+
+
+def test_uniform_takes_the_middle_of_equal_bins() -> None:
+    case = batch()
+    case["vision_mask"][1] = case["vision_mask"][0]
+    case["valid_mask"] = None
+    for retain, want in ((1, [9]), (2, [6, 12]), (4, [5, 8, 11, 14]), (12, list(range(4, 16)))):
+        case["retain"] = retain
+        assert vision_kept(case, select_tokens(**case, selector="uniform"))[0] == want, retain
+
+
+def test_random_follows_manual_seed() -> None:
+    case = batch()
+
+    def draw(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return vision_kept(case, select_tokens(**case, selector="random"))
+
+    assert draw(1) == draw(1)
+    assert len({str(draw(seed)) for seed in range(10)}) > 5
+    seen = {p for seed in range(60) for p in draw(seed)[0]}
+    assert seen == set(range(4, 16))
+
+
+def test_random_draws_anew_in_every_compiled_call() -> None:
+    case = batch()
+
+    def call(hidden: Tensor) -> Tensor:
+        return torch.ops.dartfx.select_tokens(
+            hidden,
+            case["keys"],
+            case["vision_mask"],
+            case["valid_mask"],
+            10,
+            4,
+            4,
+            4,
+            "random",
+            "auto",
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    drawn = [compiled(case["hidden"]) for _ in range(6)]
+    assert len({str(keep_idx.tolist()) for keep_idx in drawn}) > 1
+    assert all([len(r) for r in vision_kept(case, k)] == [6, 4] for k in drawn)
+    torch.manual_seed(3)
+    first = compiled(case["hidden"])
+    torch.manual_seed(3)
+    assert torch.equal(compiled(case["hidden"]), first)
+
+
+def first_tokens(
+    hidden: Tensor,
+    keys: Tensor,
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    budget: Tensor,
+    *,
+    pivot_image_tokens: int,
+    pivot_text_tokens: int,
+) -> Tensor:
+    return vision_mask & (vision_mask.cumsum(1) <= budget[:, None])
+
+
+def test_a_registered_selector_is_used() -> None:
+    assert register_selector("first")(first_tokens) is first_tokens
+    assert get_selector("first") is first_tokens
+    assert "first" in selector_names()
+    case = batch()
+    got = select_tokens(**case, selector="first")
+    assert vision_kept(case, got) == [[4, 5, 6, 7, 8, 9], [8, 9, 10, 11]]
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown selector 'drat'; registered: .*'dart'\?"):
+        get_selector("drat")
+    with pytest.raises(ConfigError, match=r"unknown selector 'zzz'; registered: .*'uniform'$"):
+        selector_fingerprint("zzz")
+    with pytest.raises(ConfigError, match=r"did you mean 'uniform'\?"):
+        select_tokens(**batch(), selector="unifrom")
+
+
+def test_bad_registrations_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'dart' is already registered"):
+        register_selector("dart")(first_tokens)
+    with pytest.raises(ConfigError, match=r"non-empty string.*got ''"):
+        register_selector("")
+    with pytest.raises(ConfigError, match="'short' cannot be called as a selector"):
+        register_selector("short")(lambda hidden, keys: keys)  # type: ignore[type-var]
+    with pytest.raises(ConfigError, match="'object' must be a Python function"):
+        register_selector("object")(torch.nn.Identity())  # type: ignore[type-var]
+    assert not {"", "short", "object"} & set(selector_names())
+
+
+def test_what_a_selector_asks_for_is_read_off_its_signature() -> None:
+    assert {name: asks_for(name) for name in ("dart", "random", "uniform", "fastv")} == {
+        "dart": (),
+        "random": (),
+        "uniform": (),
+        "fastv": ("queries", "valid_mask"),
+    }
+    register_selector("positional")(lambda h, k, v, t, queries, /, **valid_mask: v)
+    assert asks_for("positional") == ()
+    with pytest.raises(ConfigError, match=r"missing a required argument: 'values'.* any of quer"):
+        register_selector("more")(lambda h, k, v, t, b, *, queries, values, **pivots: v)
+
+
+def test_a_selector_that_asks_for_queries_must_be_given_them() -> None:
+    with pytest.raises(SelectionError, match="queries must be given: selector 'fastv' asks"):
+        select_tokens(**batch(), selector="fastv")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 4, 24), r"queries must be \[B, Hq, S, Dh\], got shape \(2, 4, 24\)"),
+        ((2, 3, 24, 4), "a multiple of their heads"),
+        ((1, 4, 24, 4), r"got shape \(1, 4, 24, 4\) beside keys of \(2, 2, 24, 4\)"),
+        ((2, 4, 23, 4), "must be"),
+        ((2, 4, 24, 8), "must be"),
+    ],
+)
+def test_queries_of_another_shape_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        select_tokens(**batch(), selector="fastv", queries=torch.zeros(shape))
+
+
+WRONG = {
+    "too_many": lambda vision, budget: vision,
+    "too_few": lambda vision, budget: vision & (vision.cumsum(1) < budget[:, None]),
+    "none": lambda vision, budget: torch.zeros_like(vision),
+    "outside": lambda vision, budget: ~vision,
+    "both": lambda vision, budget: torch.ones_like(vision),
+}
+
+
+def register_wrong(name: str) -> None:
+    choose = WRONG[name]
+    register_selector(name)(lambda h, k, vision, t, budget, /, **pivots: choose(vision, budget))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_count_is_an_error(name: str) -> None:
+    register_wrong(name)
+    with pytest.raises(SelectionError, match=rf"'{name}' did not keep exactly .* row b = 0"):
+        select_tokens(**batch(), selector=name)
+
+
+def test_a_wrong_count_is_an_error_in_a_compiled_graph() -> None:
+    register_wrong("too_few")
+    case = batch()
+
+    def call(hidden: Tensor) -> Tensor:
+        return torch.ops.dartfx.select_tokens(
+            hidden,
+            case["keys"],
+            case["vision_mask"],
+            case["valid_mask"],
+            10,
+            4,
+            4,
+            4,
+            "too_few",
+            "auto",
+        )
+
+    with pytest.raises(SelectionError, match="'too_few' did not keep exactly"):
+        torch.compile(call, backend="aot_eager")(case["hidden"])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_count_is_repaired_before_indices_are_made(name: str) -> None:
+    """On a GPU the error arrives late: until then no index may be out of range or repeated."""
+    case, budget = batch(), torch.tensor([6, 4])
+    kept = enforce_budget(WRONG[name](case["vision_mask"], budget), case["vision_mask"], budget)
+    assert kept.sum(1).tolist() == [6, 4]
+    assert not bool((kept & ~case["vision_mask"]).any())
+
+
+def test_a_right_choice_passes_the_repair_unchanged() -> None:
+    case, budget = batch(), torch.tensor([3, 4])
+    right = torch.zeros(2, 24, dtype=torch.bool)
+    right[0, [5, 9, 15]] = True
+    right[1, [8, 9, 14, 15]] = True
+    assert torch.equal(enforce_budget(right, case["vision_mask"], budget), right)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda vision: vision.float(), r"returned torch.float32 of shape \(2, 24\)"),
+        (lambda vision: vision[:, :5], r"returned torch.bool of shape \(2, 5\)"),
+    ],
+)
+def test_a_wrong_result_is_an_error(result: Any, message: str) -> None:
+    register_selector("wrong")(lambda h, k, vision, t, budget, /, **pivots: result(vision))
+    with pytest.raises(SelectionError, match=message):
+        select_tokens(**batch(), selector="wrong")
+
+
+SOURCE = """
+from dartfx.selection.registry import register_selector, selector_fingerprint
+
+@register_selector("mine")
+def mine(hidden, keys, vision_mask, text_mask, budget, **pivots):
+    return vision_mask & (vision_mask.cumsum(1) <= budget[:, None]{edit})
+
+print(selector_fingerprint("mine"))
+"""
+
+
+def test_fingerprints_follow_the_source_across_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def here(edit: str) -> str:
+        registry._ENTRIES.pop("mine", None)
+        script.write_text(SOURCE.format(edit=edit))
+        runpy.run_path(str(script))
+        return capsys.readouterr().out.strip()
+
+    script = tmp_path / "my_selector.py"
+    before, after = here(" + 0"), here("")
+    assert len(before) == len(after) == 64
+    assert before != after
+    code = f"import sys, runpy; sys.path[:0] = {sys.path!r}; runpy.run_path({str(script)!r})"
+    there = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert there.strip() == after
+
+
+def test_fingerprints_see_closures_and_code_without_a_file() -> None:
+    def make(shift: int) -> Any:
+        return lambda h, k, vision, t, budget, /, **pivots: vision.roll(shift)
+
+    register_selector("one")(make(1))
+    register_selector("two")(make(2))
+    assert selector_fingerprint("one") != selector_fingerprint("two")
+    for name, body in (("typed", "v"), ("retyped", "(lambda x: x | False)(v)")):
+        space: dict[str, Any] = {}
+        exec(f"def f(h, k, v, t, b, **pivots): return {body}", space)
+        register_selector(name)(space["f"])
+    assert selector_fingerprint("typed") != selector_fingerprint("retyped")
+    assert len({selector_fingerprint(name) for name in BUILT_IN}) == len(BUILT_IN)

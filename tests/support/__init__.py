@@ -1,0 +1,1 @@
+"""Models, prompts and programs that tests of several folders share."""

@@ -1,0 +1,225 @@
+"""``python -m dartfx bench generate``: its figures add up, its rows are what they claim."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dartfx.cli.main import main
+from dartfx.tools.bench import generate
+from dartfx.tools.bench.figures import limits, row_figures, speed_ups, tables
+from dartfx.tools.bench.hooks import pruned_by_hooks
+from dartfx.tools.bench.variants import VARIANTS
+from dartfx.tools.bench.workload import Workload
+from dartfx.tools.zoo.hooked import pruned_generate
+from dartfx.tools.zoo.shapes import SHAPES, build
+
+N, R, LAYERS, CUT, NEW = 144, 16, 4, 2, 4
+S = 35 + N + 19
+BYTES = 2 * 2 * 16 * 4  # keys and values of two heads of 16 channels, float32
+TINY = ["bench", "generate", "--model-shape", "tiny", "--device", "cpu", "--lowering", "eager"]
+FEW = ["--new-tokens", str(NEW), "--repeat", "2", "--warmup", "1"]
+
+
+@pytest.fixture(scope="module")
+def work() -> Workload:
+    return build("tiny", torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What the command writes and prints."""
+    file = tmp_path_factory.mktemp("bench") / "figures.json"
+    printed: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *parts, **_: printed.extend(map(str, parts)))
+        assert main([*TINY, *FEW, "--json", str(file)]) == 0
+    return json.loads(file.read_text()), "\n".join(printed)
+
+
+def test_caches_hold_what_the_cut_leaves(measured: tuple[dict[str, Any], str]) -> None:
+    rows = {row["name"]: row for row in measured[0]["rows"]}
+    assert {name: row["failed"] for name, row in rows.items()} == dict.fromkeys(VARIANTS, "")
+    full, left = LAYERS * S * BYTES, (CUT * S + (LAYERS - CUT) * (S - N + R)) * BYTES
+    slots = S + NEW - 1  # the last token is never put into a cache
+    assert {name: row["kv_bytes"] for name, row in rows.items()} == {
+        "eager": full,
+        "hooks": left,
+        "plain": full,
+        "dart": left,
+        "dart_static": LAYERS * slots * BYTES,
+    }
+
+
+def test_figures_follow_from_the_samples(measured: tuple[dict[str, Any], str]) -> None:
+    result = measured[0]
+    assert result["settings"]["new_tokens"] == [1, NEW]
+    assert (result["model"]["vision_tokens"], result["model"]["retained"]) == (N, R)
+    assert len(result["vision_tower_samples"]) == 2
+    for row in result["rows"]:
+        for n, samples in row["samples"].items():
+            assert len(samples) == 2
+            assert row["seconds"][n] == pytest.approx(sum(samples) / 2)
+            assert sum(row["shares"][n].values()) == pytest.approx(1)
+        assert row["shares"]["1"]["decode"] == 0
+        assert row["first_token_seconds"] == row["seconds"]["1"]
+        assert row["peak_bytes"] is None
+    first = {row["name"]: row["first_token_seconds"] for row in result["rows"]}
+    assert result["speed_ups"].keys() == {"eager", "hooks", "dart", "dart_static"}
+    assert result["speed_ups"]["dart"]["total"]["1"] == pytest.approx(
+        first["plain"] / first["dart"]
+    )
+    # Half of the layers come before the cut.
+    assert result["limits"]["unpruned"]["prefill"] == pytest.approx(LAYERS / CUT)
+    assert 1 < result["limits"]["flops"]["prefill"] < LAYERS / CUT
+
+
+def test_the_table_shows_what_the_file_holds(measured: tuple[dict[str, Any], str]) -> None:
+    result, printed = measured
+    for row in result["rows"]:
+        rate = row["decode_tokens_per_second"]
+        cells = [
+            row["label"],
+            f"{row['first_token_seconds'] * 1e3:.1f}",
+            "-" if rate is None else f"{rate:.1f}",
+            f"{row['seconds'][str(NEW)] * 1e3:.1f}",
+            "-",
+            f"{row['kv_bytes'] / 1e6:.2f}",
+        ]
+        assert f"| {' | '.join(cells)} |" in printed
+    assert f"{S} tokens, {N} of them vision, {R} retained" in printed
+
+
+def test_hooks_prune_as_the_oracle_does(work: Workload) -> None:
+    inputs = work.inputs
+
+    def call() -> Any:
+        return work.model.generate(
+            **inputs, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True
+        )
+
+    made = pruned_by_hooks(work.model, work.vision, (N, R), CUT, call)
+    oracle = pruned_generate(work.model, inputs, retain=R, layer=CUT, max_new_tokens=NEW)
+    assert made.sequences[:, S:].tolist() == oracle.token_ids.tolist()
+    lengths = [layer.keys.shape[2] for layer in made.past_key_values.layers]
+    assert lengths == oracle.kv_lengths
+    assert lengths == [S + NEW - 1] * CUT + [S - N + R + NEW - 1] * (LAYERS - CUT)
+    # And the model is left as it was.
+    assert [layer.keys.shape[2] for layer in call().past_key_values.layers] == [S + NEW - 1] * 4
+
+
+def test_rows_that_fail_are_told_and_give_no_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setitem(VARIANTS, "plain", ("plain Inductor", broken))
+    monkeypatch.delitem(VARIANTS, "dart_static")
+    file = tmp_path / "figures.json"
+    arguments = ["--new-tokens", "1", "--repeat", "1", "--warmup", "1", "--json", str(file)]
+    assert main([*TINY, *arguments, "--retain-tokens", str(N)]) == 0
+    printed = capsys.readouterr().out
+    assert "| plain Inductor | failed | - | - | - |" in printed
+    assert "plain Inductor: FAILED: RuntimeError: out of memory" in printed
+    result = json.loads(file.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["plain"].keys() == {"name", "label", "failed"}
+    # All tokens retained: dart has nothing to do, and would only repeat plain's figures.
+    assert rows["dart"]["failed"].startswith("RuntimeError: nothing was pruned: ")
+    assert rows["eager"]["first_token_seconds"] > 0
+    assert result["speed_ups"] == result["limits"] == {}
+
+
+def test_arithmetic_of_one_row() -> None:
+    figures = row_figures({1: 0.5, 9: 0.9}, tower=0.1)
+    assert figures["decode_tokens_per_second"] == pytest.approx(8 / 0.4)
+    assert figures["shares"][9] == pytest.approx(
+        {"vision_tower": 1 / 9, "prefill": 4 / 9, "decode": 4 / 9}
+    )
+    assert row_figures({1: 0.5, 9: 0.4}, None)["decode_tokens_per_second"] is None
+    assert row_figures({1: 0.5}, None)["shares"] is None
+
+
+def test_limits_are_amdahls() -> None:
+    base = {1: 0.5, 9: 0.9}
+    assert limits(base, 0.1, 0.25) == {
+        "prefill": pytest.approx(4),
+        "total": {1: pytest.approx(0.5 / 0.2), 9: pytest.approx(0.9 / 0.6)},
+    }
+    faster = speed_ups(base, {1: 0.3, 9: 0.6}, 0.1)
+    assert faster["prefill"] == pytest.approx(2)
+    assert faster["total"] == {1: pytest.approx(5 / 3), 9: pytest.approx(1.5)}
+
+
+def test_a_tower_that_cannot_be_told_apart_leaves_the_totals() -> None:
+    row = {"name": "eager", "label": "eager", "failed": "", "kv_bytes": 2e6, "peak_bytes": 3e9}
+    text = tables(
+        {
+            "settings": {"new_tokens": [1, 9]},
+            "model": {"layer": 2},
+            "vision_tower_seconds": None,
+            "rows": [row | row_figures({1: 0.5, 9: 0.9}, None)],
+            "speed_ups": {},
+            "limits": {},
+        }
+    )
+    assert "| eager | 500.0 | 20.0 | 900.0 | 3.00 | 2.00 |" in text
+    assert "not told apart" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "vision"),
+    [
+        # Of the checkpoints on the hub.
+        ("llava-1.5-7b", 7_063_427_072, 576),
+        ("llava-next-7b", 7_063_431_168, 2928),
+        ("qwen2.5-vl-7b", 8_292_166_656, 4000),
+    ],
+)
+def test_shapes_are_those_of_the_checkpoints(name: str, parameters: int, vision: int) -> None:
+    assert SHAPES[name][1] < vision
+    model = build(name, torch.device("meta"), torch.bfloat16).model
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert SHAPES[name][0]().tokens_per_image == vision
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model-shape", "huge"], "unknown shape 'huge'; known: llava-1.5-7b, "),
+        (["--repeat", "0"], "must be at least 1"),
+        (["--new-tokens", "0"], "must be at least 1"),
+        (["--plot", "totals.png"], "--plot needs matplotlib"),
+        (["--image", "nowhere.jpg"], "no image file 'nowhere.jpg'"),
+    ],
+)
+def test_says_what_is_wrong_before_it_begins(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = generate.find_spec
+    monkeypatch.setattr(generate, "find_spec", lambda n: None if n == "matplotlib" else found(n))
+    assert main([*TINY, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_draws_the_parts_of_every_total(
+    measured: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    from dartfx.tools.bench.plot import draw
+
+    rows = [
+        row | {key: {int(n): v for n, v in row[key].items()} for key in ("seconds", "shares")}
+        for row in measured[0]["rows"]
+    ]
+    draw(measured[0] | {"rows": rows}, tmp_path / "totals.png")
+    assert (tmp_path / "totals.png").stat().st_size > 1000

@@ -1,0 +1,142 @@
+"""Every family of the zoo through the compiler: pruned as the oracle prunes, or refused.
+
+``python -m dartfx families`` tries more calls of each and prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dartfx.cli.main import main
+from dartfx.tools.zoo import command, hooked, oracle
+from dartfx.tools.zoo.family import Family
+from dartfx.tools.zoo.measure import Call, Result, measure
+from dartfx.tools.zoo.registry import FAMILIES
+
+# What cannot be pruned, and a part of the reason that is given. All others must be.
+REFUSED = {
+    "blip_2": "runs a model inside this one",
+    "ernie4_5_vl_moe": "no whole decoder stack",  # its experts branch on the token types
+    "florence2": "none of its",
+    "instructblip": "runs a model inside this one",
+    "instructblipvideo": "runs a model inside this one",
+    "lfm2_vl": "conv1d",
+    "minicpmv4_6": "conv1d",
+    "mllama": "none of its",
+    "ovis2": "none of its",
+    "phi4_multimodal": "none of its",
+    "qwen3_5": "conv1d",
+    "qwen3_5_moe": "conv1d",
+    "step3p7": "no whole decoder stack",  # its experts are a loop over those that were hit
+}
+
+# Forwards that break into many graphs, so that the mask comes from an earlier one; DeepStack; MoE;
+# sliding windows; several rotary tables; keys shared between layers.
+BROKEN_UP = ["llava_next", "qwen2_5_vl", "internvl", "gemma3", "gemma4", "kimi_k25", "llama4"]
+
+
+def checked(name: str, *, quick: bool) -> Result:
+    result = measure(name, "", quick=quick)
+    for call in result.calls.values():
+        if call.status == "absent":
+            pytest.skip(call.why)
+        assert call.status in ("pruned", "refused"), f"{call.status}: {call.why}\n{call.trace}"
+    return result
+
+
+def test_the_table_names_families() -> None:
+    assert set(REFUSED) | set(BROKEN_UP) <= set(FAMILIES)
+    assert len(FAMILIES) - len(REFUSED) >= 40
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generate(name: str) -> None:
+    call = checked(name, quick=True).calls["generate"]
+    if name in REFUSED:
+        assert call.status == "refused"
+        assert REFUSED[name] in call.why
+        assert call.difference == pytest.approx(0.0, abs=1e-4)
+    else:
+        assert call.status == "pruned", call.why
+        assert call.crossings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BROKEN_UP)
+def test_forward_and_padded_pair(name: str) -> None:
+    result = checked(name, quick=False)
+    assert result.status == "pruned", {k: c.why for k, c in result.calls.items()}
+    assert result.calls["one"].moved > 0.05
+
+
+def test_another_selection_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(*arguments: Any) -> oracle.Batch:
+        batch = oracle.select_batch(*arguments)
+        dropped = next(i for i in range(5, 21) if i not in batch.keep_idx[0])
+        kept = next(i for i in range(5, 21) if i in batch.keep_idx[0])
+        batch.keep_idx[0] = sorted({*batch.keep_idx[0], dropped} - {kept})
+        return batch
+
+    monkeypatch.setattr(hooked, "select_batch", other)
+    assert measure("llava", "", quick=True).status == "WRONG"
+
+
+def test_a_prompt_without_an_image_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_inputs = Family.make_inputs
+    monkeypatch.setattr(Family, "make_inputs", lambda family, _: make_inputs(family, "text"))
+    result = measure("llava", "", quick=True)
+    assert (result.status, result.good) == ("SILENT", False)
+
+
+@pytest.mark.parametrize(
+    ("calls", "status", "good"),
+    [
+        (["pruned", "pruned"], "pruned", True),
+        (["refused", "refused"], "refused", True),
+        (["pruned", "refused"], "partly", True),
+        (["pruned", "WRONG"], "WRONG", False),
+        (["refused", "SILENT"], "SILENT", False),
+        (["WRONG", "CRASH"], "CRASH", False),
+    ],
+)
+def test_a_family_is_as_bad_as_its_worst_call(calls: list[str], status: str, good: bool) -> None:
+    result = Result("x", "", {str(i): Call(c) for i, c in enumerate(calls)})
+    assert (result.status, result.good) == (status, good)
+
+
+def measured_as(monkeypatch: pytest.MonkeyPatch, **statuses: str) -> None:
+    """Let the command see these results instead of compiling anything."""
+
+    def stand_in(name: str, about: str, **_: object) -> Result:
+        call = Call(statuses[name], 1e-6, graphs=3, how="merge in the graph", why="because")
+        return Result(name, about, {"one": call})
+
+    monkeypatch.setattr(command, "measure", stand_in)
+
+
+def test_the_command_writes_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured_as(monkeypatch, llava="pruned", gemma3="refused")
+    page, data = tmp_path / "page.md", tmp_path / "data.json"
+    assert main(["families", "llava", "gemma3", "--write", str(page), "--json", str(data)]) == 0
+    shown = capsys.readouterr()
+    assert "2 families: 1 pruned, 1 refused" in shown.out
+    assert "[2/2] gemma3: refused" in shown.err
+    assert "| gemma3 |" in page.read_text()
+    assert "- **gemma3**, one: because" in page.read_text()
+    found = json.loads(data.read_text())["families"]
+    assert [f["status"] for f in found] == ["pruned", "refused"]
+
+
+def test_the_command_fails_when_a_family_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured_as(monkeypatch, llava="WRONG")
+    assert main(["families", "llava"]) == 1
+    assert main(["families", "lava"]) == 2
+    assert "unknown: lava" in capsys.readouterr().err
