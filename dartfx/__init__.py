@@ -4,6 +4,9 @@
 around it.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from dartfx.backend.pre_pass import PrePass, as_pre_pass
 from dartfx.config.options import DartConfig
 from dartfx.errors import (
@@ -16,15 +19,37 @@ from dartfx.errors import (
     UnsupportedGraphError,
 )
 from dartfx.export.metadata import ChangedOutput, ExportedPruning, exported_pruning
-from dartfx.export.prune_exported import prune_exported
 from dartfx.model.compile import compile, explain, reset
 from dartfx.observe.report import Report, reports
 from dartfx.ops import select_tokens
 from dartfx.runtime.vision_mask import media_tokens, vision_tokens
 from dartfx.selection.registry import register_selector
 from dartfx.token_map.kept_tokens import kept_tokens
-from dartfx.token_map.overlay import overlay, overlay_html
-from dartfx.verification.verify import Verification, verify
+
+if TYPE_CHECKING:
+    from dartfx.export.prune_exported import prune_exported
+    from dartfx.token_map.overlay import overlay, overlay_html
+    from dartfx.verification.verify import Verification, verify
+else:
+    # Imported at first use: compiling needs none of these, and each brings modules of its own.
+    # None may be named like a submodule: importing that would put the module in its place.
+    _LAZY = {
+        "Verification": "dartfx.verification.verify",
+        "overlay": "dartfx.token_map.overlay",
+        "overlay_html": "dartfx.token_map.overlay",
+        "prune_exported": "dartfx.export.prune_exported",
+        "verify": "dartfx.verification.verify",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = getattr(import_module(_LAZY[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LAZY})
+
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._logging._internal import trace_structured
@@ -14,10 +14,12 @@ from torch.fx import GraphModule
 from dartfx.backend.lowering import lower
 from dartfx.config.options import DartConfig
 from dartfx.observe import repro_script
-from dartfx.observe.html import Page
 from dartfx.observe.report import Report, as_json
 from dartfx.passes.graph import hint, render, sizes
 from dartfx.passes.site import Site
+
+if TYPE_CHECKING:
+    from dartfx.observe.html import Page
 
 __all__ = ["Dump", "ExportDump"]
 
@@ -38,7 +40,7 @@ class Dump:
     ) -> None:
         self._config, self._module, self._host = config, module, host
         self._folder = None if config.dump is None else _new_folder(Path(config.dump))
-        self._page = Page()
+        self._page = None if self._folder is None else _new_page()
         self._step = itertools.count()
         self._arrival: repro_script.Arrival | None = None
         self._report: Report | None = None
@@ -50,7 +52,7 @@ class Dump:
         traced = _TRACED.get(name.partition(" ")[0])
         if traced is not None:
             _trace(traced, "string", lambda: render(module))
-        if self._folder is None:
+        if self._folder is None or self._page is None:
             return
         file = f"{next(self._step):02d}_{name.replace(' ', '_')}.txt"
         (self._folder / file).write_text(render(module))
@@ -88,7 +90,7 @@ class Dump:
         (folder / "repro.py").write_text(written)
 
     def _write_report(self) -> None:
-        if self._folder is None or self._report is None:
+        if self._folder is None or self._page is None or self._report is None:
             return
         code = "".join(f"Inductor's code: {path}\n" for path in self._output_code)
         (self._folder / "report.txt").write_text(f"{self._report}\n{code}")
@@ -138,6 +140,13 @@ def _arrival(
         if [hint(s) for s in value.shape[:2]] == shape
     ]
     return (fitting[0], rows, True) if fitting else None
+
+
+def _new_page() -> Page:
+    # Only a dump needs the page's libraries, whose import takes longer than the rest of dartfx's.
+    from dartfx.observe.html import Page
+
+    return Page()
 
 
 def _new_folder(directory: Path) -> Path:

@@ -12,7 +12,6 @@ from collections.abc import Collection
 from functools import cached_property
 
 import torch
-from networkx.utils import UnionFind
 from torch.fx import Graph, Node
 
 from dartfx.passes.graph import (
@@ -41,6 +40,9 @@ class Axes:
     """
 
     def __init__(self, graph: Graph) -> None:
+        # networkx is 285 modules that no one needs before a graph is pruned.
+        from networkx.utils import UnionFind
+
         from dartfx.passes.rules import relate
 
         self._value: UnionFind = UnionFind()
