@@ -137,12 +137,32 @@ def test_show_says_what_is_wrong(
 
 def test_the_doctor_finds_nothing_wrong_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--lowering", "aot_eager"]) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    assert progress.splitlines() == [
+        "...    pruning a tiny model and running it eagerly",
+        "...    compiling a tiny model by aot_eager",
+    ]
     assert f"torch {torch.__version__}" in text
     assert 'backend="dart" is dartfx.backend:dart' in text
     assert "a tiny model was pruned and compiled by aot_eager" in text
     assert "bad" not in text
     assert text.endswith("everything dartfx needs works\n")
+
+
+def test_a_quick_doctor_compiles_nothing_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compiles(*_: Any, **__: Any) -> None:
+        raise AssertionError("--quick compiled something")
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    assert main(["doctor", "--quick"]) == 0
+    text, progress = capsys.readouterr()
+    assert not progress
+    assert "C++ compiler" in text
+    assert text.endswith(
+        "note   no model was pruned and compiled (--quick)\neverything checked works\n"
+    )
 
 
 def no_model(lowering: str) -> doctor.Finding:
