@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: .venv demo test lint bench docs pictures
+.PHONY: .venv demo test mutants lint bench docs pictures
 
 .venv: $(STAMP)
 
@@ -25,6 +25,10 @@ bench: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Breaks dartfx on purpose and sees that the tests notice: make mutants ARGS="--list"
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
