@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 import vlm
+from progress import working
 from torch import nn
 from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -153,12 +154,13 @@ def measure(args: argparse.Namespace) -> Result:
     dartfx.compile(dart, **options_of(args))
     calls = [partial(vlm.prefill, m, inputs) for m in (plain, dart)]
     first = []
-    for call in calls:
-        with fresh_cache():
+    for name, call in zip(("plain", "dart"), calls, strict=True):
+        with fresh_cache(), working(f"compiling {name}"):
             first.append(vlm.seconds(call))
     pruned = pruned_of(dartfx.reports())
     load = os.getloadavg()[0]
-    samples = vlm.alternate(calls, args.repeat, WARMUP)
+    with working("timing prefills"):
+        samples = vlm.alternate(calls, args.repeat, WARMUP)
     prefill = [median(s) for s in samples]
     operator = time_operator(pruned, inputs, args)
     # A first call compiles and then runs once.

@@ -23,6 +23,7 @@ import seeing
 import torch
 import vlm
 from PIL import Image, UnidentifiedImageError
+from progress import working
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -169,14 +170,19 @@ def show_answers(models: Sequence[Any], inputs: vlm.Inputs, args: Any, processor
     """What both generate, greedily."""
     start = inputs["input_ids"].shape[1]
     for name, model in zip(("plain", "dart"), models, strict=True):
-        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+        with working(f"generating with {name}"):
+            if args.model is None:
+                out = vlm.decode_eagerly(model, inputs, args.max_new_tokens)
+            else:
+                out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
         ids = out[0, start:]
         print(f"{name + ' ids:':<11}{ids.tolist()}")
         if args.model is not None:
             text = processor.batch_decode(ids[None], skip_special_tokens=True)[0]
             print(f"{name + ' text:':<11}{text}")
     if args.model is None:
-        print("(random weights: the ids show that both generate, not how well they answer)")
+        print("(random weights: the ids show that both generate, not how well they answer;")
+        print("only the prefill is compiled: the decode steps run eagerly, and none was timed)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -209,9 +215,11 @@ def compare(args: argparse.Namespace) -> None:
 
     plain, dart = vlm.twin(model), vlm.twin(model)
     print(f"\ncompiling both with {args.lowering} ...", flush=True)
-    took, report = compile_dart(dart, inputs, args)  # first: it may refuse
+    with working("compiling dart"):
+        took, report = compile_dart(dart, inputs, args)  # first: it may refuse
     print(f"dart:   first prefill {took:.1f} s", flush=True)
-    took, how = compile_plain(plain, inputs, args.lowering)
+    with working("compiling plain"):
+        took, how = compile_plain(plain, inputs, args.lowering)
     print(f"plain:  first prefill {took:.1f} s ({how})")
     print(f"\n{report}\n")
     assert isinstance(report.outcome, Pruned)
@@ -219,7 +227,8 @@ def compare(args: argparse.Namespace) -> None:
     full, pruned = (call().past_key_values for call in calls)
     show_memory(full, pruned, report.outcome)
 
-    a, b = map(median, vlm.alternate(calls, args.repeat))
+    with working("timing prefills"):
+        a, b = map(median, vlm.alternate(calls, args.repeat))
     print(f"\nprefill, median of {args.repeat}: {a * 1e3:.1f} ms -> {b * 1e3:.1f} ms")
     print(f"speed-up: {a / b:.2f}x")
     print("(timed: generate() for one new token, in turns: vision tower, merge, all layers)\n")

@@ -7,18 +7,19 @@ in the order of their file, so nobody chose them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from progress import counting
 from transformers.utils import logging
 
 import dartfx
 from dartfx.tools.evaluate.answers import answer
-from dartfx.tools.evaluate.questions import Question, batches, load
+from dartfx.tools.evaluate.questions import Batch, Question, batches, load
 from dartfx.tools.evaluate.scores import MEAN, chance
 from dartfx.tools.evaluate.work import load_model
 
@@ -54,6 +55,7 @@ def show(number: int, retain: int, layer: int, out: Path) -> None:
     model, processor = load_model(str(TINY / "model"))
     pruned = dartfx.compile(
         copy.deepcopy(model),
+        dynamic=True,  # the prompts' lengths differ, and every decode step's does
         retain_tokens=retain,
         layer=layer,
         lowering="eager",  # compiling so small a model takes longer than running it
@@ -63,13 +65,20 @@ def show(number: int, retain: int, layer: int, out: Path) -> None:
     asked = load(TINY / "heldout" / "questions.jsonl")[:number]
     prompts = batches(asked, processor, 8)
     print(f"asking {len(asked)} questions with all vision tokens and with {retain} ...", flush=True)
-    told = [answer(each, processor, prompts, MOST).texts for each in (model, pruned)]
+    with counting("asking", 2 * len(asked), "question") as bar:
+
+        def counted() -> Iterator[Batch]:
+            for batch in prompts:
+                yield batch
+                bar.update(len(batch.numbers))
+
+        told = [answer(each, processor, counted(), MOST).texts for each in (model, pruned)]
     verdicts = [Verdict(i, *each) for i, each in enumerate(zip(asked, *told, strict=True), 1)]
     both = next((v for v in verdicts if v.right == (True, True)), None)
     lost = next((v for v in verdicts if v.right == (True, False)), None)
     drawn = both or lost or verdicts[0]
     try:
-        total = _draw(pruned, processor, drawn.asked, out)
+        total = _draw(pruned, prompts, drawn, out)
     except dartfx.DartfxError as error:
         raise ValueError(f"nothing was pruned with {retain} tokens to keep: {error}") from error
     _score(verdicts, total, retain)
@@ -109,12 +118,14 @@ def _tell(what: str, verdict: Verdict | None, total: int, retain: int) -> None:
         print(f"  {name:<11} {text}")
 
 
-def _draw(pruned: Any, processor: Any, asked: Question, out: Path) -> int:
+def _draw(pruned: Any, prompts: Sequence[Batch], drawn: Verdict, out: Path) -> int:
     """Picture and overlay side by side; how many vision tokens there are."""
-    (prompt,) = batches([asked], processor, 1)
-    pruned.generate(**prompt.inputs, max_new_tokens=1, do_sample=False)
-    kept = dartfx.kept_tokens()[0]  # a single prompt stands twice in its batch
-    image = Image.open(asked.image).convert("RGB")
+    # In the batch that it was asked in: dynamo would compile another number of pictures once more.
+    batch = next(b for b in prompts if drawn.number - 1 in b.numbers)
+    pruned.generate(**batch.inputs, max_new_tokens=1, do_sample=False)
+    row = batch.numbers.index(drawn.number - 1)
+    kept = next(k for k in dartfx.kept_tokens() if k.row == row)
+    image = Image.open(drawn.asked.image).convert("RGB")
     sheet = Image.new("RGB", (2 * SIDE + 8, SIDE), "white")
     sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (0, 0))
     sheet.paste(dartfx.overlay(image, kept).resize((SIDE, SIDE)), (SIDE + 8, 0))

@@ -29,6 +29,7 @@ __all__ = [
     "build_processor",
     "cache_bytes",
     "cache_lengths",
+    "decode_eagerly",
     "prefill",
     "random_inputs",
     "seconds",
@@ -157,6 +158,26 @@ def random_inputs(size: Size, before: int, after: int, model: nn.Module) -> Inpu
 def prefill(model: Any, inputs: Inputs) -> Any:
     """``generate`` for one new token: vision tower, merge and decoder; no decode step."""
     return model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+
+
+def decode_eagerly(model: Any, inputs: Inputs, tokens: int) -> torch.Tensor:
+    """Ids that the compiled prefill and then eager decode steps generate, prompt included.
+
+    Compiled, decoding takes two graphs (the first step's cache has other strides than those after
+    it) and, by Inductor on two cores, longer to compile than the prefill.
+    """
+    first = prefill(model, inputs)
+    ids: torch.Tensor = first.sequences
+    if tokens > 1:
+        with torch.compiler.set_stance("force_eager"):
+            ids = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=first.past_key_values,
+                max_new_tokens=tokens - 1,
+                do_sample=False,
+            )
+    return ids
 
 
 def cache_lengths(cache: Any) -> list[int]:

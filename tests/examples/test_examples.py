@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
@@ -166,6 +167,32 @@ def test_demo_says_what_stopped_it(
 ) -> None:
     assert load("demo").main(["--tiny", *ONLY_TIMES, *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """A stderr that says whether a person watches it."""
+
+    def __init__(self, watched: bool) -> None:
+        super().__init__()
+        self.isatty = lambda: watched  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_progress_is_shown_to_a_terminal_only(
+    watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, stderr = load("progress"), Terminal(watched)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with progress.working("compiling"):
+        pass
+    with progress.counting("asking", 2, "question") as bar:
+        bar.update(2)
+    text = stderr.getvalue()
+    if watched:
+        assert "compiling: 00:00" in text
+        assert "asking:   0%" in text
+    else:
+        assert text == "compiling ...\n"
 
 
 def bench(file: Path, *arguments: str) -> dict[str, Any]:

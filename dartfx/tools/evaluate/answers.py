@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
@@ -40,7 +40,7 @@ class Answers:
 
 
 @torch.no_grad()
-def answer(model: Any, processor: Any, batches: Sequence[Batch], most: int) -> Answers:
+def answer(model: Any, processor: Any, batches: Iterable[Batch], most: int) -> Answers:
     """Greedy answers of at most ``most`` tokens, in the order of the questions."""
     texts: dict[int, str] = {}
     first: dict[int, Tensor] = {}
