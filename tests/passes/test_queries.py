@@ -206,7 +206,7 @@ def test_only_selectors_that_ask_have_queries_in_their_graph(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     operator, found = torch.ops.dartfx.select_tokens.default, {}
-    original = dartfx.backend.prune
+    original = dartfx.backend.graph_compiler.prune
 
     def watched(module: Any, *args: Any, **kwargs: Any) -> Any:
         outcome = original(module, *args, **kwargs)
