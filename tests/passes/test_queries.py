@@ -214,7 +214,7 @@ def test_only_selectors_that_ask_have_queries_in_their_graph(
             found[node.args[8]] = len(node.args)
         return outcome
 
-    monkeypatch.setattr(dartfx.backend, "prune", watched)
+    monkeypatch.setattr(dartfx.backend.graph_compiler, "prune", watched)
     for name in ("dart", "fastv"):
         dartfx.reset()
         run(Decoder().eval(), prompt(Sizes()), retain_tokens=RETAIN, selector=name)
