@@ -1,0 +1,114 @@
+"""The public surface, by name: whatever moves inside dartfx, none of these may change unnoticed.
+
+A new line here is a new feature; a changed or removed one breaks users and needs a note in
+CHANGELOG.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dartfx
+from dartfx.cli.main import COMMANDS
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+NAMES = """
+    ChangedOutput ConfigError DartConfig DartfxError ExportedPruning KernelUnavailableError PrePass
+    PruningWarning RanksError Report SelectionError UnsupportedGraphError Verification as_pre_pass
+    compile explain exported_pruning kept_tokens media_tokens overlay overlay_html prune_exported
+    register_selector reports reset select_tokens verify vision_tokens
+"""
+
+ENTRY_POINTS = {
+    "torch_dynamo_backends": {"dart": "dartfx.backend:dart"},
+    "lmms_eval.models": {"dartfx": "dartfx.integrations:lmms_eval_manifest"},
+}
+
+OPTIONS = {
+    "retain_tokens": None,
+    "reduction_ratio": 0.778,
+    "layer": 2,
+    "pivot_image_tokens": 4,
+    "pivot_text_tokens": 4,
+    "selector": "dart",
+    "kv_layout": "auto",
+    "kernel": "auto",
+    "lowering": "inductor",
+    "inductor": {},
+    "mode": None,
+    "on_unsupported": "warn",
+    "dump": None,
+    "tokens": False,
+    "check_ranks": False,
+}
+
+ARGUMENTS = {
+    "bench generate": "--device --dtype --image --json --layer --lowering --model --model-shape "
+    "--new-tokens --plot --repeat --retain-tokens --rows --threads --warmup",
+    "bench kernel": "--backend --device --dtype --json --quick --repeat --shape --threads",
+    "bench ranks": "--repeat",
+    "doctor": "--lowering --quick",
+    "eval": "--batch --jobs --json --layers --max-new-tokens --model --pictures --plot --questions "
+    "--quick --retain --retain-elsewhere --seeds --selectors --write",
+    "explain": "--device --dtype --dump --forward --image --layer --model --prompt "
+    "--retain-tokens --selector --tokens",
+    "families": "--json --list --lowering --quick --traces --write names",
+    "show": "--anyres --device --dtype --grid --image --layer --model --out --overview --prompt "
+    "--retain-tokens --selector --tiles",
+}
+
+
+def test_names_of_the_package() -> None:
+    assert dartfx.__all__ == NAMES.split()
+    for name in dartfx.__all__:
+        assert getattr(dartfx, name).__doc__, name
+
+
+def test_entry_points() -> None:
+    assert PROJECT["entry-points"] == ENTRY_POINTS
+    for points in ENTRY_POINTS.values():
+        for target in points.values():
+            module, _, name = target.partition(":")
+            assert callable(getattr(import_module(module), name))
+
+
+def test_options_and_their_defaults() -> None:
+    defaults = dataclasses.asdict(dartfx.DartConfig())
+    assert defaults == OPTIONS
+    assert list(defaults) == list(OPTIONS), "positional arguments of DartConfig"
+    synonym = dartfx.DartConfig.from_options({"pivot_media_tokens": 3})
+    assert synonym.pivot_image_tokens == 3
+
+
+def arguments_of(name: str, parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The arguments that a command and its sub-commands take, by the command's words."""
+    found: dict[str, str] = {}
+    taken = []
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            for sub_command, sub_parser in action.choices.items():
+                found |= arguments_of(f"{name} {sub_command}", sub_parser)
+        elif action.dest != "help":
+            taken.append(max(action.option_strings, key=len, default=action.dest))
+    return found or {name: " ".join(sorted(taken))}
+
+
+def test_commands() -> None:
+    assert sorted(COMMANDS) == sorted({line.split()[0] for line in ARGUMENTS})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_arguments_of_a_command(command: str) -> None:
+    parser = argparse.ArgumentParser()
+    module: Any = import_module(COMMANDS[command][0])
+    module.configure(parser)
+    wanted = {k: v for k, v in ARGUMENTS.items() if k.split()[0] == command}
+    assert arguments_of(command, parser) == wanted
