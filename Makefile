@@ -3,10 +3,14 @@ PYTHON ?= python3
 # Arguments for the example programs: make demo ARGS="--help"
 ARGS ?=
 
+PARALLEL := -n 2 --dist loadfile
+QUICK := $(PARALLEL) --hypothesis-profile quick -m "not slow"
+ALL := $(PARALLEL) --hypothesis-profile long
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: .venv demo test mutants lint bench docs pictures
+.PHONY: .venv demo test test-all fuzz mutants lint bench docs pictures
 
 .venv: $(STAMP)
 
@@ -23,8 +27,16 @@ demo: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python examples/bench_prefill.py $(ARGS)
 
+# Every behaviour once.  test-all adds the further variants, which are marked slow.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(QUICK) $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(ALL) $(ARGS)
+
+# 10,000 random models, other ones in every run: hours.
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile nightly $(ARGS) tests/properties
 
 # Breaks dartfx on purpose and sees that the tests notice: make mutants ARGS="--list"
 mutants: $(STAMP)

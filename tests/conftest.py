@@ -1,14 +1,58 @@
-"""What every test starts from: no leftover compilation state, no settings from the shell."""
+"""What every run and every test starts from: own compile caches, no leftover compiled code."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
+
+import dartfx
+from tests.support.timing import Timing
 
 # The models are so small that a second thread only waits for the first.
 torch.set_num_threads(1)
+
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_FOLDERS = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+# The same examples in every run of quick and long; other ones every night.
+_PROFILES = {"quick": 30, "long": 150, "nightly": 10_000}
+for _name, _count in _PROFILES.items():
+    settings.register_profile(
+        _name,
+        max_examples=_count,
+        derandomize=_name != "nightly",
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+settings.load_profile("quick")  # until --hypothesis-profile names another one
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the run one folder of compile caches, which xdist's workers inherit.
+
+    A new one per run: what an earlier run compiled must not decide whether this one passes.  One
+    for all of it: every folder costs ten seconds in which Inductor tries the vector instructions.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    config.pluginmanager.register(Timing())
+    folder = tempfile.TemporaryDirectory(prefix="dartfx-tests-", ignore_cleanup_errors=True)
+    config.stash[_FOLDERS] = folder
+    os.environ[_CACHE] = folder.name
+    os.environ.pop("DARTFX_DUMP", None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _FOLDERS in config.stash:
+        config.stash[_FOLDERS].cleanup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,9 +65,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fixed seed, no ``DARTFX_DUMP``, and nothing that an earlier test compiled."""
-    monkeypatch.delenv("DARTFX_DUMP", raising=False)
+def fresh_state() -> Iterator[None]:
+    """Fixed seed; nothing that an earlier test compiled, reported or noted."""
     torch.manual_seed(0)
+    torch.compiler.reset()
+    dartfx.reset()
     yield
     torch.compiler.reset()

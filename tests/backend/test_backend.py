@@ -6,7 +6,6 @@ import gc
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,9 +20,8 @@ from dartfx.runtime import vision_mask
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.tolerances import CLOSE, RETAIN
 
-RETAIN = 6
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 EAGER: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
 
 
@@ -35,14 +33,6 @@ def llava() -> Family:
 @pytest.fixture(scope="module")
 def qwen() -> Family:
     return load("qwen2_5_vl")
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    dartfx.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(family: Family, **options: Any) -> Any:

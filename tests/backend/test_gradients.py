@@ -25,11 +25,6 @@ from tests.support.decoders import (
 )
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
-
-
 def gradients(model: Decoder, call: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
     model.zero_grad()
     call(**inputs)[0].square().mean().backward()

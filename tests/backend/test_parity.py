@@ -13,22 +13,12 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-
-RETAIN = 6
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+from tests.support.tolerances import CLOSE, RETAIN
 
 
 @pytest.fixture(scope="module", params=["llava", "llava_next", "qwen2_5_vl"])
 def family(request: pytest.FixtureRequest) -> Family:
     return load(request.param)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Any:
-    torch._dynamo.reset()
-    dartfx.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def pruned_reports() -> list[Pruned]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,9 +24,8 @@ from dartfx.passes.refusal import Declined
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.tolerances import CLOSE, RETAIN
 
-RETAIN = 6
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
 
@@ -35,14 +34,6 @@ def llava() -> Family:
     family = load("llava")
     family.model(**family.make_inputs())  # transformers' hooks would break the graph
     return family
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    dartfx.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Convertible(OperatorSupportBase):

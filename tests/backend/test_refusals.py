@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
 from tests.support.decoders import (
@@ -31,11 +30,6 @@ from tests.support.spellings import JOINS, SPLITS, Attention, Context
 RETAIN = 5
 SMALL = Sizes(layers=2)
 PAD = 39
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
 
 
 def assert_declined(model: Decoder, inputs: Inputs, text: str, **options: Any) -> Declined:

@@ -17,9 +17,8 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family, Inputs
 from dartfx.tools.zoo.registry import load
+from tests.support.tolerances import CLOSE, RETAIN, TOLERANCES
 
-RETAIN = 6
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 MAIN = ["llava", "qwen2_5_vl", "internvl"]
 ALL = [*MAIN, "qwen3_vl"]  # only generate makes one graph of Qwen3-VL's DeepStack
 
@@ -27,12 +26,6 @@ ALL = [*MAIN, "qwen3_vl"]  # only generate makes one graph of Qwen3-VL's DeepSta
 @functools.cache
 def family(name: str, attention: str = "sdpa") -> Family:
     return load(name, attn_implementation=attention)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch.compiler.reset()
-    dartfx.reset()
 
 
 @contextmanager
@@ -321,7 +314,7 @@ def test_bfloat16(name: str) -> None:
     with compiled(built.model, kv_layout="layered") as model:
         logits = generate(model, inputs)
     assert len(pruned_reports()) == 1
-    torch.testing.assert_close(logits, oracle.logits, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(logits, oracle.logits, **TOLERANCES[torch.bfloat16])
 
 
 # --- gradients ------------------------------------------------------------------------------

@@ -19,16 +19,9 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.tolerances import CLOSE, RETAIN
 
-RETAIN, STEPS = 6, 7
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Any:
-    torch._dynamo.reset()
-    dartfx.reset()
-    yield
-    torch._dynamo.reset()
+STEPS = 7
 
 
 @pytest.fixture(scope="module", params=[100, 27], ids=["wide", "filled_while_decoding"])
@@ -63,7 +56,7 @@ def test_caches_shorter_than_the_window(family: Family, variant: str) -> None:
     )
     dartfx.compile(family.model, retain_tokens=RETAIN, lowering="eager")
     output = generate(family.model, inputs)
-    torch.testing.assert_close(torch.stack(output.logits, 1), oracle.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(output.logits, 1), oracle.logits, **CLOSE)
     (pruned,) = [r.outcome for r in dartfx.reports() if isinstance(r.outcome, Pruned)]
     assert pruned.kv_layout == "uniform"
     window = output.past_key_values.layers[0].sliding_window - 1
@@ -84,7 +77,7 @@ def test_padded_rows_in_a_window_that_is_full(dynamic: bool | None) -> None:
     options = {"dynamic": dynamic, "lowering": "eager", "on_unsupported": "error"}
     dartfx.compile(family.model, retain_tokens=RETAIN, **options)
     output = generate(family.model, inputs)
-    torch.testing.assert_close(torch.stack(output.logits, 1), oracle.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(output.logits, 1), oracle.logits, **CLOSE)
     left = inputs["input_ids"].shape[1] - 10 + STEPS - 1
     assert {layer.get_seq_length() for layer in output.past_key_values.layers} == {left}
 

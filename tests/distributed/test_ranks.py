@@ -16,14 +16,13 @@ from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
 from tests.support.ranks_worker import NEW_TOKENS, Result
+from tests.support.tolerances import CLOSE, RETAIN
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("accelerate", reason="transformers needs it to load a tensor-parallel model")
 from tests.support.launching import torchrun  # noqa: E402
 
-RETAIN = 6
 EAGER = {"lowering": "eager", "on_unsupported": "error"}
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 WORKER = Path(__file__).parent / "ranks_worker.py"
 Case = dict[str, Any]
 

@@ -19,9 +19,7 @@ from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
 from tests.support.exporting import Inputs, Prefill, export, prefill
-
-RETAIN = 6
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+from tests.support.tolerances import CLOSE, RETAIN
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +30,6 @@ def llava() -> Family:
 @pytest.fixture(scope="module")
 def program(llava: Family) -> ExportedProgram:
     return prefill(llava, llava.make_inputs())
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
 
 
 def oracle(family: Family, inputs: Inputs, **options: Any) -> hooked.Pruned:

@@ -18,10 +18,9 @@ from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
 from tests.support.exporting import Inputs, Prefill, export
+from tests.support.tolerances import CLOSE, RETAIN
 
 ROOT = Path(__file__).parents[2]
-RETAIN = 6
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 pytestmark = [
     pytest.mark.slow,

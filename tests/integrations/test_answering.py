@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-import dartfx
 from dartfx.errors import ConfigError, UnsupportedGraphError
 from dartfx.integrations.answering import Answering, Settings, load
 from dartfx.integrations.lmms_requests import OnDemand, document, from_visuals, settings_of
@@ -33,12 +32,6 @@ def loaded() -> tuple[Any, Any]:
 @functools.cache
 def conversations() -> list[Any]:
     return [from_visuals(q.text, [Image.open(q.image)]) for q in ASKED]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch.compiler.reset()
-    dartfx.reset()
 
 
 def answering(options: dict[str, Any] | None = None, **how: Any) -> Answering:

@@ -1,12 +1,24 @@
-"""Every mutant of ``make mutants`` still fits the source."""
+"""Every mutant of ``make mutants`` fits the source and meets what ``make test`` runs."""
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import subprocess
+
 import pytest
 
-from tests.mutants import MUTANTS, ROOT, Mutant
+from tests.mutants import DATA, MUTANTS, ROOT, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_mutant_fits_the_source(mutant: Mutant) -> None:
     assert mutant.new in mutant.source(ROOT)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_quick_suite_is_that_of_make_test() -> None:
+    # -o: without an install, whatever is outdated.
+    command = ["make", "--dry-run", "-o", ".venv/.installed", "test"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shlex.split(done.stdout)[1:] == ["-m", "pytest", *DATA["quick_suite"]]

@@ -17,8 +17,7 @@ from dartfx.passes.refusal import Declined
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-
-RETAIN = 6
+from tests.support.tolerances import CLOSE, RETAIN
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +26,9 @@ def llava() -> Family:
 
 
 @pytest.fixture(autouse=True)
-def fresh(llava: Family) -> Iterator[None]:
-    torch._dynamo.reset()
-    dartfx.reset()
+def uncompiled_afterwards(llava: Family) -> Iterator[None]:
     yield
     llava.model._compiled_call_impl = None
-    torch._dynamo.reset()
 
 
 def test_compile_serves_calls_and_generate(llava: Family) -> None:
@@ -41,7 +37,7 @@ def test_compile_serves_calls_and_generate(llava: Family) -> None:
     generated = hooked.pruned_generate(llava.model, inputs, retain=RETAIN, max_new_tokens=3)
     model = dartfx.compile(llava.model, retain_tokens=RETAIN, lowering="eager")
     assert model is llava.model
-    torch.testing.assert_close(model(**inputs).logits, forward.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(**inputs).logits, forward.logits, **CLOSE)
     ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert torch.equal(ids[:, inputs["input_ids"].shape[1] :], generated.token_ids)
     pruned = [r for r in dartfx.reports() if r.pruned]
@@ -58,7 +54,7 @@ def test_compile_on_a_model_that_never_ran_and_breaks() -> None:
     logits = model(**inputs).logits
     model._compiled_call_impl = None
     oracle = hooked.pruned_forward(model, inputs, retain=RETAIN, kv_layout="uniform")
-    torch.testing.assert_close(logits, oracle.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, oracle.logits, **CLOSE)
 
 
 def test_compile_wants_a_module_and_known_options(llava: Family) -> None:

@@ -18,21 +18,14 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family, Inputs
 from dartfx.tools.zoo.registry import load
+from tests.support.tolerances import CLOSE, RETAIN
 
-RETAIN = 6
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 FAMILIES = ["llava", "qwen2_5_vl"]
 
 
 @functools.cache
 def family(name: str) -> Family:
     return load(name)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch.compiler.reset()
-    dartfx.reset()
 
 
 def fast(built: Family, **options: Any) -> Any:

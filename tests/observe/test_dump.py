@@ -19,11 +19,6 @@ STAGES = ["dynamo", "normalise", "locate", "axes", "insert", "gather", "shrink",
 LENGTH, KEPT = 24, 17
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
-
-
 @pytest.fixture
 def inputs() -> Inputs:
     return prompt(Sizes(seq=LENGTH, vision=12))

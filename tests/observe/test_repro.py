@@ -43,11 +43,6 @@ def unnamed(text: str) -> str:
     return re.sub(r"\b(s|zf)\d+", r"\1", text)
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_script_prunes_as_the_model_was(tmp_path: Path, dynamic: bool) -> None:
     z = Sizes(seq=24, vision=12)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import dartfx
 from dartfx.observe import trial
 from dartfx.observe.random_inputs import RandomInputs
 from dartfx.passes.frontend.normalise import normalise
@@ -20,11 +19,6 @@ from dartfx.passes.outcome import Pruned
 from tests.support.decoders import IMAGE, Decoder, Halves, Sizes, Style, changed, prompt, run
 
 LENGTH, VISION, KEPT = 24, 12, 5
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
 
 
 def told(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:

@@ -33,11 +33,6 @@ TWO_ROWS = Sizes(layers=2, batch=2)
 THREE = Sizes(layers=3)
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
-
-
 def uneven(z: Sizes) -> Inputs:
     """Two rows with their vision tokens at different places."""
     inputs = prompt(z)

@@ -32,11 +32,6 @@ PADDED = Sizes(seq=44, vision=24, layers=2)
 THREE = Sizes(layers=3)
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
-
-
 # --- what hides a key from attention ------------------------------------------------------------
 
 # scores [B, H, S, S], what may be seen [B, 1, S, S] -> weights

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from test_refusals import RETAIN, SMALL, assert_declined, assert_pruned
 from torch import Tensor, nn
@@ -12,11 +11,6 @@ from torch import Tensor, nn
 import dartfx
 from dartfx.passes.refusal import Declined
 from tests.support.decoders import Decoder, Sizes, assert_same, compiled, prompt, pruned_by_hand
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
 
 
 class NoNorm(Decoder):

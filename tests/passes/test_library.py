@@ -18,9 +18,9 @@ from dartfx import passes
 from dartfx.errors import SelectionError
 from dartfx.tools.zoo import hooked
 from tests.support.decoders import Decoder, Sizes, Style, prompt, pruned_by_hand
+from tests.support.tolerances import CLOSE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 # The surface of version 1.0.  A new line here raises the minor version, a changed or removed one
 # the major version.

@@ -7,16 +7,10 @@ import torch
 from test_refusals import RETAIN, SMALL, assert_declined, assert_pruned
 from torch import Tensor, nn
 
-import dartfx
 from dartfx.passes.outcome import Untouched
 from tests.support.decoders import IMAGE, Decoder, assert_same, prompt, run
 
 LEARNED = 39
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
 
 
 class Inverted(Decoder):

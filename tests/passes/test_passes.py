@@ -7,19 +7,12 @@ from itertools import cycle
 import pytest
 import torch
 
-import dartfx
 from dartfx.passes.outcome import Pruned, Untouched
 from dartfx.passes.refusal import Declined
 from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, pruned_by_hand, run
 from tests.support.spellings import JOINS, MLPS, SPLITS
 
 RETAIN = 5
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch.set_num_threads(1)
-    dartfx.reset()
 
 
 def assert_pruned_like_by_hand(

@@ -22,11 +22,6 @@ Patch = pytest.MonkeyPatch
 STYLE = Style(rope="one_row", split="view", join="view")
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
-
-
 def no_shrink(patch: Patch) -> None:
     patch.setattr(apply_cut, "shrink", lambda *_: None)
 

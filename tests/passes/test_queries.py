@@ -18,8 +18,7 @@ from dartfx.selection.registry import register_selector
 from dartfx.tools.zoo.registry import load
 from tests.support import spellings
 from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, run
-
-RETAIN = 6
+from tests.support.tolerances import RETAIN
 
 
 @pytest.fixture(autouse=True)

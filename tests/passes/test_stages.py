@@ -16,9 +16,9 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
 from tests.support.staged import Stages
+from tests.support.tolerances import CLOSE
 
 LAYERS, RETAIN = [1, 2, 3], [9, 6, 3]
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 OPTIONS = {
     "layer": LAYERS,
     "retain_tokens": RETAIN,
@@ -35,13 +35,6 @@ def family(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture(scope="module")
 def llava() -> Family:
     return load("llava")
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Any:
-    dartfx.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def pruned() -> Pruned:

@@ -17,9 +17,8 @@ from dataclasses import fields, replace
 from random import Random
 from typing import Any
 
-import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis.errors import UnsatisfiedAssumption
 from torch import Tensor
 from torch.fx import GraphModule
@@ -42,16 +41,9 @@ CLOSE = 1e-5
 ATTEMPTS = 80
 
 
-def examples(count: int) -> Any:
-    """Settings: the same ``count`` examples in every run."""
-    return settings(
-        max_examples=count,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+def examples(share: float) -> settings:
+    """This share of the examples of the profile in force (see ``tests/conftest.py``)."""
+    return settings(max_examples=round(settings.default.max_examples * share))
 
 
 def select(
@@ -194,26 +186,24 @@ def explained(plan: Plan, check: Callable[[Plan], object]) -> None:
 # --- the properties -------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_pruned_like_by_hand_or_declined() -> None:
     outcomes: Counter[type[Outcome]] = Counter()
 
-    @examples(150)
+    @examples(1)
     @given(plans)
     def check(plan: Plan) -> None:
         explained(plan, lambda p: outcomes.update([type(outcome_of(p))]))
 
     check()
-    assert outcomes.total() >= 130
+    assert outcomes.total() >= 0.85 * settings.default.max_examples
     assert outcomes[Pruned] >= 0.6 * outcomes.total(), outcomes
 
 
-@pytest.mark.slow
 def test_layer_that_reads_positions() -> None:
     """Before the cut it sees the whole prompt as it always did; after it, it must be declined."""
     before: Counter[type[Outcome]] = Counter()
 
-    @examples(40)
+    @examples(0.3)
     @given(plans)
     def check(plan: Plan) -> None:
         explained(with_hazard(plan), one)
@@ -226,7 +216,7 @@ def test_layer_that_reads_positions() -> None:
             assert isinstance(outcome, Declined), "pruned before a layer that reads positions"
 
     check()
-    assert before[Pruned] >= 0.5 * before.total() > 5, before
+    assert before[Pruned] >= 0.5 * before.total() > 0, before
 
 
 def with_hazard(plan: Plan) -> Plan:
@@ -243,7 +233,7 @@ def test_graph_without_vision_tokens() -> None:
     """Lowered as dynamo gave it, node for node; results and writes to inputs as in eager."""
     seen: Counter[bool] = Counter()
 
-    @examples(110)
+    @examples(0.7)
     @given(texts)
     def check(plan: TextPlan) -> None:
         fresh(plan.seed)
@@ -256,7 +246,7 @@ def test_graph_without_vision_tokens() -> None:
         seen[plan.z.layers > 0] += 1
 
     check()
-    assert min(seen[False], seen[True]) >= 20
+    assert min(seen[False], seen[True]) >= 0.13 * settings.default.max_examples
 
 
 def unchanged(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:

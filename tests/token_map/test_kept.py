@@ -31,11 +31,6 @@ from tests.support.selection_cases import draw, expected
 VISION, RETAIN, START = 12, 5, 2
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    dartfx.reset()
-
-
 @pytest.mark.parametrize("seed", range(40))
 def test_pickers_are_the_oracles(seed: int) -> None:
     case = draw(seed)

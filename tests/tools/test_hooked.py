@@ -24,8 +24,9 @@ from dartfx.tools.zoo.hooked import (
     unpruned_generate,
 )
 from dartfx.tools.zoo.registry import load
+from tests.support.tolerances import RETAIN
 
-RETAIN, STEPS = 6, 5
+STEPS = 5
 NAMES = ["llava", "llava_next", "qwen2_5_vl"]
 LAYOUTS: list[KvLayout] = ["layered", "uniform"]
 
