@@ -1,43 +1,78 @@
 #!/usr/bin/env bash
-# Repeat the measurements on a GPU that the docs tell of: docs/measure_gpu.sh FOLDER [STEP ...]
+# Repeat the measurements on a GPU that the docs tell of: docs/measure_gpu.sh [-j] FOLDER [STEP ...]
 #
 #   tests           the Triton kernels against the float64 oracle, on the device
 #   kernel          docs/kernel.md: the selection beside its floor
 #   llava-1.5-7b    docs/benchmarks.md: the first token (any shape of `bench generate`)
 #   llava-next-7b
 #   qwen2.5-vl-7b
-#   decode          answers of 8, 64 and 256 tokens as well, LLaVA-NeXT-7B; not among the defaults
+# and, not among the defaults,
+#   selectors       docs/selectors.md: selectors without kernels, at LLaVA-NeXT-7B's shape
+#   decode          docs/benchmarks.md: answers of 64 and 256 tokens, LLaVA-NeXT-7B, growing cache
+#   decode-static   the same with a static cache, decode in CUDA graphs
+#   batch-N         the first token of N prompts at once, LLaVA-NeXT-7B
+#   images-N        the first token of a prompt of N images, LLaVA-NeXT-7B
 #
-# Figures go to FOLDER as JSON and text. PYTHON names the interpreter (python3). A step that fails
-# does not keep the others from running. Every shape takes minutes, most of them compilation.
+# Figures go to FOLDER as JSON and text. PYTHON names the interpreter (python3), SECONDS_EACH how
+# long a step may take (900); what it had measured by then is in its JSON. A step that fails does
+# not keep the others from running. Every shape takes minutes, most of them compilation: with -j the
+# steps of `bench generate` compile side by side, each with a model of its own on the device, and
+# are timed one after the other.
 set -uo pipefail
-[ $# -gt 0 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
+together=
+[ "${1-}" != -j ] || { together=1; shift; }
+[ $# -gt 0 ] || { sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
 mkdir -p "$out"
-python=${PYTHON:-python3}
+python="timeout ${SECONDS_EACH:-900} ${PYTHON:-python3}"
 export PYTHONPATH=. PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-generate="$python -m dartfx bench generate"
+
+generate() { # NAME OF THE JSON, SHAPE, OTHER ARGUMENTS ...
+    local name=$1 shape=$2
+    shift 2
+    $python -m dartfx bench generate --model-shape "$shape" "$@" --json "$out/$name.json" \
+        ${together:+--gate "$out/gate"}
+}
 
 step() {
+    local next=llava-next-7b
     case $1 in
         # pytest-benchmark, where it is installed, warns beside xdist, and warnings are errors here.
         tests) $python -m pytest -q -m gpu -n 8 -p no:benchmark tests/ops/test_triton.py tests/ops/test_triton_gpu.py ;;
         kernel) $python -m dartfx bench kernel --json "$out/kernel.json" ;;
-        decode) $generate --model-shape llava-next-7b --json "$out/decode.json" ;;
-        *) $generate --model-shape "$1" --rows eager hooks plain dart --new-tokens 1 --repeat 9 \
-            --json "$out/$1.json" ;;
+        selectors) $python -m dartfx bench kernel --shape tiles --selectors spread tiled uniform random \
+            --json "$out/selectors.json" ;;
+        decode) generate "$1" $next --rows eager plain dart --new-tokens 64 256 --warmup 1 --repeat 3 ;;
+        decode-static) generate "$1" $next --rows plain_static dart_static --new-tokens 64 256 \
+            --warmup 2 --repeat 3 ;;
+        batch-*) generate "$1" $next --rows plain dart --new-tokens 1 --repeat 7 --batch "${1#*-}" ;;
+        images-*) generate "$1" $next --rows plain dart --new-tokens 1 --repeat 7 --images "${1#*-}" ;;
+        *) generate "$1" "$1" --rows eager hooks plain dart --new-tokens 1 --repeat 9 ;;
     esac
+}
+
+run() {
+    echo "== $1, $(date +%T)"
+    step "$1" 2>"$out/$1.err" | tee "$out/$1.txt" && return
+    echo "== $1 failed, $(date +%T)"
+    tail -n 20 "$out/$1.err"
+    return 1
 }
 
 [ $# -gt 0 ] || set -- tests kernel llava-1.5-7b llava-next-7b qwen2.5-vl-7b
 failed=0
+started=()
 for name in "$@"; do
-    echo "== $name, $(date +%T)"
-    if ! step "$name" 2>"$out/$name.err" | tee "$out/$name.txt"; then
-        failed=1
-        tail -n 20 "$out/$name.err"
+    if [ -n "$together" ]; then
+        run "$name" &
+        started+=($!)
+    else
+        run "$name" || failed=1
     fi
+done
+for id in ${started[@]+"${started[@]}"}; do
+    wait "$id" || failed=1
 done
 exit $failed

@@ -11,18 +11,20 @@ Totals = Mapping[int, float]
 """Median seconds of ``generate`` by number of new tokens; 1 among them."""
 
 
-def row_figures(totals: Totals, tower: float | None) -> dict[str, Any]:
+def row_figures(totals: Totals, tower: float | None, batch: int = 1) -> dict[str, Any]:
     """Time to first token, decode tokens per second, and the parts of every total.
 
-    tower: seconds of the vision tower, None where it could not be told apart.
+    tower: seconds of the vision tower, None where it could not be told apart.  batch: prompts in
+    every call; rates count the tokens of all.
     """
     longest = max(totals)
     decode = totals[longest] - totals[1]
     return {
         "seconds": dict(totals),
         "first_token_seconds": totals[1],
+        "prompts_per_second": batch / totals[1],
         # Noise may swallow the difference of short runs; a rate would then be none.
-        "decode_tokens_per_second": (longest - 1) / decode if decode > 0 else None,
+        "decode_tokens_per_second": batch * (longest - 1) / decode if decode > 0 else None,
         "shares": None if tower is None else {n: shares(totals, tower, n) for n in totals},
     }
 
@@ -71,7 +73,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _times(rows: Sequence[Any], lengths: Sequence[int]) -> str:
     later = [n for n in lengths if n > 1]
     head = ["", "first token, ms", "decode, tokens/s", *(f"{n} tokens, ms" for n in later)]
-    head += ["peak memory, GB", "KV cache, MB"]
+    head += ["prompts/s", "peak memory, GB", "KV cache, MB", "compile and warm-up, s"]
     lines = []
     for row in rows:
         if row["failed"]:
@@ -81,7 +83,9 @@ def _times(rows: Sequence[Any], lengths: Sequence[int]) -> str:
         cells = [row["label"], f"{row['first_token_seconds'] * 1e3:.1f}"]
         cells += ["-" if rate is None else f"{rate:.1f}"]
         cells += [f"{row['seconds'][n] * 1e3:.1f}" for n in later]
+        cells += [f"{row['prompts_per_second']:.1f}"]
         cells += ["-" if peak is None else f"{peak / 1e9:.2f}", f"{row['kv_bytes'] / 1e6:.2f}"]
+        cells += [f"{row['warmup_seconds']:.0f}"]
         lines.append(cells)
     return _table(head, lines)
 

@@ -4,7 +4,7 @@
   eager + hooks   pruned by forward hooks, as those before dartfx do it, with dartfx's selection
   plain Inductor  model.compile(), one graph where dynamo can
   dart            dartfx.compile(model)
-  dart + static cache + compiled decode
+  plain Inductor, dart + static cache + compiled decode
                   the same with cache_implementation="static"; on CUDA decode runs as CUDA graphs
 
 Shapes: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b; and tiny, to see whether it runs.
@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import ExitStack
 from datetime import date
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,9 +33,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dartfx
-from dartfx.config.options import DartConfig
 from dartfx.tools.bench.figures import limits, row_figures, speed_ups, tables
+from dartfx.tools.bench.gate import Gate
 from dartfx.tools.bench.timing import device_name
+from dartfx.config.options import DartConfig
 
 if TYPE_CHECKING:  # they import transformers, which `bench kernel` does without
     from dartfx.tools.bench.rows import Row
@@ -58,16 +60,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--model", metavar="CHECKPOINT", help="a folder or a name on the hub")
     add("--image", type=Path, metavar="FILE", help="for --model (default: noise, 672 x 672)")
     add("--retain-tokens", type=int, help="vision tokens kept (default: the shape's; see docs)")
+    add("--batch", type=int, default=1, help="prompts in a call, all alike (%(default)s)")
+    add("--images", type=int, default=1, help="images in a prompt, all alike (%(default)s)")
     add("--layer", type=int, default=2, help="first layer that sees them only (%(default)s)")
     add("--new-tokens", nargs="+", type=int, help="1 8 64 256; on a CPU 1 8; 1 is always added")
-    add("--rows", nargs="+", metavar="ROW", help="eager hooks plain dart dart_static (all)")
+    add("--rows", nargs="+", metavar="ROW", help="eager hooks plain dart ..._static (all)")
     add("--repeat", type=int, default=5, help="timed calls of each (%(default)s)")
     add("--warmup", type=int, default=2, help="calls of each before that (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="float32; on CUDA bfloat16")
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--lowering", choices=("inductor", "aot_eager", "eager"), default="inductor")
-    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--json", type=Path, metavar="FILE", help="write all figures there, round by round")
+    add("--gate", type=Path, metavar="FILE", help="time alone among benches of the same FILE")
     add("--plot", type=Path, metavar="FILE", help="draw the totals; needs matplotlib")
 
 
@@ -79,12 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    work = _workload(arguments)
-    result = measure(work, _settings(work, arguments), arguments)
+    result = measure(arguments)
     print(_heading(result))
     print(tables(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     if arguments.plot:
         from dartfx.tools.bench.plot import draw
 
@@ -103,6 +105,10 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return "--plot needs matplotlib: pip install matplotlib"
     if arguments.repeat < 1 or arguments.warmup < 1:
         return "--repeat and --warmup must be at least 1"
+    if min(arguments.batch, arguments.images) < 1:
+        return "--batch and --images must be at least 1"
+    if arguments.model and max(arguments.batch, arguments.images) > 1:
+        return "--batch and --images are for --model-shape"
     if arguments.new_tokens and min(arguments.new_tokens) < 1:
         return "--new-tokens must be at least 1"
     from dartfx.tools.bench.variants import VARIANTS
@@ -123,7 +129,8 @@ def _workload(arguments: argparse.Namespace) -> Workload:
     dtype = getattr(torch, arguments.dtype or default)
     zoo = import_module(_SHAPES)
     if arguments.model_shape:
-        work: Workload = zoo.build(arguments.model_shape, device, dtype)
+        counts = {"images": arguments.images, "batch": arguments.batch}
+        work: Workload = zoo.build(arguments.model_shape, device, dtype, **counts)
     else:
         work = zoo.load(arguments.model, device, dtype, arguments.image)
     return work
@@ -134,46 +141,64 @@ def _settings(work: Workload, arguments: argparse.Namespace) -> Settings:
 
     retain = arguments.retain_tokens
     if retain is None and arguments.model_shape:
-        retain = import_module(_SHAPES).SHAPES[work.name][1]
+        retain = import_module(_SHAPES).SHAPES[work.name][1] * arguments.images
     retain = DartConfig().retain_for(work.vision_tokens) if retain is None else retain
     return Settings(retain, arguments.layer, arguments.lowering)
 
 
-def measure(work: Workload, settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every figure of the benchmark, as the JSON file holds it."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every figure of the benchmark, as the JSON file holds it from the first round on."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    from dartfx.tools.bench.rows import Progress, Row, prepare, time_round
-    from dartfx.tools.bench.variants import VARIANTS
+    from dartfx.tools.bench.rows import Progress, prepare, rewarm, time_round
 
-    on_cpu = work.model.device.type == "cpu"
-    lengths = sorted({1, *(arguments.new_tokens or ((8,) if on_cpu else (8, 64, 256)))})
-    rows = [
-        Row(name, label, {n: [] for n in lengths})
-        for name, (label, _) in VARIANTS.items()
-        if name in (arguments.rows or VARIANTS)
-    ]
-    calls = len(rows) * len(lengths) * (arguments.warmup + arguments.repeat)
     load = os.getloadavg()[0]
     patch = torch._dynamo.config.patch(
         recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=_RECOMPILE_LIMIT
     )
     dartfx.reset()
-    with patch, tqdm(total=calls, unit="call") as bar:
-        progress = Progress(bar, lengths)
+    with ExitStack() as held:
+        held.enter_context(patch)
+        gate = held.enter_context(Gate(arguments.gate))
+        work = _workload(arguments)
+        settings = _settings(work, arguments)
+        rows = _rows(work, arguments)
+        lengths = list(rows[0].samples)
+        calls = len(rows) * len(lengths) * (arguments.warmup + arguments.repeat)
+        progress = Progress(held.enter_context(tqdm(total=calls, unit="call")), lengths)
         for row in rows:
             prepare(row, work, settings, progress, arguments.warmup)
+        if arguments.gate:
+            torch.cuda.empty_cache()  # others compile on the same device
+            gate.alone()
+            rewarm(rows)
         for _ in range(arguments.repeat):
             time_round(rows, work, progress)
-    return {
-        "machine": _machine(work, load),
-        "model": _model(work, settings),
-        "settings": {"new_tokens": lengths, **_plain(arguments)},
-        **_figures(rows, progress.towers, settings.layer / _layers(work)),
-    }
+            result = {
+                "machine": _machine(work, load),
+                "model": _model(work, settings),
+                "settings": {"new_tokens": lengths, **_plain(arguments)},
+                **_figures(rows, work.batch, progress.towers, settings.layer / _layers(work)),
+            }
+            if arguments.json:
+                arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
-def _figures(rows: list[Row], towers: list[float], unpruned: float) -> dict[str, Any]:
+def _rows(work: Workload, arguments: argparse.Namespace) -> list[Row]:
+    from dartfx.tools.bench.rows import Row
+    from dartfx.tools.bench.variants import VARIANTS
+
+    on_cpu = work.model.device.type == "cpu"
+    lengths = sorted({1, *(arguments.new_tokens or ((8,) if on_cpu else (8, 64, 256)))})
+    return [
+        Row(name, label, {n: [] for n in lengths})
+        for name, (label, _) in VARIANTS.items()
+        if name in (arguments.rows or VARIANTS)
+    ]
+
+
+def _figures(rows: list[Row], batch: int, towers: list[float], unpruned: float) -> dict[str, Any]:
     """What follows from the samples; ``unpruned`` is the share of layers before the cut."""
     tower = median(towers) if towers else None
     good = {row.name: row for row in rows if not row.failed}
@@ -182,7 +207,7 @@ def _figures(rows: list[Row], towers: list[float], unpruned: float) -> dict[str,
             "name": row.name,
             "label": row.label,
             "failed": row.failed,
-            **({} if row.failed else _row(row, tower)),
+            **({} if row.failed else _row(row, batch, tower)),
         }
         for row in rows
     ]
@@ -199,14 +224,15 @@ def _figures(rows: list[Row], towers: list[float], unpruned: float) -> dict[str,
     return {"vision_tower_seconds": tower, "vision_tower_samples": towers, "rows": told, **ratios}
 
 
-def _row(row: Row, tower: float | None) -> dict[str, Any]:
+def _row(row: Row, batch: int, tower: float | None) -> dict[str, Any]:
     assert row.ready is not None
     return {
         "note": row.ready.note,
         "samples": row.samples,
         "kv_bytes": row.kv_bytes,
         "peak_bytes": row.peak_bytes,
-        **row_figures(row.totals(), tower),
+        "warmup_seconds": row.warmup_seconds,
+        **row_figures(row.totals(), tower, batch),
     }
 
 
@@ -224,6 +250,7 @@ def _model(work: Workload, settings: Settings) -> dict[str, Any]:
         "dtype": str(work.model.dtype).removeprefix("torch."),
         "layers": _layers(work),
         "layer": settings.layer,
+        "batch": work.batch,
         "prompt_tokens": work.inputs["input_ids"].shape[1],
         "vision_tokens": work.vision_tokens,
         "retained": settings.retain,
@@ -252,7 +279,8 @@ def _heading(result: dict[str, Any]) -> str:
     model = result["model"]
     lines = [
         ", ".join(f"{k} {v}" for k, v in result["machine"].items()),
-        f"{model['name']}, {model['parameters'] / 1e9:.2f} G parameters, {model['dtype']}: "
+        f"{model['name']}, {model['parameters'] / 1e9:.2f} G parameters, {model['dtype']}, "
+        f"batch {model['batch']}: "
         f"{model['prompt_tokens']} tokens, {model['vision_tokens']} of them vision, "
         f"{model['retained']} retained from layer {model['layer']} of {model['layers']} on",
         ", ".join(f"{k} {v}" for k, v in result["settings"].items()),

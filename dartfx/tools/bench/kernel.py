@@ -8,7 +8,8 @@
 For each: the node (kernel="auto"), its torch form (kernel="torch"), both compiled by Inductor; the
 published algorithm, a Python loop over pivots with set and tolist; and one decoder layer at full
 length, compiled. On a CUDA device also the node in a CUDA graph, without launch cost, and the time
-of each of its kernels there.
+of each of its kernels there. --selectors times others, which have no kernels, in the same way as
+the torch form, but few calls of each, one at a time.
 
 The floor is what reading the keys and vision tokens once takes at the copy bandwidth measured here.
 Prefill is the decoder layer times the number of layers: vision tower and logits are left out, so
@@ -44,6 +45,7 @@ __all__ = ["HELP", "SHAPES", "Shape", "configure", "run"]
 HELP = "the selection, beside its floor, its torch form, the published loop and a decoder layer"
 
 _COPY_BYTES = 1 << 28
+OTHERS = ("tiled", "spread", "uniform", "random")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--repeat", type=int, default=20, help="timed calls of each (%(default)s)")
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--quick", action="store_true", help="a decoder an eighth as wide: does it run?")
+    add("--selectors", nargs="+", default=[], choices=OTHERS, help="time these as well")
     add("--backend", default="inductor", help="compiles node and layer (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
 
@@ -148,12 +151,15 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * _COPY_BYTES / median(timed(copy, device, 10))
 
 
-def timed(call: Callable[[], object], device: torch.device, repeat: int) -> list[float]:
+def timed(
+    call: Callable[[], object], device: torch.device, repeat: int, calls: int | None = None
+) -> list[float]:
     """Seconds per call of ``repeat`` samples, after three calls that do not count.
 
-    On a GPU a sample is ten calls in a row, so that waiting for the device is not what is timed.
+    calls: how many in a row are a sample; on a GPU ten, so that waiting for the device is not what
+    is timed, elsewhere one.
     """
-    calls = 10 if device.type == "cuda" else 1
+    calls = calls or (10 if device.type == "cuda" else 1)
     for _ in range(3):
         call()
     samples = []
@@ -184,10 +190,12 @@ def inputs_of(
     return hidden, keys, vision
 
 
-def node(shape: Shape, kernel: str, hidden: Tensor, keys: Tensor, vision: Tensor) -> Tensor:
+def node(
+    shape: Shape, selector: str, kernel: str, hidden: Tensor, keys: Tensor, vision: Tensor
+) -> Tensor:
     """The selection as a compiled graph holds it."""
     kept: Tensor = torch.ops.dartfx.select_tokens(
-        hidden, keys, vision, None, shape.N, shape.R, 4, 4, "dart", kernel
+        hidden, keys, vision, None, shape.N, shape.R, 4, 4, selector, kernel
     )
     return kept
 
@@ -196,21 +204,23 @@ def measure(
     shape: Shape, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Median seconds of each contestant, and the node's kernels on a GPU."""
-    tensors = inputs_of(shape, device, dtype)
+    tensors, few = inputs_of(shape, device, dtype), max(3, arguments.repeat // 4)
     compiled = partial(torch.compile, backend=arguments.backend, dynamic=False)
     calls: dict[str, Callable[[], object]] = {
-        "node": partial(compiled(partial(node, shape, "auto")), *tensors),
-        "torch": partial(compiled(partial(node, shape, "torch")), *tensors),
+        "node": partial(compiled(partial(node, shape, "dart", "auto")), *tensors),
+        "torch": partial(compiled(partial(node, shape, "dart", "torch")), *tensors),
         "published": partial(published, tensors[0], tensors[1], shape.first, shape.N, shape.R),
     }
     if device.type == "cuda":
         calls["graph"] = graphed(calls["node"])
     with torch.inference_mode():
         seconds = {k: median(timed(c, device, arguments.repeat)) for k, c in calls.items()}
+        for name in arguments.selectors:
+            call = partial(compiled(partial(node, shape, name, "torch")), *tensors)
+            seconds[f"selector {name}"] = median(timed(call, device, few, 1))
         with device:
             layer = Layer(shape.D, shape.heads, shape.key_heads, shape.head, shape.inner)
         run_layer = compiled(layer.to(dtype))
-        few = max(3, arguments.repeat // 4)
         seconds["layer"] = median(timed(partial(run_layer, tensors[0]), device, few))
         kernels = launches(calls["node"]) if device.type == "cuda" else {}
     return seconds, kernels
@@ -268,12 +278,11 @@ def table(name: str, shape: Shape, figures: dict[str, Any]) -> str:
         "| | us | x floor | % of prefill |",
         "|---|---|---|---|",
     ]
-    for key, label in _NAMES.items():
-        if key in figures["seconds"]:
-            spent = figures["seconds"][key]
-            rows.append(
-                f"| {label} | {spent * 1e6:.1f} | {spent / floor:.1f} | {spent / prefill:.3%} |"
-            )
+    for key, spent in figures["seconds"].items():
+        label = _NAMES.get(key, f"{key}, compiled")
+        rows.append(
+            f"| {label} | {spent * 1e6:.1f} | {spent / floor:.1f} | {spent / prefill:.3%} |"
+        )
     for kernel, spent in figures["launches"].items():
         rows.append(f"| {kernel}, {spent['number']:g} x | {spent['seconds'] * 1e6:.1f} | | |")
     rows.append(f"\npublished / node: {figures['published_over_node']:.1f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from dartfx.tools.bench.timing import seconds, wait
 from dartfx.tools.bench.variants import VARIANTS, Ready, Settings
 from dartfx.tools.bench.workload import Workload
 
-__all__ = ["Progress", "Row", "prepare", "time_round", "vision_seconds", "weight_bytes"]
+__all__ = ["Progress", "Row", "prepare", "rewarm", "time_round", "vision_seconds", "weight_bytes"]
 
 _MOST_TOLD = 600  # characters of a reason; a C++ compiler's may be thousands of lines
 
@@ -37,6 +38,7 @@ class Row:
     pruned: Pruned | None = None
     kv_bytes: int | None = None
     peak_bytes: int | None = None
+    warmup_seconds: float = 0.0
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -75,12 +77,14 @@ def prepare(row: Row, work: Workload, settings: Settings, progress: Progress, wa
     on_cuda = work.model.device.type == "cuda"
     gc.collect()
     before = torch.cuda.memory_allocated() if on_cuda else 0
+    start = time.perf_counter()
     with row.attempt():
         row.ready = VARIANTS[row.name][1](work, settings)
     # The longest first: transformers then gives the shorter ones the same static cache.
     for n in reversed(progress.lengths):
         for _ in range(warmup):
             progress.step(row, lambda n=n: row.ready.generate(n))  # type: ignore[misc]
+    row.warmup_seconds = time.perf_counter() - start
     with row.attempt():
         if row.ready is None:
             return
@@ -92,6 +96,14 @@ def prepare(row: Row, work: Workload, settings: Settings, progress: Progress, wa
             row.ready.generate(1)
             wait()
             row.peak_bytes = torch.cuda.max_memory_allocated() - before + weight_bytes(work)
+
+
+def rewarm(rows: list[Row]) -> None:
+    """One call of each after a wait, so that none pays for cold caches or for memory given back."""
+    for row in rows:
+        with row.attempt():
+            if row.ready is not None:
+                row.ready.generate(1)
 
 
 def time_round(rows: list[Row], work: Workload, progress: Progress) -> None:

@@ -65,6 +65,8 @@ def eager(work: Workload, settings: Settings) -> Ready:
 
 def hooked(work: Workload, settings: Settings) -> Ready:
     """The eager model pruned by forward hooks, with dartfx's own operator for the selection."""
+    if work.batch > 1:
+        raise ValueError("these hooks gather the tokens of one prompt, not of a batch")
     counts = work.vision_tokens, settings.retain
 
     def generate(new_tokens: int) -> Any:
@@ -74,10 +76,9 @@ def hooked(work: Workload, settings: Settings) -> Ready:
     return _ready(generate)
 
 
-def plain(work: Workload, settings: Settings) -> Ready:
-    """``model.compile()``, as one graph where dynamo can: the stronger baseline."""
+def _plain(work: Workload, settings: Settings, **more: Any) -> Ready:
     model = twin(work.model)
-    generate = partial(_generate, model, work.inputs)
+    generate: Generate = partial(_generate, model, work.inputs, **more)
     model.compile(backend=settings.lowering, fullgraph=True)
     try:
         generate(1)
@@ -85,6 +86,16 @@ def plain(work: Workload, settings: Settings) -> Ready:
         model.compile(backend=settings.lowering)
         return _ready(generate, note="several graphs")
     return _ready(generate, note="one graph")
+
+
+def plain(work: Workload, settings: Settings) -> Ready:
+    """``model.compile()``, as one graph where dynamo can: the stronger baseline."""
+    return _plain(work, settings)
+
+
+def plain_static(work: Workload, settings: Settings) -> Ready:
+    """The same with a static cache; see :func:`dart_static`."""
+    return _plain(work, settings, **_static(work, settings))
 
 
 def _dart(work: Workload, settings: Settings, **more: Any) -> Ready:
@@ -114,10 +125,15 @@ def dart(work: Workload, settings: Settings) -> Ready:
 
 def dart_static(work: Workload, settings: Settings) -> Ready:
     """The same with a static cache, which transformers compiles decode for: on CUDA as graphs."""
+    return _dart(work, settings, **_static(work, settings))
+
+
+def _static(work: Workload, settings: Settings) -> dict[str, Any]:
+    """Arguments of ``generate``."""
     graphs = settings.lowering == "inductor" and work.model.device.type == "cuda"
     config = CompileConfig(backend=settings.lowering, mode="reduce-overhead" if graphs else None)
     config._compile_all_devices = True  # else transformers compiles decode only on accelerators
-    return _dart(work, settings, cache_implementation="static", compile_config=config)
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 VARIANTS: dict[str, tuple[str, Callable[[Workload, Settings], Ready]]] = {
@@ -125,5 +141,6 @@ VARIANTS: dict[str, tuple[str, Callable[[Workload, Settings], Ready]]] = {
     "hooks": ("eager + hooks", hooked),
     "plain": ("plain Inductor", plain),
     "dart": ("dart", dart),
+    "plain_static": ("plain Inductor + static cache + compiled decode", plain_static),
     "dart_static": ("dart + static cache + compiled decode", dart_static),
 }

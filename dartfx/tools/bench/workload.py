@@ -1,4 +1,4 @@
-"""What ``bench generate`` runs: a model and one prompt."""
+"""What ``bench generate`` runs: a model and its prompts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ __all__ = ["Workload"]
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in eval mode on its device, and one prompt as ``generate`` takes it.
+    """A model in eval mode on its device, and prompts of one length as ``generate`` takes them.
 
-    inputs: keyword arguments of ``generate``, input_ids [1, S] among them.  vision: [1, S] bool.
+    inputs: keyword arguments of ``generate``, input_ids [B, S] among them.  vision: [B, S] bool,
+    as many in every row.
     """
 
     name: str
@@ -24,5 +25,10 @@ class Workload:
 
     @property
     def vision_tokens(self) -> int:
-        """Vision tokens of the prompt."""
-        return int(self.vision.sum())
+        """Vision tokens of each prompt."""
+        return int(self.vision[0].sum())
+
+    @property
+    def batch(self) -> int:
+        """Number of prompts."""
+        return int(self.vision.shape[0])

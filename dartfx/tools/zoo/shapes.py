@@ -122,15 +122,33 @@ SHAPES: dict[str, tuple[Callable[[], Structure], int]] = {
 }
 
 
-def build(name: str, device: torch.device, dtype: torch.dtype) -> Workload:
-    """A model of this shape; every weight is made on ``device`` in ``dtype``, none on the host."""
+def build(
+    name: str, device: torch.device, dtype: torch.dtype, *, images: int = 1, batch: int = 1
+) -> Workload:
+    """A model of this shape; every weight is made on ``device`` in ``dtype``, none on the host.
+
+    images: pictures in a row in each prompt; batch: prompts, all of the same tokens and pixels.
+    """
     structure = SHAPES[name][0]()
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = hf.AutoModelForImageTextToText.from_config(structure.config, dtype=dtype)
     model.eval().requires_grad_(False)
     inputs = Family(name, structure, model).make_inputs("one", before=BEFORE, after=AFTER)
-    return _place(name, model, inputs)
+    return _place(name, model, _repeated(inputs, images, batch))
+
+
+def _repeated(inputs: dict[str, Any], images: int, batch: int) -> dict[str, Any]:
+    """One prompt's inputs with its image ``images`` times in a row, ``batch`` such prompts."""
+    length = inputs["input_ids"].shape[1]
+
+    def repeat(value: torch.Tensor) -> torch.Tensor:
+        if value.shape != (1, length):  # of the images
+            return torch.cat([value] * (images * batch))
+        row = [value[:, :BEFORE], *[value[:, BEFORE:-AFTER]] * images, value[:, -AFTER:]]
+        return torch.cat([torch.cat(row, 1)] * batch)
+
+    return {name: repeat(value) for name, value in inputs.items()}
 
 
 def load(
