@@ -48,13 +48,15 @@ def test_prints_and_writes_every_figure(
     monkeypatch.setattr(kernel, "_COPY_BYTES", 1 << 12)
     file = tmp_path / "figures.json"
     arguments = ["--quick", "--backend", "eager", "--repeat", "2", "--device", "cpu"]
+    arguments += ["--selectors", "spread"]
     assert main(["bench", "kernel", "--shape", "image", *arguments, "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "| published loop |" in printed
+    assert "| selector spread, compiled |" in printed
     assert "image: B=1 S=70 N=50 R=16 D=8 Hkv=1 Dh=8, 3 layers" in printed
     figures = json.loads(file.read_text())["shapes"]["image"]
     assert figures["bytes"] == (70 * 8 + 50 * 8) * 4
     seconds = figures["seconds"]
-    assert set(seconds) == {"node", "torch", "published", "layer"}
+    assert set(seconds) == {"node", "torch", "published", "selector spread", "layer"}
     assert all(value > 0 for value in seconds.values())
     assert figures["of_prefill"] == pytest.approx(seconds["node"] / (3 * seconds["layer"]))

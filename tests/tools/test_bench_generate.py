@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from transformers import CompileConfig
 
-from dartfx.cli.main import main
-from dartfx.tools.bench import generate
+from dartfx.tools.bench import generate, variants
 from dartfx.tools.bench.figures import limits, row_figures, speed_ups, tables
+from dartfx.tools.bench.gate import Gate
 from dartfx.tools.bench.hooks import pruned_by_hooks
-from dartfx.tools.bench.variants import VARIANTS
+from dartfx.tools.bench.variants import VARIANTS, Settings
 from dartfx.tools.bench.workload import Workload
+from dartfx.cli.main import main
 from dartfx.tools.zoo.hooked import pruned_generate
 from dartfx.tools.zoo.shapes import SHAPES, build
 
@@ -51,8 +54,10 @@ def test_caches_hold_what_the_cut_leaves(measured: tuple[dict[str, Any], str]) -
         "hooks": left,
         "plain": full,
         "dart": left,
+        "plain_static": LAYERS * slots * BYTES,
         "dart_static": LAYERS * slots * BYTES,
     }
+    assert rows["plain"]["note"] == rows["plain_static"]["note"] == "one graph"
 
 
 def test_figures_follow_from_the_samples(measured: tuple[dict[str, Any], str]) -> None:
@@ -60,6 +65,7 @@ def test_figures_follow_from_the_samples(measured: tuple[dict[str, Any], str]) -
     assert result["settings"]["new_tokens"] == [1, NEW]
     assert (result["model"]["vision_tokens"], result["model"]["retained"]) == (N, R)
     assert len(result["vision_tower_samples"]) == 2
+    rows = {row["name"]: row for row in result["rows"]}
     for row in result["rows"]:
         for n, samples in row["samples"].items():
             assert len(samples) == 2
@@ -67,9 +73,11 @@ def test_figures_follow_from_the_samples(measured: tuple[dict[str, Any], str]) -
             assert sum(row["shares"][n].values()) == pytest.approx(1)
         assert row["shares"]["1"]["decode"] == 0
         assert row["first_token_seconds"] == row["seconds"]["1"]
+        assert row["prompts_per_second"] == pytest.approx(1 / row["seconds"]["1"])
+        assert row["warmup_seconds"] > 0
         assert row["peak_bytes"] is None
     first = {row["name"]: row["first_token_seconds"] for row in result["rows"]}
-    assert result["speed_ups"].keys() == {"eager", "hooks", "dart", "dart_static"}
+    assert result["speed_ups"].keys() == rows.keys() - {"plain"}
     assert result["speed_ups"]["dart"]["total"]["1"] == pytest.approx(
         first["plain"] / first["dart"]
     )
@@ -87,11 +95,89 @@ def test_the_table_shows_what_the_file_holds(measured: tuple[dict[str, Any], str
             f"{row['first_token_seconds'] * 1e3:.1f}",
             "-" if rate is None else f"{rate:.1f}",
             f"{row['seconds'][str(NEW)] * 1e3:.1f}",
+            f"{row['prompts_per_second']:.1f}",
             "-",
             f"{row['kv_bytes'] / 1e6:.2f}",
+            f"{row['warmup_seconds']:.0f}",
         ]
         assert f"| {' | '.join(cells)} |" in printed
     assert f"{S} tokens, {N} of them vision, {R} retained" in printed
+
+
+def test_batches_of_prompts_with_several_images(tmp_path: Path) -> None:
+    file, batch, images = tmp_path / "figures.json", 3, 2
+    shape = ["--batch", str(batch), "--images", str(images), "--new-tokens", "1"]
+    rows = ["--rows", "hooks", "plain", "dart", "--repeat", "1", "--warmup", "1"]
+    assert main([*TINY, *shape, *rows, "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    model, hooks, plain, dart = result["model"], *result["rows"]
+    assert (model["batch"], model["prompt_tokens"]) == (batch, S + N)
+    assert (model["vision_tokens"], model["retained"]) == (images * N, images * R)
+    assert "not of a batch" in hooks["failed"]
+    length = S + N - images * (N - R)
+    assert plain["kv_bytes"] == batch * LAYERS * (S + N) * BYTES
+    assert dart["kv_bytes"] == batch * LAYERS * length * BYTES  # as all layers of a batch do
+    assert dart["prompts_per_second"] == pytest.approx(batch / dart["seconds"]["1"])
+
+
+@pytest.mark.parametrize("name", ["plain_static", "dart_static"])
+def test_transformers_compiles_the_decode_steps_of_static_caches(
+    name: str, work: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        def run(*args: Any) -> Any:
+            steps.append(args)
+            return graph.forward(*args)
+
+        return run
+
+    def static(*_: Any) -> dict[str, Any]:
+        config = CompileConfig(backend=backend, mode=None)
+        config._compile_all_devices = True
+        return {"cache_implementation": "static", "compile_config": config}
+
+    monkeypatch.setattr(variants, "_static", static)
+    ready = VARIANTS[name][1](work, Settings(R, CUT, "eager"))
+    ready.generate(NEW)
+    steps.clear()
+    ready.generate(NEW)
+    assert len(steps) == NEW - 1
+
+
+def test_every_round_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench that is stopped leaves what it has measured."""
+    file = tmp_path / "figures.json"
+    figures = generate._figures
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def then(*args: Any) -> Any:
+        monkeypatch.setattr(generate, "_figures", stopped)
+        return figures(*args)
+
+    monkeypatch.setattr(generate, "_figures", then)
+    with pytest.raises(KeyboardInterrupt):
+        main([*TINY, *FEW, "--rows", "eager", "--json", str(file)])
+    [row] = json.loads(file.read_text())["rows"]
+    assert len(row["samples"]["1"]) == 1
+
+
+def test_nobody_is_alone_while_another_compiles(tmp_path: Path) -> None:
+    waits, compiles = Gate(tmp_path / "gate"), Gate(tmp_path / "gate")
+    with waits:
+        with compiles:
+            waiting = Thread(target=waits.alone)
+            waiting.start()
+            waiting.join(0.2)
+            assert waiting.is_alive()
+        waiting.join(30)
+        assert not waiting.is_alive()
+    with Gate(tmp_path / "gate") as again, Gate(None) as without:
+        again.alone()
+        without.alone()
 
 
 def test_hooks_prune_as_the_oracle_does(work: Workload) -> None:
@@ -119,6 +205,7 @@ def test_rows_that_fail_are_told_and_give_no_number(
         raise RuntimeError("out of\nmemory")
 
     monkeypatch.setitem(VARIANTS, "plain", ("plain Inductor", broken))
+    monkeypatch.delitem(VARIANTS, "plain_static")
     monkeypatch.delitem(VARIANTS, "dart_static")
     file = tmp_path / "figures.json"
     arguments = ["--new-tokens", "1", "--repeat", "1", "--warmup", "1", "--json", str(file)]
@@ -141,6 +228,9 @@ def test_arithmetic_of_one_row() -> None:
     assert figures["shares"][9] == pytest.approx(
         {"vision_tower": 1 / 9, "prefill": 4 / 9, "decode": 4 / 9}
     )
+    assert row_figures({1: 0.5, 9: 0.9}, 0.1, batch=4)["decode_tokens_per_second"] == pytest.approx(
+        4 * 8 / 0.4
+    )
     assert row_figures({1: 0.5, 9: 0.4}, None)["decode_tokens_per_second"] is None
     assert row_figures({1: 0.5}, None)["shares"] is None
 
@@ -158,6 +248,7 @@ def test_limits_are_amdahls() -> None:
 
 def test_a_tower_that_cannot_be_told_apart_leaves_the_totals() -> None:
     row = {"name": "eager", "label": "eager", "failed": "", "kv_bytes": 2e6, "peak_bytes": 3e9}
+    row["warmup_seconds"] = 7.0
     text = tables(
         {
             "settings": {"new_tokens": [1, 9]},
@@ -168,7 +259,7 @@ def test_a_tower_that_cannot_be_told_apart_leaves_the_totals() -> None:
             "limits": {},
         }
     )
-    assert "| eager | 500.0 | 20.0 | 900.0 | 3.00 | 2.00 |" in text
+    assert "| eager | 500.0 | 20.0 | 900.0 | 2.0 | 3.00 | 2.00 | 7 |" in text
     assert "not told apart" in text
 
 
@@ -194,6 +285,7 @@ def test_shapes_are_those_of_the_checkpoints(name: str, parameters: int, vision:
     [
         (["--model-shape", "huge"], "unknown shape 'huge'; known: llava-1.5-7b, "),
         (["--repeat", "0"], "must be at least 1"),
+        (["--batch", "0"], "must be at least 1"),
         (["--new-tokens", "0"], "must be at least 1"),
         (["--plot", "totals.png"], "--plot needs matplotlib"),
         (["--image", "nowhere.jpg"], "no image file 'nowhere.jpg'"),

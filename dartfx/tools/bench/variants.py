@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import CompileConfig
 
 import dartfx
@@ -79,13 +80,30 @@ def hooked(work: Workload, settings: Settings) -> Ready:
 def _plain(work: Workload, settings: Settings, **more: Any) -> Ready:
     model = twin(work.model)
     generate: Generate = partial(_generate, model, work.inputs, **more)
-    model.compile(backend=settings.lowering, fullgraph=True)
+    # transformers sets up parts of a model in its first call, under a lock that breaks the graph.
+    generate(1)
+    _compile(model, settings.lowering, fullgraph=True)
     try:
         generate(1)
     except NOT_ONE_GRAPH:
-        model.compile(backend=settings.lowering)
+        _compile(model, settings.lowering, fullgraph=False)
         return _ready(generate, note="several graphs")
     return _ready(generate, note="one graph")
+
+
+def _compile(model: Any, backend: str, *, fullgraph: bool) -> None:
+    """``model.compile()``, but for calls inside of another compilation.
+
+    There, transformers compiles the decode steps of a static cache: in CUDA graphs, which they
+    would not get if what is compiled here ran inside.
+    """
+    compiled = torch.compile(model._call_impl, backend=backend, fullgraph=fullgraph)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        chosen = model._call_impl if torch.compiler.is_compiling() else compiled
+        return chosen(*args, **kwargs)
+
+    model._compiled_call_impl = call
 
 
 def plain(work: Workload, settings: Settings) -> Ready:
