@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import CompileConfig
 
+from dartfx.cli.main import main
 from dartfx.tools.bench import generate, variants
 from dartfx.tools.bench.figures import limits, row_figures, speed_ups, tables
 from dartfx.tools.bench.gate import Gate
 from dartfx.tools.bench.hooks import pruned_by_hooks
 from dartfx.tools.bench.variants import VARIANTS, Settings
 from dartfx.tools.bench.workload import Workload
-from dartfx.cli.main import main
 from dartfx.tools.zoo.hooked import pruned_generate
 from dartfx.tools.zoo.shapes import SHAPES, build
 

@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dartfx
+from dartfx.config.options import DartConfig
 from dartfx.tools.bench.figures import limits, row_figures, speed_ups, tables
 from dartfx.tools.bench.gate import Gate
 from dartfx.tools.bench.timing import device_name
-from dartfx.config.options import DartConfig
 
 if TYPE_CHECKING:  # they import transformers, which `bench kernel` does without
     from dartfx.tools.bench.rows import Row
