@@ -20,6 +20,7 @@ from dartfx.runtime import vision_mask
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
 EAGER: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
@@ -112,7 +113,7 @@ def test_retaining_all_is_the_identity_and_says_so(
     assert said in caplog.text
 
 
-@pytest.mark.parametrize("policy", ["warn", "error", "ignore"])
+@pytest.mark.parametrize("policy", [*slow("warn"), "error", *slow("ignore")])
 def test_a_refusal_is_as_loud_as_asked(llava: Family, policy: str) -> None:
     inputs = llava.make_inputs()
     plain = torch.compile(llava.model, backend="eager")(**inputs).logits
@@ -165,7 +166,7 @@ def test_ragged_rows_without_caches(llava: Family) -> None:
 # --- which calls are pruned -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", [*slow("llava"), "qwen2_5_vl"])
 def test_text_of_the_same_shape_stays_exact(name: str, request: pytest.FixtureRequest) -> None:
     family: Family = request.getfixturevalue({"llava": "llava", "qwen2_5_vl": "qwen"}[name])
     image, text = family.make_inputs(), family.make_inputs("text")

@@ -13,10 +13,11 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
 
-@pytest.fixture(scope="module", params=["llava", "llava_next", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["llava", *slow("llava_next"), "qwen2_5_vl"])
 def family(request: pytest.FixtureRequest) -> Family:
     return load(request.param)
 
@@ -95,6 +96,7 @@ def test_padded_batch(family: Family, variant: str) -> None:
     assert report.kv_layout == "uniform"
 
 
+@pytest.mark.parametrize("family", ["llava", *slow("llava_next", "qwen2_5_vl")], indirect=True)
 def test_through_inductor(family: Family) -> None:
     inputs = family.make_inputs()
     oracle = hooked.pruned_generate(family.model, inputs, retain=RETAIN, max_new_tokens=4)

@@ -80,7 +80,7 @@ def hosts() -> list[Any]:
     return [
         pytest.param(through(eager), id="eager"),
         pytest.param(through(aot_eager), id="aot_eager"),
-        pytest.param(through(compile_fx), id="inductor"),
+        pytest.param(through(compile_fx), id="inductor", marks=pytest.mark.slow),
         pytest.param(lambda dart: converting(dart, []), id="converter"),
     ]
 
@@ -180,6 +180,7 @@ def test_uuid_identifies_options_and_source(monkeypatch: pytest.MonkeyPatch) -> 
     assert one != dartfx.as_pre_pass({"retain_tokens": 6}).uuid()
 
 
+@pytest.mark.slow
 def test_cached_code_of_an_edited_operator_is_not_used(
     llava: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,10 +17,11 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family, Inputs
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN, TOLERANCES
 
-MAIN = ["llava", "qwen2_5_vl", "internvl"]
-ALL = [*MAIN, "qwen3_vl"]  # only generate makes one graph of Qwen3-VL's DeepStack
+MAIN = ["llava", *slow("qwen2_5_vl", "internvl")]
+ALL = [*MAIN, *slow("qwen3_vl")]  # only generate makes one graph of Qwen3-VL's DeepStack
 
 
 @functools.cache
@@ -205,7 +206,7 @@ def qwen_prompt(
     return {"input_ids": ids, "mm_token_type_ids": types, **vision}
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("qwen3_vl")])
 def test_a_video_of_qwen(name: str) -> None:
     built = family(name)
     # Qwen3-VL writes timestamps between frames, so each frame is a grid of its own there.
@@ -345,7 +346,11 @@ def test_without_gradients(name: str, mode: Any) -> None:
 # Dynamo looks at .grad of every input, of those that are no leaves too.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
-    ("name", "lowering"), [*((name, "eager") for name in MAIN), ("llava", "inductor")]
+    ("name", "lowering"),
+    [
+        ("llava", "eager"),
+        *slow(("qwen2_5_vl", "eager"), ("internvl", "eager"), ("llava", "inductor")),
+    ],
 )
 def test_gradients_equal_those_of_the_hooks(name: str, lowering: str) -> None:
     """They reach the vision tower and every parameter of the decoder as through the kept tokens."""

@@ -19,12 +19,13 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
 STEPS = 7
 
 
-@pytest.fixture(scope="module", params=[100, 27], ids=["wide", "filled_while_decoding"])
+@pytest.fixture(scope="module", params=[*slow(100), 27], ids=["wide", "filled_while_decoding"])
 def family(request: pytest.FixtureRequest) -> Family:
     """Gemma 3; 31 tokens of prompt, 21 of them left: shorter than the window of 27 or 100."""
     return load("gemma3", sliding_window=request.param)
@@ -66,7 +67,7 @@ def test_caches_shorter_than_the_window(family: Family, variant: str) -> None:
     assert lengths == [min(left, window) if s else left for s in sliding]
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["numbers", "symbols"])
+@pytest.mark.parametrize("dynamic", [None, *slow(True)], ids=["numbers", "symbols"])
 def test_padded_rows_in_a_window_that_is_full(dynamic: bool | None) -> None:
     """Caches of 7 tokens; what is read of the mask for them goes by how many tokens were kept."""
     family = load("gemma3", sliding_window=8)

@@ -18,9 +18,11 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family, Inputs
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
-FAMILIES = ["llava", "qwen2_5_vl"]
+NAMES = ["llava", "qwen2_5_vl"]
+FAMILIES = [NAMES[0], *slow(*NAMES[1:])]
 
 
 @functools.cache
@@ -191,7 +193,7 @@ def test_a_second_turn_on_an_unpruned_cache() -> None:
 # --- static caches --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "variant"), [("llava", "one"), ("qwen2_5_vl", "pad4")])
+@pytest.mark.parametrize(("name", "variant"), [("llava", "one"), *slow(("qwen2_5_vl", "pad4"))])
 @pytest.mark.parametrize("compiles", ["dartfx", "transformers"])
 def test_static_cache(name: str, variant: str, compiles: str) -> None:
     """Decode compiled by dartfx's own call, or by transformers with CompileConfig."""
@@ -280,7 +282,7 @@ def test_bytes_of_the_cache_are_the_arithmetic(layout: str, early: bool) -> None
 def test_two_models_in_two_threads_share_nothing() -> None:
     """Masks, notes and reports belong to the call that made them."""
     models, prompts, alone = [], [], []
-    for name in FAMILIES:
+    for name in NAMES:
         torch.compiler.reset()
         model, inputs = fast(family(name)), family(name).make_inputs()
         oracle = by_hooks(family(name), inputs, "layered", max_new_tokens=2)

@@ -127,6 +127,7 @@ def test_audio_tokens(example: Any) -> None:
     assert (report.outcome.vision_tokens, report.outcome.retained) == (64, 16)
 
 
+@pytest.mark.slow
 def test_stages_example(example: Any) -> None:
     one, three = example("stages").main(lowering="eager")
     assert [cut.layer for cut in three.cuts] == [1, 2, 4]

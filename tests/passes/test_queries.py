@@ -18,6 +18,7 @@ from dartfx.selection.registry import register_selector
 from dartfx.tools.zoo.registry import load
 from tests.support import spellings
 from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, run
+from tests.support.slow import slow
 from tests.support.tolerances import RETAIN
 
 
@@ -43,7 +44,7 @@ def most_attended(weights: Tensor, vision: Tensor) -> list[list[int]]:
 # Multi-head, grouped, with a scale of its own and a soft cap, with a bidirectional prefix.
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("variant", ["one", "pad2"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "paligemma2", "aria"])
+@pytest.mark.parametrize("name", ["llava", *slow("qwen2_vl", "paligemma2", "aria")])
 def test_fastv_keeps_what_the_model_attends_to(name: str, variant: str, attention: str) -> None:
     family, plain = (
         load(name, attn_implementation=attention),

@@ -15,6 +15,7 @@ import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.staged import Stages
 from tests.support.tolerances import CLOSE
 
@@ -27,7 +28,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3"])
+@pytest.fixture(scope="module", params=["llava", *slow("qwen2_5_vl", "gemma3")])
 def family(request: pytest.FixtureRequest) -> Family:
     return load(request.param)
 
@@ -164,7 +165,7 @@ def test_other_lengths_add_no_graph(llava: Family) -> None:
     assert pruned().retained == RETAIN[-1]
 
 
-@pytest.mark.parametrize("name", ["llava", "kimi_k25", "qwen3_vl", "gemma4"])
+@pytest.mark.parametrize("name", ["llava", *slow("kimi_k25", "qwen3_vl", "gemma4")])
 def test_verify(name: str) -> None:
     """Where caches hold no keys, features enter between layers, or windows slide, too."""
     family = load(name)

@@ -16,6 +16,7 @@ from dartfx.tools.zoo import command, hooked, oracle
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.measure import Call, Result, measure
 from dartfx.tools.zoo.registry import FAMILIES
+from tests.support.slow import slow
 
 # What cannot be pruned, and a part of the reason that is given. All others must be.
 REFUSED = {
@@ -49,11 +50,20 @@ def checked(name: str, *, quick: bool) -> Result:
 
 
 def test_the_table_names_families() -> None:
-    assert set(REFUSED) | set(BROKEN_UP) <= set(FAMILIES)
+    assert set(REFUSED) | set(BROKEN_UP) | QUICK <= set(FAMILIES)
     assert len(FAMILIES) - len(REFUSED) >= 40
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# One of each way to lay out a decoder, and of each reason to refuse it; the others are slow.
+QUICK = {
+    "aria", "blip_2", "deepseek_vl", "florence2", "fuyu", "gemma3", "idefics3", "internvl",
+    "kimi_k25", "lfm2_vl", "llava", "llava_next", "mllama", "ovis2", "paligemma", "qwen2_5_vl",
+    "qwen3_vl",
+}  # fmt: skip
+ALL = [name if name in QUICK else slow(name)[0] for name in FAMILIES]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_generate(name: str) -> None:
     call = checked(name, quick=True).calls["generate"]
     if name in REFUSED:
