@@ -291,6 +291,7 @@ def test_eager_attention(name: str) -> None:
     assert_same_generate(built, built.make_inputs("pad2"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 def test_flex_attention_is_refused() -> None:
     """Its block mask is a function of positions, which no gather can shorten."""

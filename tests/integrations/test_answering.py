@@ -72,6 +72,7 @@ def test_unpruned_answers_are_those_of_generate() -> None:
     assert alone.tally.pruned == 0
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_tokens_fed_one_by_one() -> None:
     given, said = conversations()[:3], [" 4", " 8 red", " green"]
     alone, together = answering(PRUNED), answering(PRUNED, batch_size=3)

@@ -104,11 +104,11 @@ def test_messages_fit_into_an_assertion_on_a_device() -> None:
 def test_an_edited_kernel_changes_what_compile_caches_are_keyed_by(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    package = Path(fingerprint.__file__).parent
+    package = Path(fingerprint.__file__).parents[1]
     copy = shutil.copytree(package, tmp_path / "dartfx", ignore=shutil.ignore_patterns("*.pyc"))
     read = fingerprint.source_digest.__wrapped__
-    monkeypatch.setattr(fingerprint, "__file__", str(copy / "fingerprint.py"))
+    monkeypatch.setattr(fingerprint, "__file__", str(copy / "config" / "fingerprint.py"))
     before = read()
-    kernels = copy / "ops" / "kernels.py"
+    kernels = copy / "ops" / "triton_kernels.py"
     kernels.write_text(kernels.read_text().replace("tl.abs(", "(", 1))
     assert read() != before

@@ -111,6 +111,7 @@ def test_own_selection(example: Any) -> None:
     assert not torch.allclose(logits[:, -1], unpruned, **CLOSE), "the choice makes a difference"
 
 
+@pytest.mark.slow
 def test_audio_tokens(example: Any) -> None:
     module = example("audio_tokens")
     tokens, report = module.main(lowering="eager")

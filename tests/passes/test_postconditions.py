@@ -51,7 +51,7 @@ def failing_pass(patch: Patch) -> None:
     def gather(*_: object) -> None:
         raise KeyError("lost")
 
-    patch.setattr(apply_cut.gather, "gather_frontier", gather)
+    patch.setattr(apply_cut.gather_frontier, "gather_frontier", gather)
 
 
 BROKEN: dict[str, tuple[Callable[[Patch], None], str]] = {

@@ -1,4 +1,4 @@
-"""Cases that only ``make test-all`` runs: more models or settings for a code path that is tested."""
+"""Further cases of a code path that is tested, which only ``make test-all`` runs."""
 
 from __future__ import annotations
 

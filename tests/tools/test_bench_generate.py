@@ -44,6 +44,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     return json.loads(file.read_text()), "\n".join(printed)
 
 
+@pytest.mark.slow
 def test_caches_hold_what_the_cut_leaves(measured: tuple[dict[str, Any], str]) -> None:
     rows = {row["name"]: row for row in measured[0]["rows"]}
     assert {name: row["failed"] for name, row in rows.items()} == dict.fromkeys(VARIANTS, "")
