@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch.fx import GraphModule
 
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
 from dartfx.backend.dynamo_patch import keep_sizes_symbolic
+from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
 from dartfx.config.options import DartConfig
 from dartfx.errors import PruningWarning, UnsupportedGraphError
 from dartfx.observe.dump import Dump
@@ -25,14 +24,12 @@ from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.outcome import HandsOn, Outcome, Pruned, Untouched
 from dartfx.passes.pipeline import internal_error, prune
 from dartfx.passes.refusal import Declined, Refusal
-from dartfx.passes.request import Request, Stage
-from dartfx.passes.selection import ByOperator
+from dartfx.passes.request import Request
 from dartfx.passes.transform.return_mask import hand_on
-from dartfx.runtime.mask_dispatch import NotesMask, TakesMask
+from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
+from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer
 from dartfx.runtime.rank_agreement import Ranks
 from dartfx.runtime.vision_mask import LOST_ADVICE
-from dartfx.selection.registry import asks_for, draws, reads_norms
-from dartfx.token_map.kept_tokens import recording
 
 __all__ = ["compile_graph", "dart"]
 
@@ -68,42 +65,6 @@ def _reset() -> None:
 dart.reset = _reset  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class Host:
-    """What the caller of compiled code does beyond calling it; torch.compile does nothing.
-
-    may_break: compiles the same call in several graphs when NeedsGraphBreaks is raised;
-    recounts: sets the token counts of sliding-window caches after each call;
-    remasks: gathers the decode mask's columns by the keep_idx that a pruned graph gives.
-    """
-
-    may_break: bool = False
-    recounts: bool = False
-    remasks: bool = False
-
-
-def request_of(config: DartConfig, host: Host) -> Request:
-    """What the passes need of the options, and of who calls the compiled code."""
-    pivots = config.pivot_image_tokens, config.pivot_text_tokens
-    operator = torch.ops.dartfx.select_tokens.default
-    select = ByOperator(
-        operator,
-        (*pivots, config.selector, config.kernel),
-        queries="queries" in asks_for(config.selector),
-        reads="norms" if reads_norms(config.selector) else "heads",
-        checks_ranks=config.check_ranks or draws(config.selector),
-    )
-    return Request(
-        stages=tuple(
-            Stage(layer, partial(config.retain_for, stage=number), select)
-            for number, layer in enumerate(config.layers)
-        ),
-        kv_layout=config.kv_layout,
-        recounts=host.recounts,
-        remasks=host.remasks,
-    )
-
-
 _NO_LAYERS = (
     "vision tokens enter a tensor-parallel graph that holds no whole decoder stack (dynamo broke "
     "the graph between its layers)"
@@ -115,19 +76,22 @@ class NeedsGraphBreaks(Exception):
 
 
 def compile_graph(
-    config: DartConfig, module: GraphModule, inputs: Sequence[Any], host: Host = Host()
+    config: DartConfig,
+    module: GraphModule,
+    inputs: Sequence[Any],
+    caller: CallerCapabilities = TORCH_COMPILE,
 ) -> Compiled:
     """Compile one dynamo graph: pruned where vision tokens enter a decoder, else unchanged."""
-    graph = GraphCompiler(config, module, host)
+    graph = GraphCompiler(config, module, caller)
     try:
         if writes_rows(module.graph):
-            compiled = graph.with_merge(inputs)
+            compiled = graph.compile_merge(inputs)
             if compiled is not None:
                 return compiled
-        return graph.without_merge(inputs)
+        return graph.compile_without_merge(inputs)
     except RestartAnalysis:
         # Dynamo traces the frame again and comes back with the graph that counts.
-        graph.withdraw()
+        graph.discard_reports()
         raise
 
 
@@ -144,34 +108,33 @@ keep_sizes_symbolic(_calls_us)
 class GraphCompiler:
     """One graph on its way through the backend: what is announced, dumped and compiled."""
 
-    def __init__(self, config: DartConfig, module: GraphModule, host: Host) -> None:
-        self.config, self.module, self.host = config, module, host
+    def __init__(self, config: DartConfig, module: GraphModule, caller: CallerCapabilities) -> None:
+        self.config, self.module, self.caller = config, module, caller
         self.nodes = len(module.graph.nodes)
         self.reported: list[Report] = []
         fix_windows(module.graph)  # now, since a guard counts only while dynamo compiles
         self.ranks = Ranks(module)
-        self.dump = Dump(config, module, (host.may_break, host.recounts))
+        self.dump = Dump(
+            config, module, (caller.can_retry_with_graph_breaks, caller.fixes_sliding_lengths)
+        )
 
-    def with_merge(self, inputs: Sequence[Any]) -> Compiled | None:
+    def compile_merge(self, inputs: Sequence[Any]) -> Compiled | None:
         """Compile a graph that may merge vision tokens; None when it turns out not to."""
-        request = request_of(self.config, self.host)
+        request = request_of(self.config, self.caller)
         outcome, rewritten, place = self._rewritten(request)
         outcome = self.ranks.agree(outcome)
         if outcome is None:
             return None
         self.announce(outcome)
         if isinstance(outcome, Pruned):
-            return self.ranks.wrap(
-                recording(
-                    self.config,
-                    rewritten,
-                    lambda m: self.dump.lower(self.config, m, self.ranks.inputs(inputs)),
-                    hands=outcome.hands_kept(request),
-                )
-            )
+            added = 0
+            if self.config.tokens or outcome.hands_kept(request):
+                added = return_keep_idx(rewritten, tokens=self.config.tokens)
+            lowered = self.dump.lower(self.config, rewritten, self.ranks.inputs(inputs))
+            return self.ranks.wrap(KeepIdxRecorder(lowered, added) if added else lowered)
         if isinstance(outcome, HandsOn) and place is not None:
             lowered = self.dump.lower(self.config, rewritten, self.ranks.inputs(inputs))
-            return self.ranks.wrap(NotesMask(lowered, place))
+            return self.ranks.wrap(MaskProducer(lowered, place))
         return self.dump.lower(self.config, self.module, inputs)
 
     def _rewritten(self, request: Request) -> tuple[Outcome | None, GraphModule, int | None]:
@@ -192,29 +155,29 @@ class GraphCompiler:
                 outcome = HandsOn("merges vision tokens and hands their mask on to a later graph")
         return outcome, rewritten, place
 
-    def without_merge(self, inputs: Sequence[Any]) -> Compiled:
+    def compile_without_merge(self, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph whose vision tokens, if any, were merged elsewhere."""
-        request = request_of(self.config, self.host)
-        taker = TakesMask(
+        request = request_of(self.config, self.caller)
+        dispatcher = MaskDispatcher(
             self.config, self.module, request, self.announce, self.dump, self.dump.lower, self.ranks
         )
-        arrival = taker.arrival(inputs)
-        could_come = holds_layers(self.module.graph) and taker.may_take_masks
-        if arrival is not None and not could_come and self.ranks.group:
+        incoming = dispatcher.incoming(inputs)
+        could_come = holds_layers(self.module.graph) and dispatcher.may_receive_masks
+        if incoming is not None and not could_come and self.ranks.group:
             # Whether masks came is asked of all ranks, so only where all of them would ask.
             self.announce(Declined(_NO_LAYERS, advice=LOST_ADVICE))
             return self.dump.lower(self.config, self.module, inputs)
-        if could_come or arrival is not None:
-            if arrival is None:
-                self.announce(self._no_mask(taker, "no vision tokens came with this call"))
-            taker.prepare(inputs)
-            return taker
+        if could_come or incoming is not None:
+            if incoming is None:
+                self.announce(self._no_mask(dispatcher, "no vision tokens came with this call"))
+            dispatcher.prepare(inputs)
+            return dispatcher
         # One decoder layer on its own has no index, but takes embeddings and attends causally.
-        self.announce(self._no_mask(taker, "no vision tokens enter this graph"))
+        self.announce(self._no_mask(dispatcher, "no vision tokens enter this graph"))
         return self.dump.lower(self.config, self.module, inputs)
 
-    def _no_mask(self, taker: TakesMask, otherwise: str) -> Untouched:
-        floats = taker.unexplained_inputs()
+    def _no_mask(self, dispatcher: MaskDispatcher, otherwise: str) -> Untouched:
+        floats = dispatcher.unexplained_inputs()
         if not floats:
             return Untouched(otherwise)
         return Untouched(
@@ -224,14 +187,18 @@ class GraphCompiler:
             unsure=True,
         )
 
-    def withdraw(self) -> None:
+    def discard_reports(self) -> None:
         """Take back what was reported of this graph."""
         for report in self.reported:
             discard(report)
 
     def announce(self, outcome: Outcome) -> None:
         """Report, log and dump what became of the graph; a refusal as loudly as asked for."""
-        if self.host.may_break and isinstance(outcome, Declined) and outcome.broken_may_do:
+        if (
+            self.caller.can_retry_with_graph_breaks
+            and isinstance(outcome, Declined)
+            and outcome.broken_may_do
+        ):
             raise NeedsGraphBreaks(outcome.because)
         report = record(self.nodes, outcome)
         self.reported.append(report)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from dartfx.backend.graph_compiler import GraphCompiler, Host, request_of
+from dartfx.backend.graph_compiler import GraphCompiler
+from dartfx.backend.request import TORCH_COMPILE, request_of
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.passes.analysis.prefilter import writes_rows
@@ -20,7 +21,7 @@ from dartfx.passes.refusal import Declined, Refusal
 from dartfx.passes.request import Request
 from dartfx.passes.selection import ByOperator
 from dartfx.passes.transform.return_mask import hand_on
-from dartfx.runtime.mask_dispatch import TakesMask
+from dartfx.runtime.mask_dispatch import MaskDispatcher
 
 __all__ = ["PrePass", "as_pre_pass"]
 
@@ -76,7 +77,7 @@ class PrePass:
         the mask comes only at run time, which a pass does not see: refused, as everything is that
         cannot be pruned, by ``on_unsupported``.  Raises UnsupportedGraphError when that is "error".
         """
-        return _Hosted(self.config, module, Host()).rewritten(inputs)
+        return _Hosted(self.config, module, TORCH_COMPILE).rewritten(inputs)
 
     def __repr__(self) -> str:
         return f"dartfx.as_pre_pass({self.config})"
@@ -106,7 +107,7 @@ class _Hosted(GraphCompiler):
 
     def _without_merge(self, inputs: Sequence[Any]) -> GraphModule:
         request = _request(self.config)
-        taker = TakesMask(
+        dispatcher = MaskDispatcher(
             self.config,
             self.module,
             request,
@@ -115,7 +116,7 @@ class _Hosted(GraphCompiler):
             self.dump.lower,
             self.ranks,
         )
-        if taker.arrival(inputs) is not None:
+        if dispatcher.incoming(inputs) is not None:
             declined = Declined(
                 "this graph's vision mask comes from outside of it, at run time, which a pass on "
                 "graphs does not see",
@@ -123,13 +124,13 @@ class _Hosted(GraphCompiler):
             )
             self.announce(declined)
         else:
-            self.announce(self._no_mask(taker, "no vision tokens enter this graph"))
+            self.announce(self._no_mask(dispatcher, "no vision tokens enter this graph"))
         return self.module
 
 
 def _request(config: DartConfig) -> Request:
     """The selection's name for the cut carries the fingerprint: graphs are all that hosts hash."""
-    request = request_of(config, Host())
+    request = request_of(config, TORCH_COMPILE)
     stages = []
     for stage in request.stages:
         assert isinstance(stage.select, ByOperator)

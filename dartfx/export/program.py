@@ -21,7 +21,7 @@ from dartfx.export.decompositions import PLAIN
 from dartfx.passes.frontend.exported import free_symbols, restore_regions, shape_env
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.transform.inline_ops import inline
-from dartfx.token_map.kept_tokens import kept_positions
+from dartfx.runtime.keep_idx import keep_idx_in_prompt
 
 _RETURNED = (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT)
 
@@ -86,7 +86,7 @@ def finished(program: ExportedProgram, module: GraphModule, tokens: bool) -> Exp
 def _return_kept(module: GraphModule) -> None:
     """Append the positions in the prompt that are left after the last cut to what is returned."""
     (output,) = module.graph.find_nodes(op="output")
-    output.args = ((*output.args[0], kept_positions(module.graph)[-1]),)
+    output.args = ((*output.args[0], keep_idx_in_prompt(module.graph)[-1]),)
 
 
 def _with_one_more(result: pytree.TreeSpec) -> pytree.TreeSpec:

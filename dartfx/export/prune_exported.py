@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from torch.export import ExportedProgram
 
-from dartfx.backend.graph_compiler import Host, refuse, request_of
+from dartfx.backend.graph_compiler import refuse
+from dartfx.backend.request import TORCH_COMPILE, request_of
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.export.metadata import note_pruning
@@ -112,7 +113,7 @@ class _Exported:
             module = opened(self.program.graph_module, state_of(self.program))
             self.dump("normalise", module)
             guards = guards_of(module.graph)
-            request = request_of(self.config, Host())
+            request = request_of(self.config, TORCH_COMPILE)
             outcome = prune(module, request, observe=self.dump)
             if not isinstance(outcome, Pruned):
                 return outcome or _NO_MERGE, None

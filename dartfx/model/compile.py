@@ -22,8 +22,7 @@ from dartfx.model.compiled_model import Forward, compiled_forward, watch_generat
 from dartfx.observe import report
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Outcome, Untouched
-from dartfx.runtime import vision_mask
-from dartfx.token_map import kept_tokens as recorded
+from dartfx.runtime import keep_idx, vision_mask
 from dartfx.token_map.infer_layout import Untold
 from dartfx.token_map.kept_tokens import KeptTokens, kept_tokens
 
@@ -214,5 +213,5 @@ def _many_compilations() -> Iterator[None]:
 def reset() -> None:
     """Forget reports, vision masks and kept tokens.  Compiled code stays: torch._dynamo.reset."""
     report.clear()
-    recorded.forget()
-    vision_mask.forget()
+    keep_idx.clear()
+    vision_mask.clear()

@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from dartfx.backend.graph_compiler import Host, NeedsGraphBreaks, compile_graph, refuse
+from dartfx.backend.graph_compiler import NeedsGraphBreaks, compile_graph, refuse
+from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.errors import DartfxError
 from dartfx.model import kv_cache
@@ -30,8 +31,7 @@ from dartfx.observe import report
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Untouched
 from dartfx.passes.refusal import Declined
-from dartfx.runtime import vision_mask
-from dartfx.token_map import kept_tokens
+from dartfx.runtime import keep_idx, vision_mask
 
 __all__ = ["NOT_ONE_GRAPH", "Forward", "compiled_forward", "watch_generate"]
 
@@ -86,7 +86,7 @@ class Forward:
         if self._uniform is not None and not as_tuple and kv_cache.empty_static(held):
             return self._uniform()._fill(held, args, kwargs)
         kwargs = kv_cache.with_kept_columns(held, kwargs)
-        with kept_tokens.handing() as handed:
+        with keep_idx.collect_keep_idx() as handed:
             result = self._call(args, kwargs)
         held = getattr(result, "past_key_values", None) or held
         kv_cache.recount(held)
@@ -104,14 +104,14 @@ class Forward:
         return result
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with report.watching() as compiled, vision_mask.noting() as noted:
+        with report.watching() as compiled, vision_mask.collect_masks() as noted:
             result = self._run(compiled, args, kwargs)
         if compiled and not any(map(_tells, compiled)):
             self._tell_unpruned(len(compiled), args, kwargs)
-        lost = [found for found in noted if not found.taken.is_set()]
+        lost = [found for found in noted if not found.consumed.is_set()]
         if lost:
             for found in lost:
-                found.taken.set()  # said here, so not once more when its tensor dies
+                found.consumed.set()  # said here, so not once more when its tensor dies
             self.refuse(Declined(vision_mask.LOST, advice=vision_mask.LOST_ADVICE))
         return result
 
@@ -212,21 +212,28 @@ def _holds_floats(value: Any, depth: int = 4) -> bool:
 
 
 def compiled_forward(
-    model: nn.Module, config: DartConfig, dynamic: bool | None = None, *, remasks: bool = True
+    model: nn.Module,
+    config: DartConfig,
+    dynamic: bool | None = None,
+    *,
+    gathers_decode_mask: bool = True,
 ) -> Forward:
     """What ``dartfx.compile`` puts in place of a model's call.
 
-    remasks: decode steps come through it, too; those of static caches may be compiled elsewhere.
+    gathers_decode_mask: decode steps come through it, too; those of static caches may be
+    compiled elsewhere.
     """
-    host = Host(recounts=True, remasks=remasks)
-    in_one = partial(compile_graph, config, host=replace(host, may_break=True))
-    in_several = partial(compile_graph, config, host=host)
+    caller = CallerCapabilities(fixes_sliding_lengths=True, gathers_decode_mask=gathers_decode_mask)
+    in_one = partial(
+        compile_graph, config, caller=replace(caller, can_retry_with_graph_breaks=True)
+    )
+    in_several = partial(compile_graph, config, caller=caller)
     whole = torch.compile(model._call_impl, backend=in_one, dynamic=dynamic, fullgraph=True)
     broken = torch.compile(model._call_impl, backend=in_several, dynamic=dynamic)
     uniform = None
     if config.kv_layout != "layered":
         one_length = replace(config, kv_layout="uniform")
-        uniform = partial(compiled_forward, model, one_length, dynamic, remasks=False)
+        uniform = partial(compiled_forward, model, one_length, dynamic, gathers_decode_mask=False)
     return Forward(whole, broken, model._call_impl, config, uniform)
 
 

@@ -22,7 +22,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_aggregate
 
-from dartfx.backend.graph_compiler import Host, NeedsGraphBreaks, compile_graph
+from dartfx.backend.graph_compiler import NeedsGraphBreaks, compile_graph
+from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.observe import report
 from dartfx.observe.report import Report
@@ -158,7 +159,7 @@ class Replay:
         config, compiled = DartConfig.from_options({**options, **given}), None
         with report.collecting() as reports, arriving(arrival, examples):
             try:
-                compiled = compile_graph(config, module, examples, Host(*host))
+                compiled = compile_graph(config, module, examples, CallerCapabilities(*host))
             except NeedsGraphBreaks as needs:
                 print(f"asks for several graphs: {needs}")  # noqa: T201  its reader is a terminal
         for made in reports:

@@ -143,7 +143,7 @@ def arriving(arrival: Arrival | None, inputs: Sequence[Any]) -> Iterator[None]:
             mask = torch.empty(like.shape[:2], dtype=torch.bool, device=like.device)
     else:
         mask = _marked(torch.zeros(like.shape[:2], dtype=torch.bool), rows).to(like.device)
-    vision_mask.note(like, mask, rows)
+    vision_mask.record(like, mask, rows)
     yield
 
 

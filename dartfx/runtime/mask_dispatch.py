@@ -23,16 +23,16 @@ from dartfx.passes.refusal import Declined, NoDecoder
 from dartfx.passes.request import Request
 from dartfx.passes.site import Vision
 from dartfx.runtime import vision_mask
+from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.rank_agreement import Ranks
-from dartfx.token_map.kept_tokens import recording
 
-__all__ = ["NotesMask", "TakesMask", "prompts"]
+__all__ = ["MaskDispatcher", "MaskProducer", "prompts"]
 
 Compiled = Callable[..., Any]
 Lower = Callable[[DartConfig, GraphModule, Sequence[Any]], Compiled]
 
 
-class NotesMask:
+class MaskProducer:
     """Runs a graph that returns ``(*outputs, mask, carrier)`` and notes the mask for one output."""
 
     def __init__(self, compiled: Compiled, place: int) -> None:
@@ -40,20 +40,20 @@ class NotesMask:
 
     def __call__(self, *args: Any) -> Any:
         *outputs, mask, carrier = self._compiled(*args)
-        vision_mask.note(outputs[self._place], mask, carrier.shape[0])
+        vision_mask.record(outputs[self._place], mask, carrier.shape[0])
         return tuple(outputs)
 
 
-class Arrival(NamedTuple):
+class IncomingMask(NamedTuple):
     """A mask for one call.  embeds: the input it was noted for, or None when it was given;
     like: an input with the mask's [B, S]."""
 
     embeds: int | None
     like: int
-    found: vision_mask.Found
+    record: vision_mask.MaskRecord
 
 
-class TakesMask:
+class MaskDispatcher:
     """Runs a decoder's graph pruned when its embeddings come with a mask, else as it is.
 
     Which of the two a call needs is known only at run time, and dynamo guards on neither, so each
@@ -74,13 +74,13 @@ class TakesMask:
         self._announce, self._observe, self._lower = announce, observe, lower
         self._ranks = Ranks(module) if ranks is None else ranks
         self._embeds, self._ids = prompts(module)
-        self._plain: Compiled | None = None
+        self._unpruned: Compiled | None = None
         self._pruned: dict[int | None, Compiled | None] = {}
         self._all_retained: set[tuple[int, int]] = set()
         self._lock = threading.RLock()
 
     @property
-    def may_take_masks(self) -> bool:
+    def may_receive_masks(self) -> bool:
         """Whether a later call could bring a mask; a decode step's graph never does."""
         return bool(self._embeds or self._ids)
 
@@ -91,7 +91,7 @@ class TakesMask:
         features may hold more than text.  Empty for a graph whose attention hides nothing: a
         vision tower's.
         """
-        if not self.may_take_masks or not masks_attention(self._module.graph):
+        if not self.may_receive_masks or not masks_attention(self._module.graph):
             return []
         values = example_values(self._module)
         of_ids = [values[place].shape for place in self._ids]
@@ -108,30 +108,30 @@ class TakesMask:
 
         Raises UnsupportedGraphError through ``announce`` when that call cannot be pruned.
         """
-        arrival = self._arrival(inputs)
-        if arrival is None or self._pruned_for(arrival) is None:
-            self._plain = self._lower(self._config, self._module, inputs)
+        incoming = self._incoming(inputs)
+        if incoming is None or self._pruned_for(incoming) is None:
+            self._unpruned = self._lower(self._config, self._module, inputs)
 
     def __call__(self, *args: Any) -> Any:
-        arrival = self._arrival(args)
-        pruned = self._pruned_for(arrival) if arrival is not None else None
-        if arrival is not None and pruned is not None:
-            mask, rows = arrival.found.mask, arrival.found.rows
+        incoming = self._incoming(args)
+        pruned = self._pruned_for(incoming) if incoming is not None else None
+        if incoming is not None and pruned is not None:
+            mask, rows = incoming.record.mask, incoming.record.rows
             return pruned(mask, mask.new_empty((rows, 0)), *self._ranks.inputs(args))
-        if self._plain is None:
+        if self._unpruned is None:
             with self._lock:
-                self._plain = self._plain or self._compile(self._module)
-        return self._plain(*args)
+                self._unpruned = self._unpruned or self._compile(self._module)
+        return self._unpruned(*args)
 
-    def _arrival(self, inputs: Sequence[Any]) -> Arrival | None:
+    def _incoming(self, inputs: Sequence[Any]) -> IncomingMask | None:
         """The mask that comes with these inputs on every rank."""
-        arrival = self.arrival(inputs)
-        came = None if arrival is None else [arrival.embeds, arrival.like, arrival.found.rows]
+        incoming = self.incoming(inputs)
+        came = None if incoming is None else [incoming.embeds, incoming.like, incoming.record.rows]
         # A graph without embeddings has no notes on them, as in every decode step.
         asks = self._embeds or vision_mask.given() is not None
         told = self._ranks.alike(came) if asks else None
         if told is None:
-            return arrival
+            return incoming
         self._announce(
             Declined(
                 "the vision tokens that came with a call are not the same on every rank of a "
@@ -141,26 +141,26 @@ class TakesMask:
         )
         return None
 
-    def arrival(self, inputs: Sequence[Any]) -> Arrival | None:
+    def incoming(self, inputs: Sequence[Any]) -> IncomingMask | None:
         """The mask that comes with these inputs: noted for one of them, or given."""
         for place in self._embeds:
             noted = vision_mask.find(inputs[place])
             if noted is not None:
-                return Arrival(place, place, noted)
+                return IncomingMask(place, place, noted)
         given = vision_mask.given()
         for place in (*self._embeds, *self._ids) if given is not None else ():
             if given is not None and inputs[place].shape[:2] == given.mask.shape:
-                return Arrival(None, place, given)
+                return IncomingMask(None, place, given)
         return None
 
-    def _pruned_for(self, arrival: Arrival) -> Compiled | None:
+    def _pruned_for(self, incoming: IncomingMask) -> Compiled | None:
         with self._lock:
             # True of this many rows in this batch only: a larger image may come the same way.
-            size = arrival.found.rows, arrival.found.mask.shape[0]
+            size = incoming.record.rows, incoming.record.mask.shape[0]
             if size in self._all_retained:
                 return None
-            if arrival.embeds not in self._pruned:
-                outcome, module = self._rewrite(arrival)
+            if incoming.embeds not in self._pruned:
+                outcome, module = self._rewrite(incoming)
                 agreed = self._ranks.agree(outcome)
                 assert agreed is not None
                 outcome = agreed
@@ -168,30 +168,32 @@ class TakesMask:
                 if isinstance(outcome, Untouched) and outcome.all_retained:
                     self._all_retained.add(size)
                 else:
-                    self._pruned[arrival.embeds] = self._recorded(outcome, module)
-            return self._pruned.get(arrival.embeds)
+                    self._pruned[incoming.embeds] = self._recorded(outcome, module)
+            return self._pruned.get(incoming.embeds)
 
     def _recorded(self, outcome: Outcome, module: GraphModule) -> Compiled | None:
         if not isinstance(outcome, Pruned):
             return None
-        hands = outcome.hands_kept(self._request)
-        return recording(self._config, module, self._compile, hands=hands)
+        if not self._config.tokens and not outcome.hands_kept(self._request):
+            return self._compile(module)
+        added = return_keep_idx(module, tokens=self._config.tokens)
+        return KeepIdxRecorder(self._compile(module), added)
 
-    def _rewrite(self, arrival: Arrival) -> tuple[Outcome, GraphModule]:
+    def _rewrite(self, incoming: IncomingMask) -> tuple[Outcome, GraphModule]:
         """The graph with two inputs more, mask [B, S] and carrier [rows, 0], pruned."""
         try:
             local, place = self._ranks.module, self._ranks.place
             examples = independent(example_values(local))
-            like, found = examples[place(arrival.like)], arrival.found
+            like, record = examples[place(incoming.like)], incoming.record
             with like.fake_mode as mode:
-                mask = torch.empty(like.shape[:2], dtype=torch.bool, device=found.mask.device)
-                carrier = torch.empty((fresh_size(mode, found.rows), 0), device=found.mask.device)
+                mask = torch.empty(like.shape[:2], dtype=torch.bool, device=record.mask.device)
+                carrier = torch.empty((fresh_size(mode, record.rows), 0), device=record.mask.device)
             module = normalise(local, examples, extra=(mask, carrier))
         except Exception as error:
             return internal_error("normalise", error), self._module
         self._observe("normalise", module)
-        embeds = None if arrival.embeds is None else place(arrival.embeds)
-        entering = partial(_entering, arrival._replace(embeds=embeds))
+        embeds = None if incoming.embeds is None else place(incoming.embeds)
+        entering = partial(_entering, incoming._replace(embeds=embeds))
         outcome = prune(module, self._request, entering, self._observe)
         assert outcome is not None
         return outcome, module
@@ -237,11 +239,11 @@ def prompts(module: GraphModule) -> tuple[list[int], list[int]]:
     return embeds, ids
 
 
-def _entering(arrival: Arrival, module: GraphModule) -> Vision:
+def _entering(incoming: IncomingMask, module: GraphModule) -> Vision:
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     mask, carrier = placeholders[:2]
-    if arrival.embeds is not None:
-        embeds = placeholders[2 + arrival.embeds]
+    if incoming.embeds is not None:
+        embeds = placeholders[2 + incoming.embeds]
     else:
         stacks = locate.find_stacks(module.graph)
         if not stacks:
@@ -250,4 +252,4 @@ def _entering(arrival: Arrival, module: GraphModule) -> Vision:
         if not attends_causally(stacks[-1]):
             raise NoDecoder(f"{stacks[-1].path} attends without a mask, so it is no decoder")
         embeds = locate.entry(module.graph, stacks[-1])
-    return Vision(embeds, (mask,), (), arrival.found.how, carrier)
+    return Vision(embeds, (mask,), (), incoming.record.how, carrier)

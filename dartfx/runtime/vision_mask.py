@@ -1,6 +1,6 @@
 """Where the vision mask comes from when the decoder's graph does not hold the merge.
 
-Either an earlier graph of the same call noted it for the embeddings it returned, or the caller
+Either an earlier graph of the same call recorded it for the embeddings it returned, or the caller
 gave it with :func:`vision_tokens`.
 """
 
@@ -20,24 +20,33 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dartfx.observe.collecting import listening
 
-__all__ = ["Found", "find", "forget", "given", "media_tokens", "note", "noting", "vision_tokens"]
+__all__ = [
+    "MaskRecord",
+    "clear",
+    "collect_masks",
+    "find",
+    "given",
+    "media_tokens",
+    "record",
+    "vision_tokens",
+]
 
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
+class MaskRecord:
     """A vision mask [B, S] bool, its feature rows over the batch, and how it was found.
 
-    version: of the embeddings' data when the note was made; taken: set once a decoder had it.
+    version: of the embeddings' data when it was recorded; consumed: set once a decoder read it.
     """
 
     mask: Tensor
     rows: int
     how: str
     version: int | None = None
-    taken: threading.Event = field(default_factory=threading.Event, compare=False)
+    consumed: threading.Event = field(default_factory=threading.Event, compare=False)
 
 
 LOST = (
@@ -50,56 +59,56 @@ LOST_ADVICE = (
 )
 
 _LOCK = threading.Lock()
-# Keyed by the tensor object itself: two threads, streams or prompts never share a note, and a note
-# dies with its embeddings.
-_notes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_given: ContextVar[Found | None] = ContextVar("dartfx_vision_tokens", default=None)
-_noting: ContextVar[list[Found] | None] = ContextVar("dartfx_noted", default=None)
+# Keyed by the tensor object itself: two threads, streams or prompts never share a record, and a
+# record dies with its embeddings.
+_records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_given: ContextVar[MaskRecord | None] = ContextVar("dartfx_vision_tokens", default=None)
+_collected: ContextVar[list[MaskRecord] | None] = ContextVar("dartfx_masks", default=None)
 
 
-def note(embeds: Tensor, mask: Tensor, rows: int) -> None:
+def record(embeds: Tensor, mask: Tensor, rows: int) -> None:
     """Remember the mask of these very embeddings [B, S, D], for as long as they live.
 
     Embeddings that no compiled decoder ever took are a pruning that silently did not happen, so
     their end is logged as a warning.
     """
-    found = Found(mask, rows, "merge in an earlier graph", _version(embeds))
+    found = MaskRecord(mask, rows, "merge in an earlier graph", _version(embeds))
     with _LOCK:
-        _notes[embeds] = found
-    if (noted := _noting.get()) is not None:
-        noted.append(found)
-    weakref.finalize(embeds, _report_lost, found.taken).atexit = False
+        _records[embeds] = found
+    if (collected := _collected.get()) is not None:
+        collected.append(found)
+    weakref.finalize(embeds, _report_lost, found.consumed).atexit = False
 
 
-def find(embeds: Tensor) -> Found | None:
-    """The note on these embeddings; None when there is none or they were written to since."""
+def find(embeds: Tensor) -> MaskRecord | None:
+    """The record for these embeddings; None without one or when they were written to since."""
     with _LOCK:
-        found: Found | None = _notes.get(embeds)  # type: ignore[no-untyped-call]
+        found: MaskRecord | None = _records.get(embeds)  # type: ignore[no-untyped-call]
     if found is None or found.version != _version(embeds):
         return None
-    found.taken.set()
+    found.consumed.set()
     return found
 
 
-def noting() -> AbstractContextManager[list[Found]]:
-    """The notes made in this context, so that whoever opened it can see which nobody took."""
-    return listening(_noting)
+def collect_masks() -> AbstractContextManager[list[MaskRecord]]:
+    """The records made inside the ``with`` block; those not consumed after it pruned nothing."""
+    return listening(_collected)
 
 
-def _report_lost(taken: threading.Event) -> None:
-    if not taken.is_set():
+def _report_lost(consumed: threading.Event) -> None:
+    if not consumed.is_set():
         log.warning("%s; try %s", LOST, LOST_ADVICE)
 
 
-def given() -> Found | None:
+def given() -> MaskRecord | None:
     """The mask given by an enclosing :func:`vision_tokens`."""
     return _given.get()
 
 
-def forget() -> None:
-    """Drop every note."""
+def clear() -> None:
+    """Drop every record."""
     with _LOCK:
-        _notes.clear()
+        _records.clear()
 
 
 @contextmanager
@@ -113,7 +122,7 @@ def vision_tokens(mask: Tensor) -> Iterator[None]:
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
         shown = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
         raise ValueError(f"vision_tokens needs a bool tensor [B, S], got {shown}")
-    token = _given.set(Found(mask, int(mask.sum()), "given"))
+    token = _given.set(MaskRecord(mask, int(mask.sum()), "given"))
     try:
         yield
     finally:

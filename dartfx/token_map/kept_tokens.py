@@ -1,33 +1,20 @@
 """Which vision tokens a pruned call kept: ``dartfx.kept_tokens()``, with the option ``tokens``.
 
-The rewritten graph then returns three small index tensors more, so that recording works the same
-under Inductor, in CUDA graphs and across graph breaks.  Without the option nothing is added.
+What compiled graphs return for it is in :mod:`dartfx.runtime.keep_idx`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
-
-import dartfx.ops.attribution  # noqa: F401  registers torch.ops.dartfx.picked_by
-from dartfx.config.options import DartConfig
 from dartfx.errors import DartfxError
-from dartfx.observe.collecting import listening
-from dartfx.passes.graph import Emitter
+from dartfx.runtime import keep_idx
 from dartfx.token_map.infer_layout import from_inputs
 from dartfx.token_map.layout import Cell, Layout, layout_of
 
-__all__ = ["KeptTokens", "Pick", "handing", "kept_positions", "kept_tokens", "recording"]
-
-Compiled = Callable[..., Any]
+__all__ = ["KeptTokens", "Pick", "kept_tokens"]
 
 
 @dataclass(frozen=True)
@@ -95,115 +82,6 @@ class KeptTokens:
         return "\n".join([head, *pivots])
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What the last pruned graph said: keep_idx [B, S'], vision mask and pickers [B, S] or None."""
-
-    keep: Tensor
-    vision: Tensor
-    picker: Tensor | None
-
-
-_LOCK = threading.Lock()
-_last: _Record | None = None
-
-
-def forget() -> None:
-    """Drop what was recorded."""
-    _store(None)
-
-
-def _store(record: _Record | None) -> None:
-    global _last
-    with _LOCK:
-        _last = record
-
-
-_handing: ContextVar[list[Tensor] | None] = ContextVar("dartfx_handed", default=None)
-
-
-def handing() -> AbstractContextManager[list[Tensor]]:
-    """The keep_idx [B, S'] of pruned graphs that ran in this context and hand it to the caller."""
-    return listening(_handing)
-
-
-def recording(
-    config: DartConfig,
-    module: GraphModule,
-    compile: Callable[[GraphModule], Compiled],
-    *,
-    hands: bool = False,
-) -> Compiled:
-    """``compile(module)`` of a pruned graph, with its tokens recorded if the config says so.
-
-    hands: give keep_idx to whoever opened :func:`handing` around the call.
-    """
-    if not config.tokens and not hands:
-        return compile(module)
-    added = _expose(module, config.tokens)
-    return _Records(compile(module), added)
-
-
-class _Records:
-    """Runs a graph that returns index tensors behind its own outputs, and stores those."""
-
-    def __init__(self, compiled: Compiled, added: int) -> None:
-        self._compiled, self._added = compiled, added
-
-    def __call__(self, *args: Any) -> Any:
-        outputs = self._compiled(*args)
-        # Copies: outputs of a CUDA graph are overwritten when it runs next.
-        keep, *marks = (t.detach().clone() for t in outputs[-self._added :])
-        if (handed := _handing.get()) is not None:
-            handed.append(keep)
-        if marks:
-            vision, *picker = marks
-            _store(_Record(keep, vision, *picker or [None]))
-        return outputs[: -self._added]
-
-
-def kept_positions(graph: Graph) -> list[Node]:
-    """keep_idx [B, S'] int64 after each cut of a pruned graph, in the prompt's positions.
-
-    A later cut selects among what the one before it left, so all but the first are emitted here.
-    """
-    kept, *later = _selections(graph)
-    found = [kept]
-    for select in later:
-        kept = Emitter(select.next)(torch.ops.aten.gather.default, kept, 1, select)
-        found.append(kept)
-    return found
-
-
-def _selections(graph: Graph) -> list[Node]:
-    operator = torch.ops.dartfx.select_tokens.default
-    return list(graph.find_nodes(op="call_function", target=operator))
-
-
-def _expose(module: GraphModule, tokens: bool) -> int:
-    """Let a pruned graph return keep_idx and, for tokens, vision mask and pickers; how many.
-
-    Where several cuts were made, positions are those of the prompt and pickers those of the last.
-    """
-    graph = module.graph
-    kept, last = kept_positions(graph), _selections(graph)[-1]
-    vision = kept[0].args[2]
-    added: list[Any] = [kept[-1]]
-    if tokens:
-        added.append(vision)
-    if tokens and last.args[8] == "dart":
-        emit = Emitter(kept[-1].next)
-        picker = emit(torch.ops.dartfx.picked_by.default, *last.args[:8])
-        if len(kept) > 1:
-            picker = emit(torch.ops.dartfx.in_prompt.default, picker, kept[-2], vision)
-        added.append(picker)
-    (output,) = graph.find_nodes(op="output")
-    output.args = ((*output.args[0], *added),)
-    graph.lint()
-    module.recompile()
-    return len(added)
-
-
 def kept_tokens(
     layouts: Sequence[Layout | Sequence[int]] | Mapping[str, Any] | None = None,
 ) -> list[KeptTokens]:
@@ -216,15 +94,14 @@ def kept_tokens(
     tokens is.  Waits for the call's device.  Raises DartfxError when nothing was recorded,
     ValueError for layouts of another number of tokens or arguments that do not tell them.
     """
-    with _LOCK:
-        record = _last
+    record = keep_idx.last_record()
     if record is None:
         raise DartfxError(
             "no kept tokens were recorded: compile with the option tokens=True and run a call that "
             "is pruned, or use dartfx.explain(..., tokens=True)"
         )
-    vision = [row.nonzero()[:, 0].tolist() for row in record.vision.cpu()]
-    keep = [set(row) for row in record.keep.tolist()]
+    vision = [row.nonzero()[:, 0].tolist() for row in record.vision_mask.cpu()]
+    keep = [set(row) for row in record.keep_idx.tolist()]
     pickers = record.picker.tolist() if record.picker is not None else [None] * len(keep)
     if isinstance(layouts, Mapping):
         layouts = from_inputs(layouts, [len(run) for _, _, run, _ in _images(vision, None)])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dartfx.backend.graph_compiler import Host, request_of
+from dartfx.backend.request import CallerCapabilities, request_of
 from dartfx.config.options import DartConfig
 from dartfx.passes.analysis import locate
 from dartfx.passes.analysis.axes import Axes, TokenAxes
@@ -60,7 +60,7 @@ class Graphs:
     """
 
     def __init__(self, module: GraphModule, config: DartConfig) -> None:
-        request = request_of(config, Host(recounts=True))
+        request = request_of(config, CallerCapabilities(fixes_sliding_lengths=True))
         self.pruned = normalise(module)
         self.outcome = _pruned(prune(self.pruned, request))
         self.whole = normalise(module)

@@ -213,17 +213,17 @@ def test_vision_tokens_wants_a_bool_mask(mask: Any) -> None:
 
 def test_a_note_lives_and_dies_with_its_embeddings() -> None:
     embeds, mask = torch.zeros(1, 3, 2), torch.ones(1, 3, dtype=torch.bool)
-    vision_mask.note(embeds, mask, 3)
+    vision_mask.record(embeds, mask, 3)
     found = vision_mask.find(embeds)
     assert found is not None
     assert found.mask is mask
     assert vision_mask.find(embeds.clone()) is None
     embeds.add_(1)
     assert vision_mask.find(embeds) is None, "written to since: the note is stale"
-    vision_mask.note(embeds, mask, 3)
+    vision_mask.record(embeds, mask, 3)
     del embeds, found
     gc.collect()
-    assert len(vision_mask._notes) == 0
+    assert len(vision_mask._records) == 0
 
 
 def test_two_models_in_one_process(llava: Family) -> None:

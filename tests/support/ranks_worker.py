@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     for case in given["cases"]:
         torch.compiler.reset()
         dartfx.reset()
-        vision_mask.forget()
+        vision_mask.clear()
         model._compiled_call_impl = None
         inputs = torch.load(folder / f"{case['inputs']}.pt") if "inputs" in case else {}
         try:

@@ -1,0 +1,55 @@
+"""What the backend requests of the passes: options, and what the caller of compiled code can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import dartfx.ops  # noqa: F401  registers torch.ops.dartfx.select_tokens
+from dartfx.config.options import DartConfig
+from dartfx.passes.request import Request, Stage
+from dartfx.passes.selection import ByOperator
+from dartfx.selection.registry import asks_for, draws, reads_norms
+
+__all__ = ["TORCH_COMPILE", "CallerCapabilities", "request_of"]
+
+
+@dataclass(frozen=True)
+class CallerCapabilities:
+    """What the caller of compiled code does beyond calling it; ``torch.compile`` does none of it.
+
+    can_retry_with_graph_breaks: compiles the same call in several graphs when NeedsGraphBreaks is
+    raised; fixes_sliding_lengths: sets the token counts of sliding-window caches after each call;
+    gathers_decode_mask: gathers the decode mask's columns by the keep_idx of a pruned graph.
+    """
+
+    can_retry_with_graph_breaks: bool = False
+    fixes_sliding_lengths: bool = False
+    gathers_decode_mask: bool = False
+
+
+TORCH_COMPILE = CallerCapabilities()
+
+
+def request_of(config: DartConfig, caller: CallerCapabilities) -> Request:
+    """The passes' request for these options and this caller of the compiled code."""
+    pivots = config.pivot_image_tokens, config.pivot_text_tokens
+    operator = torch.ops.dartfx.select_tokens.default
+    select = ByOperator(
+        operator,
+        (*pivots, config.selector, config.kernel),
+        queries="queries" in asks_for(config.selector),
+        reads="norms" if reads_norms(config.selector) else "heads",
+        checks_ranks=config.check_ranks or draws(config.selector),
+    )
+    return Request(
+        stages=tuple(
+            Stage(layer, partial(config.retain_for, stage=number), select)
+            for number, layer in enumerate(config.layers)
+        ),
+        kv_layout=config.kv_layout,
+        recounts=caller.fixes_sliding_lengths,
+        remasks=caller.gathers_decode_mask,
+    )

@@ -1,0 +1,134 @@
+"""The keep_idx [B, S'] that pruned graphs return: for the option ``tokens`` and for decode masks.
+
+Such a graph returns up to three small index tensors more, so that recording works the same under
+Inductor, in CUDA graphs and across graph breaks.  Where nobody needs them nothing is added.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+import dartfx.ops.attribution  # noqa: F401  registers torch.ops.dartfx.picked_by
+from dartfx.observe.collecting import listening
+from dartfx.passes.graph import Emitter
+
+__all__ = [
+    "KeepIdxRecord",
+    "KeepIdxRecorder",
+    "clear",
+    "collect_keep_idx",
+    "keep_idx_in_prompt",
+    "last_record",
+    "return_keep_idx",
+]
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class KeepIdxRecord:
+    """What a pruned graph kept: keep_idx [B, S'], and vision mask and picker, both [B, S].
+
+    picker: by which pivot each vision token was kept; None for selectors other than "dart".
+    """
+
+    keep_idx: Tensor
+    vision_mask: Tensor
+    picker: Tensor | None
+
+
+_LOCK = threading.Lock()
+_last: KeepIdxRecord | None = None
+_collected: ContextVar[list[Tensor] | None] = ContextVar("dartfx_keep_idx", default=None)
+
+
+def last_record() -> KeepIdxRecord | None:
+    """What the latest pruned graph compiled with the option ``tokens`` kept."""
+    with _LOCK:
+        return _last
+
+
+def clear() -> None:
+    """Drop the latest record."""
+    _store(None)
+
+
+def _store(record: KeepIdxRecord | None) -> None:
+    global _last
+    with _LOCK:
+        _last = record
+
+
+def collect_keep_idx() -> AbstractContextManager[list[Tensor]]:
+    """The keep_idx [B, S'] of every graph that runs inside the ``with`` block and returns it."""
+    return listening(_collected)
+
+
+class KeepIdxRecorder:
+    """Runs a graph whose last ``added`` outputs are index tensors; records and removes those."""
+
+    def __init__(self, compiled: Compiled, added: int) -> None:
+        self._compiled, self._added = compiled, added
+
+    def __call__(self, *args: Any) -> Any:
+        outputs = self._compiled(*args)
+        # Copies: outputs of a CUDA graph are overwritten when it runs next.
+        keep_idx, *marks = (t.detach().clone() for t in outputs[-self._added :])
+        if (collected := _collected.get()) is not None:
+            collected.append(keep_idx)
+        if marks:
+            vision_mask, *picker = marks
+            _store(KeepIdxRecord(keep_idx, vision_mask, *picker or [None]))
+        return outputs[: -self._added]
+
+
+def return_keep_idx(module: GraphModule, *, tokens: bool) -> int:
+    """Append keep_idx to a pruned graph's outputs, for tokens also vision mask and picker.
+
+    Returns how many were appended.  Positions are those of the prompt; of several cuts, keep_idx
+    and picker are the last one's.
+    """
+    graph = module.graph
+    keep_idx, last = keep_idx_in_prompt(graph), _selections(graph)[-1]
+    vision_mask = keep_idx[0].args[2]
+    added: list[Any] = [keep_idx[-1]]
+    if tokens:
+        added.append(vision_mask)
+    if tokens and last.args[8] == "dart":
+        emit = Emitter(keep_idx[-1].next)
+        picker = emit(torch.ops.dartfx.picked_by.default, *last.args[:8])
+        if len(keep_idx) > 1:
+            picker = emit(torch.ops.dartfx.in_prompt.default, picker, keep_idx[-2], vision_mask)
+        added.append(picker)
+    (output,) = graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *added),)
+    graph.lint()
+    module.recompile()
+    return len(added)
+
+
+def keep_idx_in_prompt(graph: Graph) -> list[Node]:
+    """keep_idx [B, S'] int64 after each cut of a pruned graph, in the prompt's positions.
+
+    A later cut selects among the tokens that the one before it kept, so all but the first are
+    emitted here.
+    """
+    first, *later = _selections(graph)
+    found = [first]
+    for select in later:
+        found.append(Emitter(select.next)(torch.ops.aten.gather.default, found[-1], 1, select))
+    return found
+
+
+def _selections(graph: Graph) -> list[Node]:
+    operator = torch.ops.dartfx.select_tokens.default
+    return list(graph.find_nodes(op="call_function", target=operator))
