@@ -12,7 +12,7 @@ from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule
 
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
-from dartfx.backend.dynamo_patch import keep_sizes_symbolic
+from dartfx.backend import dynamo_patch
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
 from dartfx.config.options import DartConfig
 from dartfx.errors import PruningWarning, UnsupportedGraphError
@@ -31,7 +31,7 @@ from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer
 from dartfx.runtime.rank_agreement import Ranks
 from dartfx.runtime.vision_mask import LOST_ADVICE
 
-__all__ = ["compile_graph", "dart"]
+__all__ = ["compile_graph", "dart", "prepare_dynamo"]
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,9 @@ def _calls_us(backend: object) -> bool:
     return getattr(backend, "func", backend) in (compile_graph, dart)
 
 
-keep_sizes_symbolic(_calls_us)
+def prepare_dynamo() -> None:
+    """Install what dynamo needs before it traces a frame for this backend; see dynamo_patch."""
+    dynamo_patch.install(_calls_us)
 
 
 class GraphCompiler:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from dartfx.backend.graph_compiler import compile_graph
+from dartfx.backend.graph_compiler import compile_graph, prepare_dynamo
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.model.compiled_model import Forward, compiled_forward, watch_generate
@@ -161,6 +161,7 @@ def explain(
         if isinstance(current, Forward):
             owner._compiled_call_impl = compiled_forward(owner, config)
         else:
+            prepare_dynamo()
             broken = torch.compile(owner._call_impl, backend=partial(compile_graph, config))
             owner._compiled_call_impl = Forward(broken, broken, owner._call_impl, config)
         try:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from dartfx.backend.graph_compiler import NeedsGraphBreaks, compile_graph, refuse
+from dartfx.backend.graph_compiler import NeedsGraphBreaks, compile_graph, prepare_dynamo, refuse
 from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.errors import DartfxError
@@ -223,6 +223,7 @@ def compiled_forward(
     gathers_decode_mask: decode steps come through it, too; those of static caches may be
     compiled elsewhere.
     """
+    prepare_dynamo()
     caller = CallerCapabilities(fixes_sliding_lengths=True, gathers_decode_mask=gathers_decode_mask)
     in_one = partial(
         compile_graph, config, caller=replace(caller, can_retry_with_graph_breaks=True)
