@@ -20,7 +20,6 @@ from dartfx.runtime import vision_mask
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
 EAGER: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
@@ -28,7 +27,9 @@ EAGER: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    return load("llava")
+    family = load("llava")
+    family.model(**family.make_inputs())  # transformers sets up hooks, which would break the graph
+    return family
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,17 @@ def qwen() -> Family:
     return load("qwen2_5_vl")
 
 
-def compiled(family: Family, **options: Any) -> Any:
-    return torch.compile(family.model, backend="dart", options={**EAGER, **options})
+def compiled(family: Family, *, fullgraph: bool = True, **options: Any) -> Any:
+    """In one graph unless said otherwise: breaks only cost time where they are not the subject."""
+    settings = {**EAGER, **options}
+    return torch.compile(family.model, backend="dart", fullgraph=fullgraph, options=settings)
+
+
+def unpruned(family: Family, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits of the same graph without dartfx."""
+    logits: Tensor = torch.compile(family.model, backend="eager", fullgraph=True)(**inputs).logits
+    torch._dynamo.reset()
+    return logits
 
 
 def outcomes(kind: type) -> list[Any]:
@@ -102,8 +112,7 @@ def test_retaining_all_is_the_identity_and_says_so(
 ) -> None:
     retain = 40
     inputs = llava.make_inputs()
-    plain = torch.compile(llava.model, backend="eager")(**inputs).logits
-    torch._dynamo.reset()
+    plain = unpruned(llava, inputs)
     with caplog.at_level(logging.WARNING, logger="dartfx"):
         kept = compiled(llava, retain_tokens=retain)(**inputs).logits
     assert torch.equal(kept, plain)
@@ -113,11 +122,9 @@ def test_retaining_all_is_the_identity_and_says_so(
     assert said in caplog.text
 
 
-@pytest.mark.parametrize("policy", [*slow("warn"), "error", *slow("ignore")])
+@pytest.mark.parametrize("policy", ["warn", "error", "ignore"])
 def test_a_refusal_is_as_loud_as_asked(llava: Family, policy: str) -> None:
     inputs = llava.make_inputs()
-    plain = torch.compile(llava.model, backend="eager")(**inputs).logits
-    torch._dynamo.reset()
     fast = compiled(llava, layer=9, on_unsupported=policy)
     told = r"(?s)layer=9, but the decoder stack .*layers has \d layers here.*try: a layer from 1 to"
     if policy == "error":
@@ -130,9 +137,10 @@ def test_a_refusal_is_as_loud_as_asked(llava: Family, policy: str) -> None:
             logits = fast(**inputs).logits
     else:
         logits = fast(**inputs).logits
-    assert torch.equal(logits, plain)
     (declined,) = outcomes(Declined)
     assert "layer=9" in declined.because
+    torch._dynamo.reset()
+    assert torch.equal(logits, unpruned(llava, inputs))
 
 
 def test_a_static_cache_is_refused(llava: Family) -> None:
@@ -166,13 +174,13 @@ def test_ragged_rows_without_caches(llava: Family) -> None:
 # --- which calls are pruned -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*slow("llava"), "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_text_of_the_same_shape_stays_exact(name: str, request: pytest.FixtureRequest) -> None:
     family: Family = request.getfixturevalue({"llava": "llava", "qwen2_5_vl": "qwen"}[name])
     image, text = family.make_inputs(), family.make_inputs("text")
     assert image["input_ids"].shape == text["input_ids"].shape
     plain = family.model(**text).logits
-    fast = compiled(family)
+    fast = compiled(family, fullgraph=name == "llava")  # dynamo breaks inside Qwen2.5-VL's tower
     for _ in range(2):
         assert fast(**image).logits.shape[1] < plain.shape[1]
         torch.testing.assert_close(fast(**text).logits, plain, **CLOSE)
@@ -306,7 +314,7 @@ def test_other_prompt_lengths_do_not_recompile(llava: Family, dynamic: bool | No
 
 
 def test_across_graph_breaks_other_prompt_lengths_do_not_recompile(qwen: Family) -> None:
-    fast, graphs = compiled(qwen), []
+    fast, graphs = compiled(qwen, fullgraph=False), []
     for extra in (0, 3, 5, 11):
         inputs = qwen.make_inputs(after=8 + extra)
         oracle = hooked.pruned_forward(qwen.model, inputs, retain=RETAIN, kv_layout="uniform")
