@@ -25,7 +25,7 @@ pytestmark = [
 def test_kernels_are_launched_by_the_generated_code(shapes: str) -> None:
     """In order, in Inductor's buffers, without copies; the gather is fused with the next norm."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("cuda_codegen.py")), shapes],
+        [sys.executable, str(Path(__file__).parents[1] / "support" / "cuda_codegen.py"), shapes],
         capture_output=True,
         text=True,
         check=False,

@@ -12,11 +12,17 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.slow
-def test_kernels_in_the_interpreter() -> None:
+# Batches, ties and limits; all of it takes the interpreter a minute.
+FEW = "random_batches or ties or budget_and_pivot or text_is_never_lost or not_serve"
+
+
+@pytest.mark.parametrize(
+    "chosen", [pytest.param(FEW, id="few"), pytest.param("", id="all", marks=pytest.mark.slow)]
+)
+def test_kernels_in_the_interpreter(chosen: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("test_triton.py"))],
+        [*command, "-k", chosen, str(Path(__file__).with_name("test_triton.py"))],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
