@@ -17,13 +17,13 @@ from dartfx.passes.analysis.locate import find_merges, find_stacks, find_vision
 from dartfx.passes.analysis.locate import locate as find_site
 from dartfx.passes.frontend.normalise import example_values, normalise
 from dartfx.passes.graph import Emitter, render
-from dartfx.passes.outcome import Crossing, Cut, Outcome, Pruned, Untouched
+from dartfx.passes.outcome import Crossing, Cut, Outcome, Pruned, Unchanged
 from dartfx.passes.pipeline import prune
 from dartfx.passes.refusal import Declined, Refusal
 from dartfx.passes.request import Request, Stage
-from dartfx.passes.selection import ByOperator, Evidence, Given, Select
+from dartfx.passes.selection import ByOperator, Given, Select, SelectionInputs
 from dartfx.passes.site import Merge, Site, Stack, Vision
-from dartfx.passes.transform.apply_cut import Region
+from dartfx.passes.transform.apply_cut import CutRegion
 from dartfx.passes.transform.check_shapes import check as check_shapes
 from dartfx.passes.transform.check_shapes import expected as expected_shapes
 from dartfx.passes.transform.gather_frontier import Gatherer, gather_frontier
@@ -37,23 +37,23 @@ __all__ = [
     "ByOperator",
     "Crossing",
     "Cut",
+    "CutRegion",
     "Declined",
     "Emitter",
-    "Evidence",
     "Gatherer",
     "Given",
     "Merge",
     "Outcome",
     "Pruned",
     "Refusal",
-    "Region",
     "Request",
     "Select",
+    "SelectionInputs",
     "Site",
     "Stack",
     "Stage",
     "TokenAxes",
-    "Untouched",
+    "Unchanged",
     "Vision",
     "check_shapes",
     "example_values",

@@ -9,7 +9,7 @@ from dartfx.passes.request import Request
 
 
 @dataclass(frozen=True)
-class Untouched:
+class Unchanged:
     """The graph is right as it is: it holds no vision tokens, or all of them are retained.
 
     all_retained: the second case; unsure: vision tokens may enter in a way that is not seen here.
@@ -103,16 +103,16 @@ class Pruned:
         """The values gathered at the first cut; at later ones they are gathered once more."""
         return self.cuts[0].crossings
 
-    def hands_kept(self, request: Request) -> bool:
+    def needs_keep_idx(self, request: Request) -> bool:
         """Whether the caller needs keep_idx, to gather the mask that decode reads its caches by."""
-        return request.remasks and self.kv_layout == "uniform" and self.batch > 1
+        return request.gathers_decode_mask and self.kv_layout == "uniform" and self.batch > 1
 
 
 @dataclass(frozen=True)
-class HandsOn:
+class ReturnsMask:
     """The graph merges vision tokens but holds no decoder; it now returns their mask as well."""
 
     because: str
 
 
-Outcome = Pruned | Declined | Untouched | HandsOn
+Outcome = Pruned | Declined | Unchanged | ReturnsMask

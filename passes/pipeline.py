@@ -17,12 +17,12 @@ from torch.fx import GraphModule
 from dartfx.passes.analysis import locate
 from dartfx.passes.analysis.cost import bytes_of, flops
 from dartfx.passes.graph import Size, hint, sizes, value_of
-from dartfx.passes.outcome import Outcome, Pruned, Untouched
+from dartfx.passes.outcome import Outcome, Pruned, Unchanged
 from dartfx.passes.refusal import Declined, NoDecoder, Refusal
 from dartfx.passes.request import Request
 from dartfx.passes.site import Site, Stack, Vision
 from dartfx.passes.transform import insert_selection, trim_kv_cache
-from dartfx.passes.transform.apply_cut import Region, cut
+from dartfx.passes.transform.apply_cut import CutRegion, cut
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def prune(
     """Prune one normalised graph in place.
 
     vision: finds the vision tokens of a graph that does not hold the merge; None takes them from
-    the merge in the graph.  Returns Pruned, Declined (why, where, what to try), Untouched, or None
+    the merge in the graph.  Returns Pruned, Declined (why, where, what to try), Unchanged, or None
     when no vision tokens enter a decoder here (the graph is then unchanged).
     """
     clock = Clock(module, observe)
@@ -77,14 +77,14 @@ def prune(
         return internal_error(clock.current, error)
 
 
-def internal_error(name: str, error: Exception) -> Declined | Untouched:
+def internal_error(name: str, error: Exception) -> Declined | Unchanged:
     """A bug of our own in pass ``name``, as a refusal: called while handling ``error``.
 
     Were it to escape, dynamo would take some kinds of error for a graph break of the model's and
     go on unpruned without a word.
     """
     if isinstance(error, NoDecoder):
-        return Untouched(error.declined.because)
+        return Unchanged(error.declined.because)
     if isinstance(error, Refusal):
         return error.declined
     log.debug("pass %r failed", name, exc_info=True)
@@ -108,22 +108,22 @@ def _prune(
         sites = {s.layer: locate.locate(graph, s.layer, *entered) for s in request.stages}
         clock.site = sites[request.stages[0].layer]
     with clock("axes"):
-        region = Region(graph, clock.site)
+        region = CutRegion(graph, clock.site)
         tokens, planned = insert_selection.plan(region.emitter(), clock.site, request)
         if not planned:
             return _all_retained(value_of(tokens), request)
         (stage, budget), *later = planned
         if stage is not request.stages[0]:
             clock.site = sites[stage.layer]
-            region = Region(graph, clock.site)
+            region = CutRegion(graph, clock.site)
         left = _tokens_left(region.site, budget, planned[-1][1])
         leaves = trim_kv_cache.plan(region.site, region.output, region.axes, left, request)
-        region.look_again()
+        region.recompute()
     site, batch = region.site, sizes(region.site.hidden)[0]
     before = flops(site.stack.layer_of), bytes_of(leaves.caches)
     caches = leaves.caches if leaves.layout == "uniform" else {}
     needs = insert_selection.Caches(
-        bool(caches) and not request.remasks, None if later else leaves.window
+        bool(caches) and not request.gathers_decode_mask, None if later else leaves.window
     )
     made = [cut(module, region, stage, budget, needs, caches, clock)]
     for number, (stage, budget) in enumerate(later, 2):
@@ -131,7 +131,7 @@ def _prune(
         with clock("locate"):
             clock.site = locate.locate(graph, stage.layer, made[-1].left, site.stack)
         with clock("axes"):
-            region = Region(graph, clock.site)
+            region = CutRegion(graph, clock.site)
         needs = insert_selection.Caches(False, leaves.window if stage is planned[-1][0] else None)
         made.append(cut(module, region, stage, budget, needs, made[-1].uniform, clock))
     return Pruned(
@@ -163,7 +163,7 @@ def _tokens_left(site: Site, first: insert_selection.Budget, last: insert_select
     return left
 
 
-def _all_retained(tokens: Size, request: Request) -> Untouched:
+def _all_retained(tokens: Size, request: Request) -> Unchanged:
     asked = hint(request.stages[-1].retain(tokens))
     text = f"nothing to drop: {asked} tokens to retain of {hint(tokens)}"
-    return Untouched(text, all_retained=True)
+    return Unchanged(text, all_retained=True)

@@ -14,13 +14,13 @@ class Declined:
     """The graph holds vision tokens but cannot be pruned; nothing was changed.
 
     ``where`` is the user's own source line of the node that stopped us, or "".
-    ``broken_may_do``: several smaller graphs of the same call may be prunable.
+    ``may_retry_with_graph_breaks``: several smaller graphs of the same call may be prunable.
     """
 
     because: str
     where: str = ""
     advice: str = ""
-    broken_may_do: bool = False
+    may_retry_with_graph_breaks: bool = False
 
     def __str__(self) -> str:
         parts = [self.because]
@@ -39,11 +39,11 @@ class Refusal(Exception):
         because: str,
         node: Node | None = None,
         advice: str = "",
-        broken_may_do: bool = False,
+        may_retry_with_graph_breaks: bool = False,
     ) -> None:
 
         where = source_line(node) if node is not None else ""
-        self.declined = Declined(because, where, advice, broken_may_do)
+        self.declined = Declined(because, where, advice, may_retry_with_graph_breaks)
         super().__init__(str(self.declined))
 
 

@@ -29,13 +29,13 @@ class Request:
 
     stages: where to cut, layers ascending, each retaining no more than the one before;
     kv_layout: "auto", "layered" or "uniform";
-    recounts: the caller sets each sliding cache's own token count from its keys after the call;
-    remasks: the caller gathers the decode mask's columns as the rows' tokens were gathered;
+    fixes_sliding_lengths: the caller sets each sliding cache's token count from its keys;
+    gathers_decode_mask: the caller gathers the decode mask's columns by keep_idx;
     always: rewrite the graph even where R >= N leaves nothing to drop, to check the rewriting.
     """
 
     stages: tuple[Stage, ...]
     kv_layout: str = "auto"
-    recounts: bool = False
-    remasks: bool = False
+    fixes_sliding_lengths: bool = False
+    gathers_decode_mask: bool = False
     always: bool = False

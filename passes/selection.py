@@ -11,13 +11,13 @@ from torch.fx import Node
 from dartfx.passes.graph import Emitter, same_size, sizes, tensor
 from dartfx.passes.refusal import Refusal
 
-Select = Callable[[Emitter, "Evidence"], Node]
+Select = Callable[[Emitter, "SelectionInputs"], Node]
 """Emits a selection in front of the cut and returns keep_idx int64 [B, S']: for every row the
 positions that stay, ascending, where S' = S - N + R."""
 
 
 @dataclass(frozen=True)
-class Evidence:
+class SelectionInputs:
     """What a selection may look at, as nodes of the graph in front of the cut.
 
     normed: emits the model's own final norm on what enters layer K, [B, S, D];
@@ -53,17 +53,17 @@ class ByOperator:
     reads: str = "heads"
     checks_ranks: bool = False
 
-    def __call__(self, emit: Emitter, evidence: Evidence) -> Node:
+    def __call__(self, emit: Emitter, inputs: SelectionInputs) -> Node:
         return emit(
             self.operator,
-            evidence.normed(),
-            evidence.keys,
-            evidence.vision_mask,
-            evidence.valid,
-            evidence.vision_tokens,
-            evidence.retain,
+            inputs.normed(),
+            inputs.keys,
+            inputs.vision_mask,
+            inputs.valid,
+            inputs.vision_tokens,
+            inputs.retain,
             *self.args,
-            *((evidence.queries(),) if self.queries else ()),
+            *((inputs.queries(),) if self.queries else ()),
         )
 
 
@@ -78,9 +78,9 @@ class Given:
 
     place: int = 0
 
-    def __call__(self, emit: Emitter, evidence: Evidence) -> Node:
+    def __call__(self, emit: Emitter, inputs: SelectionInputs) -> Node:
         kept = [n for n in emit.graph.nodes if n.op == "placeholder"][self.place]
-        value, vision = tensor(kept), evidence.vision_mask
+        value, vision = tensor(kept), inputs.vision_mask
         if value is None or value.dtype != torch.bool or value.ndim != 2:
             raise Refusal("a given selection must be bool [B, S]", kept)
         if not all(map(same_size, sizes(kept), sizes(vision))):
@@ -93,7 +93,7 @@ class Given:
             torch.ops.dartfx.keep_given.default,
             kept,
             vision,
-            evidence.valid,
-            evidence.vision_tokens,
-            evidence.retain,
+            inputs.valid,
+            inputs.vision_tokens,
+            inputs.retain,
         )

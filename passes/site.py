@@ -39,14 +39,14 @@ class Vision:
 
     embeds: [B, S, D]; masks: bool nodes to be united, each broadcastable to embeds (or [B, S]);
     features: nodes whose element count over D gives the number of feature rows;
-    carrier: an empty [rows, 0] node that says it instead, where no features are at hand.
+    row_count: an empty [rows, 0] node that says it instead, where no features are at hand.
     """
 
     embeds: Node
     masks: tuple[Node, ...]
     features: tuple[Node, ...]
     how: str
-    carrier: Node | None = None
+    row_count: Node | None = None
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from dartfx.config.options import DartConfig
 from dartfx.errors import PruningWarning, UnsupportedGraphError
 from dartfx.observe.dump import Dump
 from dartfx.observe.report import Report, discard, record
-from dartfx.passes.analysis.prefilter import holds_layers, writes_rows
+from dartfx.passes.analysis.prefilter import has_indexed_layers, may_merge_features
 from dartfx.passes.frontend.fix_windows import fix_windows
 from dartfx.passes.frontend.normalise import normalise
-from dartfx.passes.outcome import HandsOn, Outcome, Pruned, Untouched
+from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask, Unchanged
 from dartfx.passes.pipeline import internal_error, prune
 from dartfx.passes.refusal import Declined, Refusal
 from dartfx.passes.request import Request
-from dartfx.passes.transform.return_mask import hand_on
+from dartfx.passes.transform.return_mask import return_vision_mask
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer
 from dartfx.runtime.rank_agreement import Ranks
@@ -84,7 +84,7 @@ def compile_graph(
     """Compile one dynamo graph: pruned where vision tokens enter a decoder, else unchanged."""
     graph = GraphCompiler(config, module, caller)
     try:
-        if writes_rows(module.graph):
+        if may_merge_features(module.graph):
             compiled = graph.compile_merge(inputs)
             if compiled is not None:
                 return compiled
@@ -130,11 +130,11 @@ class GraphCompiler:
         self.announce(outcome)
         if isinstance(outcome, Pruned):
             added = 0
-            if self.config.tokens or outcome.hands_kept(request):
+            if self.config.tokens or outcome.needs_keep_idx(request):
                 added = return_keep_idx(rewritten, tokens=self.config.tokens)
             lowered = self.dump.lower(self.config, rewritten, self.ranks.inputs(inputs))
             return self.ranks.wrap(KeepIdxRecorder(lowered, added) if added else lowered)
-        if isinstance(outcome, HandsOn) and place is not None:
+        if isinstance(outcome, ReturnsMask) and place is not None:
             lowered = self.dump.lower(self.config, rewritten, self.ranks.inputs(inputs))
             return self.ranks.wrap(MaskProducer(lowered, place))
         return self.dump.lower(self.config, self.module, inputs)
@@ -150,11 +150,13 @@ class GraphCompiler:
         outcome, place = prune(rewritten, request, observe=self.dump), None
         if outcome is None:
             try:
-                place = hand_on(rewritten)
+                place = return_vision_mask(rewritten)
             except Exception as error:
-                return internal_error("hand on", error), rewritten, None
+                return internal_error("return vision mask", error), rewritten, None
             if place is not None:
-                outcome = HandsOn("merges vision tokens and hands their mask on to a later graph")
+                outcome = ReturnsMask(
+                    "merges vision tokens and hands their mask on to a later graph"
+                )
         return outcome, rewritten, place
 
     def compile_without_merge(self, inputs: Sequence[Any]) -> Compiled:
@@ -164,7 +166,7 @@ class GraphCompiler:
             self.config, self.module, request, self.announce, self.dump, self.dump.lower, self.ranks
         )
         incoming = dispatcher.incoming(inputs)
-        could_come = holds_layers(self.module.graph) and dispatcher.may_receive_masks
+        could_come = has_indexed_layers(self.module.graph) and dispatcher.may_receive_masks
         if incoming is not None and not could_come and self.ranks.group:
             # Whether masks came is asked of all ranks, so only where all of them would ask.
             self.announce(Declined(_NO_LAYERS, advice=LOST_ADVICE))
@@ -178,11 +180,11 @@ class GraphCompiler:
         self.announce(self._no_mask(dispatcher, "no vision tokens enter this graph"))
         return self.dump.lower(self.config, self.module, inputs)
 
-    def _no_mask(self, dispatcher: MaskDispatcher, otherwise: str) -> Untouched:
+    def _no_mask(self, dispatcher: MaskDispatcher, otherwise: str) -> Unchanged:
         floats = dispatcher.unexplained_inputs()
         if not floats:
-            return Untouched(otherwise)
-        return Untouched(
+            return Unchanged(otherwise)
+        return Unchanged(
             f"a prompt came with {', '.join(floats)} and no vision mask. If it holds vision "
             "tokens, they were merged outside of dynamo's graphs: use dartfx.compile, or say where "
             "they are with dartfx.vision_tokens",
@@ -199,7 +201,7 @@ class GraphCompiler:
         if (
             self.caller.can_retry_with_graph_breaks
             and isinstance(outcome, Declined)
-            and outcome.broken_may_do
+            and outcome.may_retry_with_graph_breaks
         ):
             raise NeedsGraphBreaks(outcome.because)
         report = record(self.nodes, outcome)
@@ -230,7 +232,7 @@ def refuse(config: DartConfig, declined: Declined) -> None:
 
 
 def _is_news(outcome: Outcome) -> bool:
-    return isinstance(outcome, Untouched) and (outcome.all_retained or outcome.unsure)
+    return isinstance(outcome, Unchanged) and (outcome.all_retained or outcome.unsure)
 
 
 def _one_line(report: Report, pruned: Pruned) -> str:

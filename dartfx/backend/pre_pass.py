@@ -12,7 +12,7 @@ from dartfx.backend.graph_compiler import GraphCompiler
 from dartfx.backend.request import TORCH_COMPILE, request_of
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
-from dartfx.passes.analysis.prefilter import writes_rows
+from dartfx.passes.analysis.prefilter import may_merge_features
 from dartfx.passes.distributed.to_local_tensors import dtensors, groups
 from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.outcome import Pruned
@@ -20,7 +20,7 @@ from dartfx.passes.pipeline import internal_error, prune
 from dartfx.passes.refusal import Declined, Refusal
 from dartfx.passes.request import Request
 from dartfx.passes.selection import ByOperator
-from dartfx.passes.transform.return_mask import hand_on
+from dartfx.passes.transform.return_mask import return_vision_mask
 from dartfx.runtime.mask_dispatch import MaskDispatcher
 
 __all__ = ["PrePass", "as_pre_pass"]
@@ -88,7 +88,7 @@ class _Hosted(GraphCompiler):
 
     def rewritten(self, inputs: Sequence[Any]) -> GraphModule:
         """The graph to compile."""
-        if writes_rows(self.module.graph):
+        if may_merge_features(self.module.graph):
             if groups(self.module.graph) or dtensors(self.module.graph):
                 self.announce(_SEVERAL_RANKS)
                 return self.module
@@ -147,10 +147,10 @@ def _merges_for_later(rewritten: GraphModule) -> Declined | None:
     ``rewritten`` is not to be used afterwards.
     """
     try:
-        if hand_on(rewritten) is None:
+        if return_vision_mask(rewritten) is None:
             return None
     except Exception as error:
-        outcome = internal_error("hand on", error)
+        outcome = internal_error("return vision mask", error)
         return outcome if isinstance(outcome, Declined) else None
     return Declined(
         "vision tokens are merged in this graph and enter the decoder in a later one, and a pass "

@@ -50,6 +50,6 @@ def request_of(config: DartConfig, caller: CallerCapabilities) -> Request:
             for number, layer in enumerate(config.layers)
         ),
         kv_layout=config.kv_layout,
-        recounts=caller.fixes_sliding_lengths,
-        remasks=caller.gathers_decode_mask,
+        fixes_sliding_lengths=caller.fixes_sliding_lengths,
+        gathers_decode_mask=caller.gathers_decode_mask,
     )

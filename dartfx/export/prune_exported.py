@@ -89,7 +89,7 @@ def _declined(outcome: Outcome) -> Declined:
     assert not isinstance(outcome, Pruned)
     if not isinstance(outcome, Declined):
         return Declined(outcome.because)
-    if outcome.broken_may_do:
+    if outcome.may_retry_with_graph_breaks:
         return dataclasses.replace(
             outcome, advice="exporting a forward that takes image features, not pixels"
         )

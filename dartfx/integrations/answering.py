@@ -20,7 +20,7 @@ from dartfx.integrations.prompts import Batch, Conversation, Prompts
 from dartfx.model import kv_cache
 from dartfx.observe import report
 from dartfx.observe.report import Report
-from dartfx.passes.outcome import Pruned, Untouched
+from dartfx.passes.outcome import Pruned, Unchanged
 
 __all__ = ["Answer", "Answering", "Settings", "Tally", "load"]
 
@@ -86,7 +86,7 @@ class Tally:
     def all_retained(self) -> bool:
         """Whether the options ask to keep every vision token of some prompt."""
         outcomes = (made.outcome for made in self.reports)
-        return any(isinstance(o, Untouched) and o.all_retained for o in outcomes)
+        return any(isinstance(o, Unchanged) and o.all_retained for o in outcomes)
 
     def __str__(self) -> str:
         lines = [f"{self.pruned} of {self.with_vision} prompts with images or videos were pruned"]
@@ -106,7 +106,7 @@ class Tally:
 
 def _matters(made: Report) -> bool:
     outcome = made.outcome
-    return not isinstance(outcome, Untouched) or outcome.all_retained or outcome.unsure
+    return not isinstance(outcome, Unchanged) or outcome.all_retained or outcome.unsure
 
 
 class Answering:

@@ -21,7 +21,7 @@ from dartfx.errors import ConfigError
 from dartfx.model.compiled_model import Forward, compiled_forward, watch_generate
 from dartfx.observe import report
 from dartfx.observe.report import Report
-from dartfx.passes.outcome import Outcome, Untouched
+from dartfx.passes.outcome import Outcome, Unchanged
 from dartfx.runtime import keep_idx, vision_mask
 from dartfx.token_map.infer_layout import Untold
 from dartfx.token_map.kept_tokens import KeptTokens, kept_tokens
@@ -125,7 +125,7 @@ class Explanation:
 
 def _is_worth_telling(outcome: Outcome) -> bool:
     """Whether a graph had to do with vision tokens, or may have had."""
-    if isinstance(outcome, Untouched):
+    if isinstance(outcome, Unchanged):
         return outcome.all_retained or outcome.unsure
     return True
 

@@ -29,7 +29,7 @@ from dartfx.errors import DartfxError
 from dartfx.model import kv_cache
 from dartfx.observe import report
 from dartfx.observe.report import Report
-from dartfx.passes.outcome import Untouched
+from dartfx.passes.outcome import Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import keep_idx, vision_mask
 
@@ -200,7 +200,7 @@ _NO_MEDIA = {"attention_mask", "past_key_values"}
 def _tells(made: Report) -> bool:
     """Whether a report says what became of a graph's vision tokens."""
     outcome = made.outcome
-    return not isinstance(outcome, Untouched) or outcome.all_retained
+    return not isinstance(outcome, Unchanged) or outcome.all_retained
 
 
 def _holds_floats(value: Any, depth: int = 4) -> bool:

@@ -128,8 +128,8 @@ def _arrival(
     own = sum(n.op == "placeholder" for n in dynamo.graph.nodes)
     if len(inputs) != own + 2:
         return None
-    mask, carrier = inputs[:2]
-    rows = hint(sizes(carrier)[0])
+    mask, row_count = inputs[:2]
+    rows = hint(sizes(row_count)[0])
     if site is not None and site.vision.how != "given":
         return inputs.index(site.vision.embeds) - 2, rows, False
     shape = [hint(s) for s in sizes(mask)]

@@ -20,8 +20,8 @@ class Report:
     """One graph of a compiled call and what became of it.
 
     graph: running number since the last reset; nodes: the graph's size as dynamo gave it;
-    outcome: Pruned (every figure of the cut), Declined (why, where, what to try), Untouched
-    (nothing to do, and why) or HandsOn (merges vision tokens for a later graph).
+    outcome: Pruned (every figure of the cut), Declined (why, where, what to try), Unchanged
+    (nothing to do, and why) or ReturnsMask (merges vision tokens for a later graph).
     """
 
     graph: int
@@ -125,12 +125,16 @@ def clear() -> None:
         _REPORTS.clear()
 
 
+# Keys of report.json that keep the name they have always had.
+_KEYS = {"may_retry_with_graph_breaks": "broken_may_do"}
+
+
 def as_json(report: Report, **more: object) -> str:
     """The report as JSON: its fields, with the outcome's kind under ``kind``, and ``more``."""
     names = [f.name for f in fields(report.outcome)]
     if isinstance(report.outcome, Pruned):
         names += ["layer", "vision_tokens", "retained", "sequence"]
-    outcome = {name: getattr(report.outcome, name) for name in names}
+    outcome = {_KEYS.get(name, name): getattr(report.outcome, name) for name in names}
     shown = {
         "graph": report.graph,
         "nodes": report.nodes,

@@ -14,10 +14,10 @@ from torch.fx import GraphModule, Node
 from dartfx.config.options import DartConfig
 from dartfx.passes.analysis import locate
 from dartfx.passes.analysis.attention import attends_causally
-from dartfx.passes.analysis.prefilter import masks_attention
+from dartfx.passes.analysis.prefilter import has_masked_attention
 from dartfx.passes.frontend.normalise import example_values, fresh_size, independent, normalise
 from dartfx.passes.graph import is_one, is_state, module_paths, same_size, split_index
-from dartfx.passes.outcome import Outcome, Pruned, Untouched
+from dartfx.passes.outcome import Outcome, Pruned, Unchanged
 from dartfx.passes.pipeline import Observer, internal_error, prune
 from dartfx.passes.refusal import Declined, NoDecoder
 from dartfx.passes.request import Request
@@ -33,14 +33,14 @@ Lower = Callable[[DartConfig, GraphModule, Sequence[Any]], Compiled]
 
 
 class MaskProducer:
-    """Runs a graph that returns ``(*outputs, mask, carrier)`` and notes the mask for one output."""
+    """Runs a graph returning ``(*outputs, mask, row_count)``; notes the mask for one output."""
 
     def __init__(self, compiled: Compiled, place: int) -> None:
         self._compiled, self._place = compiled, place
 
     def __call__(self, *args: Any) -> Any:
-        *outputs, mask, carrier = self._compiled(*args)
-        vision_mask.record(outputs[self._place], mask, carrier.shape[0])
+        *outputs, mask, row_count = self._compiled(*args)
+        vision_mask.record(outputs[self._place], mask, row_count.shape[0])
         return tuple(outputs)
 
 
@@ -91,7 +91,7 @@ class MaskDispatcher:
         features may hold more than text.  Empty for a graph whose attention hides nothing: a
         vision tower's.
         """
-        if not self.may_receive_masks or not masks_attention(self._module.graph):
+        if not self.may_receive_masks or not has_masked_attention(self._module.graph):
             return []
         values = example_values(self._module)
         of_ids = [values[place].shape for place in self._ids]
@@ -165,7 +165,7 @@ class MaskDispatcher:
                 assert agreed is not None
                 outcome = agreed
                 self._announce(outcome)
-                if isinstance(outcome, Untouched) and outcome.all_retained:
+                if isinstance(outcome, Unchanged) and outcome.all_retained:
                     self._all_retained.add(size)
                 else:
                     self._pruned[incoming.embeds] = self._recorded(outcome, module)
@@ -174,21 +174,23 @@ class MaskDispatcher:
     def _recorded(self, outcome: Outcome, module: GraphModule) -> Compiled | None:
         if not isinstance(outcome, Pruned):
             return None
-        if not self._config.tokens and not outcome.hands_kept(self._request):
+        if not self._config.tokens and not outcome.needs_keep_idx(self._request):
             return self._compile(module)
         added = return_keep_idx(module, tokens=self._config.tokens)
         return KeepIdxRecorder(self._compile(module), added)
 
     def _rewrite(self, incoming: IncomingMask) -> tuple[Outcome, GraphModule]:
-        """The graph with two inputs more, mask [B, S] and carrier [rows, 0], pruned."""
+        """The graph with two inputs more, mask [B, S] and row_count [rows, 0], pruned."""
         try:
             local, place = self._ranks.module, self._ranks.place
             examples = independent(example_values(local))
             like, record = examples[place(incoming.like)], incoming.record
             with like.fake_mode as mode:
                 mask = torch.empty(like.shape[:2], dtype=torch.bool, device=record.mask.device)
-                carrier = torch.empty((fresh_size(mode, record.rows), 0), device=record.mask.device)
-            module = normalise(local, examples, extra=(mask, carrier))
+                row_count = torch.empty(
+                    (fresh_size(mode, record.rows), 0), device=record.mask.device
+                )
+            module = normalise(local, examples, extra=(mask, row_count))
         except Exception as error:
             return internal_error("normalise", error), self._module
         self._observe("normalise", module)
@@ -241,7 +243,7 @@ def prompts(module: GraphModule) -> tuple[list[int], list[int]]:
 
 def _entering(incoming: IncomingMask, module: GraphModule) -> Vision:
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    mask, carrier = placeholders[:2]
+    mask, row_count = placeholders[:2]
     if incoming.embeds is not None:
         embeds = placeholders[2 + incoming.embeds]
     else:
@@ -252,4 +254,4 @@ def _entering(incoming: IncomingMask, module: GraphModule) -> Vision:
         if not attends_causally(stacks[-1]):
             raise NoDecoder(f"{stacks[-1].path} attends without a mask, so it is no decoder")
         embeds = locate.entry(module.graph, stacks[-1])
-    return Vision(embeds, (mask,), (), incoming.record.how, carrier)
+    return Vision(embeds, (mask,), (), incoming.record.how, row_count)

@@ -23,8 +23,8 @@ from torch.fx import GraphModule
 
 import dartfx.ops.rank_hash  # noqa: F401  registers torch.ops.dartfx.hash_indices
 from dartfx.errors import ConfigError, RanksError
-from dartfx.passes.distributed.to_local_tensors import Localised, dtensors, groups, localise
-from dartfx.passes.outcome import Outcome, Pruned, Untouched
+from dartfx.passes.distributed.to_local_tensors import LocalGraph, dtensors, groups, localise
+from dartfx.passes.outcome import Outcome, Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 
 __all__ = ["TIMEOUT_VARIABLE", "Ranks"]
@@ -46,7 +46,7 @@ class Ranks:
         self.group = min(named) if len(named) == 1 else ""
 
     @cached_property
-    def _local(self) -> Localised | None:
+    def _local(self) -> LocalGraph | None:
         return localise(self._module) if dtensors(self._module.graph) else None
 
     @property
@@ -89,12 +89,12 @@ class Ranks:
             return Declined(f"the ranks would do different things: {_listed(told)}; {_ALL_OR_NONE}")
         rank, first = refused[0]
         if isinstance(outcome, Declined):
-            return replace(outcome, broken_may_do=first.broken_may_do)
+            return replace(outcome, may_retry_with_graph_breaks=first.may_retry_with_graph_breaks)
         return Declined(
             f"rank {rank} of {len(told)} cannot prune its part of this graph ({first.what}), and "
             f"{_ALL_OR_NONE}",
             advice=first.advice,
-            broken_may_do=first.broken_may_do,
+            may_retry_with_graph_breaks=first.may_retry_with_graph_breaks,
         )
 
     def alike(self, fact: object) -> list[Any] | None:
@@ -112,19 +112,19 @@ class _Told:
     kind: str
     what: str = ""
     advice: str = ""
-    broken_may_do: bool = False
+    may_retry_with_graph_breaks: bool = False
 
     @classmethod
     def of(cls, outcome: Outcome | None) -> _Told:
         kind = type(outcome).__name__
         if isinstance(outcome, Declined):
-            return cls(kind, outcome.because, outcome.advice, outcome.broken_may_do)
+            return cls(kind, outcome.because, outcome.advice, outcome.may_retry_with_graph_breaks)
         if isinstance(outcome, Pruned):
             cuts = [
                 (c.layer, c.vision_tokens, c.retained, c.sequence, c.across) for c in outcome.cuts
             ]
             return cls(kind, f"{outcome.stack} {cuts} {outcome.kv_layout} {outcome.how}")
-        return cls(kind, str(isinstance(outcome, Untouched) and outcome.all_retained))
+        return cls(kind, str(isinstance(outcome, Unchanged) and outcome.all_retained))
 
 
 def _listed(told: Sequence[_Told]) -> str:

@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 
 from dartfx.config.options import DartConfig
 from dartfx.errors import UnsupportedGraphError
-from dartfx.passes.analysis.prefilter import writes_rows
-from dartfx.passes.outcome import Outcome, Pruned, Untouched
+from dartfx.passes.analysis.prefilter import may_merge_features
+from dartfx.passes.outcome import Outcome, Pruned, Unchanged
 from dartfx.passes.refusal import Declined, Refusal
 from dartfx.verification.compare import Graphs, NotPruned
 
@@ -129,7 +129,7 @@ class _Backend:
         self._outcomes: list[Outcome | None] = []
 
     def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Call:
-        if not writes_rows(module.graph):
+        if not may_merge_features(module.graph):
             return module.forward
         try:
             graphs = Graphs(module, self._config)
@@ -165,7 +165,7 @@ class _Backend:
         for outcome in self._outcomes:
             if isinstance(outcome, Declined):
                 raise UnsupportedGraphError(outcome.because, outcome.where, outcome.advice)
-            if isinstance(outcome, Untouched):
+            if isinstance(outcome, Unchanged):
                 raise UnsupportedGraphError(outcome.because)
         raise UnsupportedGraphError(
             "no vision tokens enter a decoder in this call, so there is nothing to verify"

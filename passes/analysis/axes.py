@@ -90,7 +90,7 @@ class Axes:
         """``user`` treats this operand dim in a way that survives dropping tokens."""
         self._handled.add((user, _positive(var)))
 
-    def counted_anew(self, user: Node, *operands: Node) -> None:
+    def require_recomputed(self, user: Node, *operands: Node) -> None:
         """``operands`` name or count positions for ``user``: right only if made after the cut."""
         self._counted[user] = operands
 

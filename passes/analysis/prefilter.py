@@ -10,7 +10,7 @@ from dartfx.passes.graph import module_paths, split_index
 _ROW_WRITES = {"masked_scatter", "masked_scatter_", "index_put", "index_put_", "setitem"}
 
 
-def writes_rows(graph: Graph) -> bool:
+def may_merge_features(graph: Graph) -> bool:
     """Whether anything here could be a merge of vision features into text embeddings."""
     inputs = (n.meta.get("example_value") for n in graph.nodes if n.op == "placeholder")
     return any(isinstance(i, torch.Tensor) for i in inputs) and any(
@@ -18,12 +18,12 @@ def writes_rows(graph: Graph) -> bool:
     )
 
 
-def holds_layers(graph: Graph) -> bool:
+def has_indexed_layers(graph: Graph) -> bool:
     """Whether a module of an indexed run (``path.0``, ``path.1``) computes here."""
     return any(split_index(p) is not None for n in graph.nodes for p in module_paths(n))
 
 
-def masks_attention(graph: Graph) -> bool:
+def has_masked_attention(graph: Graph) -> bool:
     """Whether fused attention here hides some keys, as a decoder's prefill does."""
     return any(
         _name(n) == "scaled_dot_product_attention"

@@ -224,7 +224,7 @@ class _Ties:
     def handle(self, user: Node, var: Var) -> None:
         """A sum over a shard is a part of the sum."""
 
-    def counted_anew(self, user: Node, *operands: Node) -> None:
+    def require_recomputed(self, user: Node, *operands: Node) -> None:
         """Positions are counted."""
 
 

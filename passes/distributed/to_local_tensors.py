@@ -25,7 +25,7 @@ PLACED = "dartfx_shards"
 
 
 @dataclass(frozen=True)
-class Localised:
+class LocalGraph:
     """The graph over local tensors, and how to call it with what dynamo's graph is called with.
 
     taken: which of dynamo's inputs the graph still has; device meshes are left out.
@@ -57,7 +57,7 @@ def groups(graph: Graph) -> set[str]:
     return found
 
 
-def localise(module: GraphModule) -> Localised:
+def localise(module: GraphModule) -> LocalGraph:
     """Rewrite a dynamo graph that has DTensors among its inputs; the graph itself is not changed.
 
     Raises Refusal where gradients are computed, a DTensor leaves the graph, or the operators on
@@ -116,7 +116,7 @@ class _Rewriting:
         self.made: dict[Node, Node] = {}
         self.part_of = self._parts()
 
-    def run(self) -> Localised:
+    def run(self) -> LocalGraph:
         taken = []
         for place, node in enumerate(self._placeholders()):
             if not _is_mesh(node):
@@ -132,7 +132,7 @@ class _Rewriting:
                 self._write(part)
         self.new.lint()
         local = GraphModule(self.module, self.new)
-        return Localised(local, tuple(taken))
+        return LocalGraph(local, tuple(taken))
 
     def _placeholders(self) -> Iterator[Node]:
         return (n for n in self.module.graph.nodes if n.op == "placeholder")

@@ -10,7 +10,7 @@ from dartfx.passes.graph import (
     argument,
     sizes,
 )
-from dartfx.passes.rules.table import align, named, only_asked, rule
+from dartfx.passes.rules.table import align, named, reads_metadata_only, rule
 
 if TYPE_CHECKING:
     from dartfx.passes.analysis.axes import Axes
@@ -68,20 +68,20 @@ def all_gather(axes: Axes, node: Node, out: Node) -> None:
 def type_as(axes: Axes, node: Node, out: Node) -> None:
     """The first operand's dims; the second is asked for its dtype only."""
     same_shape(axes, node, out)
-    only_asked(axes, node, node.all_input_nodes[-1])
+    reads_metadata_only(axes, node, node.all_input_nodes[-1])
 
 
 @rule(*named("new_zeros", "new_ones", "new_empty", "new_full"))
 def new(axes: Axes, node: Node, out: Node) -> None:
     """The operand is asked for its dtype and device only; what is written later ties the dims."""
-    only_asked(axes, node, node.all_input_nodes[0])
+    reads_metadata_only(axes, node, node.all_input_nodes[0])
 
 
 @rule(*named("_assert_tensor_metadata"))
 def assert_metadata(axes: Axes, node: Node, out: Node) -> None:
     """The operand is asked for its dtype and device; one asked for its shape would fail later."""
     if argument(node, "size") is None and argument(node, "stride") is None:
-        only_asked(axes, node, node.all_input_nodes[0])
+        reads_metadata_only(axes, node, node.all_input_nodes[0])
 
 
 @rule(*named("view_as_complex", "view_as_real", "one_hot"))

@@ -77,7 +77,7 @@ def _permute_rows(axes: Axes, node: Node, first: Node, indices: Node, out: Node)
     if is_sort_order(order) and same_size(sizes(first)[0] * repeats, sizes(indices)[0]):
         axes.handle(node, (first, 0))
         # Rows from before the cut would be picked by their rank among the tokens that are left.
-        axes.counted_anew(node, order, first)
+        axes.require_recomputed(node, order, first)
 
 
 _SAME_POSITIONS = set(named("floor_divide", "to", "_to_copy", "clone", "contiguous"))

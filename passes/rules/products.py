@@ -15,7 +15,7 @@ from dartfx.passes.graph import (
     sizes,
 )
 from dartfx.passes.rules.elementwise import broadcast
-from dartfx.passes.rules.table import align, named, only_asked, rule
+from dartfx.passes.rules.table import align, named, reads_metadata_only, rule
 
 if TYPE_CHECKING:
     from dartfx.passes.analysis.axes import Axes
@@ -47,7 +47,7 @@ def reduce(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("histc", "bincount"))
 def count(axes: Axes, node: Node, out: Node) -> None:
     """How many values fall into each bin, whatever their order."""
-    only_asked(axes, node, node.all_input_nodes[0])
+    reads_metadata_only(axes, node, node.all_input_nodes[0])
 
 
 @rule(*named("cross_entropy_loss", "nll_loss", "nll_loss_nd"))
@@ -122,7 +122,7 @@ def grouped_mm(axes: Axes, node: Node, out: Node) -> None:
         axes.tie(node, (rows, 0), (out, 0))
         axes.unify((rows, 1), (weights, 1))
         axes.unify((weights, 2), (out, 1))
-        axes.counted_anew(node, ends)
+        axes.require_recomputed(node, ends)
 
 
 @rule(*named("einsum"))

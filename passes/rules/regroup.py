@@ -18,7 +18,7 @@ from dartfx.passes.graph import (
     same_size,
     sizes,
 )
-from dartfx.passes.rules.table import align, named, only_asked, rule
+from dartfx.passes.rules.table import align, named, reads_metadata_only, rule
 
 if TYPE_CHECKING:
     from dartfx.passes.analysis.axes import Axes
@@ -86,7 +86,7 @@ def expand(axes: Axes, node: Node, out: Node) -> None:
 def same_sizes(axes: Axes, node: Node, out: Node) -> None:
     """The result has the shape of the second operand, whose values are not read."""
     other = node.all_input_nodes[-1]
-    only_asked(axes, node, other)
+    reads_metadata_only(axes, node, other)
     for dim in range(len(sizes(out))):
         axes.unify((other, dim), (out, dim))
 

@@ -89,7 +89,7 @@ def align(axes: Axes, node: Node, operand: Node, out: Node) -> None:
             axes.tie(node, (operand, -back), (out, -back))
 
 
-def only_asked(axes: Axes, node: Node, operand: Node) -> None:
+def reads_metadata_only(axes: Axes, node: Node, operand: Node) -> None:
     """The operand is asked for its shape, dtype or device; its values are not read."""
     for dim in range(len(sizes(operand))):
         axes.handle(node, (operand, dim))

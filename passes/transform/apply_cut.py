@@ -32,7 +32,7 @@ from dartfx.passes.transform.shrink_sizes import reroute_sizes, shrink
 Step = Callable[[str], AbstractContextManager[None]]
 
 
-class Region:
+class CutRegion:
     """Everything after a cut, in graph order, and where the token axis runs in it.
 
     Raises Refusal where an operator reads the token axis in a way that no rule accounts for.
@@ -42,10 +42,10 @@ class Region:
         self.site = site
         self.axes = TokenAxes(Axes(graph), site)
         self.output = next(n for n in graph.nodes if n.op == "output")
-        self.look_again()
+        self.recompute()
         _refuse_opaque(self.tokens, self.axes)
 
-    def look_again(self) -> None:
+    def recompute(self) -> None:
         """Read the graph anew, after something else became its output."""
         # All that the hidden states at K reach.
         starts = [u for u in self.site.hidden.users if u.op != "output"]
@@ -57,7 +57,7 @@ class Region:
         return Emitter(_anchor(self.site, self.tokens[0]))
 
 
-class Made(NamedTuple):
+class CutResult(NamedTuple):
     """What was cut, the vision tokens that enter the next cut, and the caches as they are now."""
 
     cut: Cut
@@ -67,13 +67,13 @@ class Made(NamedTuple):
 
 def cut(
     module: GraphModule,
-    region: Region,
+    region: CutRegion,
     stage: Stage,
     budget: insert_selection.Budget,
     needs: insert_selection.Caches,
     uniform: dict[Node, int],
     step: Step,
-) -> Made:
+) -> CutResult:
     """Make one cut in a normalised graph, in place.
 
     uniform: caches and their layers, of which those from before the cut are cut as they leave the
@@ -103,7 +103,7 @@ def cut(
     counts = hint(value_of(budget.vision_tokens)), hint(value_of(budget.retain))
     what = Cut(site.layer, *counts, (length, hint(value_of(kept))), crossings, across)
     entering = frontier.crossed()[site.hidden]
-    return Made(what, Vision(entering, (left,), (), site.vision.how), uniform)
+    return CutResult(what, Vision(entering, (left,), (), site.vision.how), uniform)
 
 
 def _anchor(site: Site, first: Node) -> Node:

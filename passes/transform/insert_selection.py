@@ -27,7 +27,7 @@ from dartfx.passes.graph import (
 )
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.request import Request, Stage
-from dartfx.passes.selection import Evidence, Select
+from dartfx.passes.selection import Select, SelectionInputs
 from dartfx.passes.site import Site, Vision
 
 
@@ -57,8 +57,8 @@ class Selected(NamedTuple):
 
 def vision_rows(emit: Emitter, vision: Vision) -> int | Node:
     """How many vision feature rows enter the embeddings, from shapes alone."""
-    if vision.carrier is not None:
-        return emit.size(vision.carrier, 0)
+    if vision.row_count is not None:
+        return emit.size(vision.row_count, 0)
     width = emit.size(vision.embeds, 2)
     total: int | Node = 0
     for features in vision.features:
@@ -86,7 +86,7 @@ def plan(
             site.vision.features[0] if site.vision.features else site.vision.embeds,
             advice="model.generate, which computes image features outside the decoder's graph, or "
             "torch.compile without fullgraph",
-            broken_may_do=True,
+            may_retry_with_graph_breaks=True,
         )
     planned, left = [], tokens
     for stage in request.stages:
@@ -132,7 +132,9 @@ def insert(
     normed, queries = partial(_normed, emit, site), partial(_queries, emit, site, axes)
     keep = select(
         emit,
-        Evidence(normed, site.keys, mask, valid, budget.vision_tokens, budget.retain, queries),
+        SelectionInputs(
+            normed, site.keys, mask, valid, budget.vision_tokens, budget.retain, queries
+        ),
     )
     if caches.even_rows and not is_one(sizes(site.hidden)[0]):
         alike = emit(aten.eq.Scalar, emit(aten.sum.dim_IntList, mask, [1]), budget.vision_tokens)

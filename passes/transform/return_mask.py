@@ -11,7 +11,7 @@ from dartfx.passes.site import Vision
 from dartfx.passes.transform.insert_selection import vision_mask, vision_rows
 
 
-def hand_on(module: GraphModule) -> int | None:
+def return_vision_mask(module: GraphModule) -> int | None:
     """Append the vision mask [B, S] and an empty [rows, 0] tensor to the graph's outputs.
 
     The empty tensor carries the number of feature rows in its shape, without reading data.
@@ -25,10 +25,10 @@ def hand_on(module: GraphModule) -> int | None:
     place, vision = found
     emit = Emitter(output)
     mask = vision_mask(emit, vision)
-    carrier = emit(aten.new_empty.default, vision.embeds, [vision_rows(emit, vision), 0])
+    row_count = emit(aten.new_empty.default, vision.embeds, [vision_rows(emit, vision), 0])
     returned = output.args[0]
     assert isinstance(returned, list | tuple)
-    output.args = ((*returned, mask, carrier),)
+    output.args = ((*returned, mask, row_count),)
     graph.lint()
     module.recompile()
     return place

@@ -78,7 +78,7 @@ def return_whole(tails: Sequence[Node], output: Node, kept: Size, request: Reque
     tracing.  Once a window is full the number no longer matters; before, decode reads caches of
     all layers by it.  Raises Refusal where the caller does not set it right after the call.
     """
-    if not request.recounts or request.kv_layout == "layered":
+    if not request.fixes_sliding_lengths or request.kv_layout == "layered":
         raise Refusal(
             f"{hint(kept)} tokens would be left for sliding-window caches of {window(tails)}, and "
             "decode counts on as many as the prompt had",

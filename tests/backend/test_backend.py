@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 import dartfx
-from dartfx.passes.outcome import Pruned, Untouched
+from dartfx.passes.outcome import Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import vision_mask
 from dartfx.tools.zoo import hooked
@@ -117,7 +117,7 @@ def test_retaining_all_is_the_identity_and_says_so(
         kept = compiled(llava, retain_tokens=retain)(**inputs).logits
     assert torch.equal(kept, plain)
     assert not outcomes(Pruned)
-    (said,) = [o.because for o in outcomes(Untouched) if "to retain" in o.because]
+    (said,) = [o.because for o in outcomes(Unchanged) if "to retain" in o.because]
     assert said == f"nothing to drop: {retain} tokens to retain of 16"
     assert said in caplog.text
 

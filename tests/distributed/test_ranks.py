@@ -78,7 +78,7 @@ def check_forwarded(built: Family, variant: str, results: list[Result]) -> None:
     )
     for result in results:
         # Some models' forwards dynamo breaks between the merge and the decoder.
-        assert result["kinds"] in (["Pruned"], ["HandsOn", "Pruned"]), result["because"]
+        assert result["kinds"] in (["Pruned"], ["ReturnsMask", "Pruned"]), result["because"]
         torch.testing.assert_close(result["logits"], oracle.logits, **CLOSE)
         assert [shape[2] for shape in result["caches"]] == oracle.kv_lengths
 
@@ -178,7 +178,7 @@ def test_a_call_in_several_graphs_is_pruned_alike(
 ) -> None:
     oracle = hooked.pruned_forward(llava.model, prompt(llava, "one"), retain=RETAIN)
     for result in two("in_several_graphs one"):
-        assert result["kinds"] == ["HandsOn", "Pruned"]
+        assert result["kinds"] == ["ReturnsMask", "Pruned"]
         torch.testing.assert_close(result["logits"], oracle.logits, **CLOSE)
 
 

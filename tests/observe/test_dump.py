@@ -88,7 +88,7 @@ def test_one_folder_per_graph(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.iterdir()) == ["graph_000", "graph_001"]
     assert stages(tmp_path / "graph_001") == ["00_dynamo"]
     read = json.loads((tmp_path / "graph_001" / "report.json").read_text())
-    assert read["kind"] == "untouched"
+    assert read["kind"] == "unchanged"
 
 
 def test_nothing_is_written_unasked(

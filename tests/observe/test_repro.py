@@ -89,7 +89,7 @@ def test_a_mask_that_came_from_an_earlier_graph(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.compile(Halves(), backend="dart", options=options)(**prompt(Sizes()))
     kinds = [type(o).__name__ for o in reported()]
-    assert kinds == ["HandsOn", "Pruned"]
+    assert kinds == ["ReturnsMask", "Pruned"]
     found = [replayed(folder)[0] for folder in folders(tmp_path)]
     assert found == reported()
 

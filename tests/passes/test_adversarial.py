@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import dartfx
 from dartfx.passes.frontend.canonicalise import canonicalise
 from dartfx.passes.graph import packet
-from dartfx.passes.outcome import Untouched
+from dartfx.passes.outcome import Unchanged
 from tests.support.decoders import (
     IMAGE,
     Decoder,
@@ -92,7 +92,7 @@ def test_mask_of_another_order_is_not_handed_on() -> None:
     with torch.no_grad():
         outputs = torch.compile(model, backend="dart", options=options)(**inputs)
         assert_same(outputs, model(**inputs), rtol=0, atol=0)
-    assert isinstance(last := dartfx.reports()[-1].outcome, Untouched)
+    assert isinstance(last := dartfx.reports()[-1].outcome, Unchanged)
     assert last.unsure
 
 

@@ -7,7 +7,7 @@ import torch
 from test_refusals import RETAIN, SMALL, assert_declined, assert_pruned
 from torch import Tensor, nn
 
-from dartfx.passes.outcome import Untouched
+from dartfx.passes.outcome import Unchanged
 from tests.support.decoders import IMAGE, Decoder, assert_same, prompt, run
 
 LEARNED = 39
@@ -63,7 +63,7 @@ class Joined(Decoder):
 def test_features_that_are_joined_do_not_pass_in_silence() -> None:
     model, inputs = Joined(SMALL).eval(), prompt(SMALL)
     outputs, outcome = run(model, inputs, retain_tokens=RETAIN, layer=1)
-    assert isinstance(outcome, Untouched)
+    assert isinstance(outcome, Unchanged)
     assert outcome.unsure
     assert "float32 ['12', '16']" in outcome.because
     with torch.no_grad():

@@ -7,7 +7,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from dartfx.passes.outcome import Pruned, Untouched
+from dartfx.passes.outcome import Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, pruned_by_hand, run
 from tests.support.spellings import JOINS, MLPS, SPLITS
@@ -115,7 +115,7 @@ def test_sizes_that_coincide(z: Sizes) -> None:
 def test_nothing_to_drop(retain: int) -> None:
     model, inputs = Decoder().eval(), prompt(Sizes())
     outputs, outcome = run(model, inputs, retain_tokens=retain)
-    assert isinstance(outcome, Untouched)
+    assert isinstance(outcome, Unchanged)
     assert "nothing to drop" in outcome.because
     with torch.no_grad():
         assert_same(outputs, model(**inputs), rtol=0, atol=0)

@@ -61,7 +61,7 @@ def reported() -> Result:
     pruned = [r.outcome for r in dartfx.reports() if isinstance(r.outcome, Pruned)]
     across = [cut.across for outcome in pruned for cut in outcome.cuts]
     return {
-        "kinds": [k for k in kinds if k != "Untouched"],
+        "kinds": [k for k in kinds if k != "Unchanged"],
         "how": [a and a.how for a in across],
         "because": [str(r.outcome) for r in dartfx.reports()],
     }

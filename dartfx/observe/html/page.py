@@ -16,7 +16,7 @@ from dartfx.observe.html.values import Value, outputs, values
 from dartfx.observe.report import Report
 from dartfx.passes.analysis.axes import TokenAxes
 from dartfx.passes.analysis.locate import find_stacks
-from dartfx.passes.outcome import Crossing, Pruned, Untouched
+from dartfx.passes.outcome import Crossing, Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.site import Site
 from dartfx.passes.transform import trim_kv_cache
@@ -188,5 +188,5 @@ def _warnings(report: Report) -> Iterator[str]:
             yield f"where: {outcome.where}"
         if outcome.advice:
             yield f"try: {outcome.advice}"
-    elif isinstance(outcome, Untouched) and (outcome.all_retained or outcome.unsure):
+    elif isinstance(outcome, Unchanged) and (outcome.all_retained or outcome.unsure):
         yield outcome.because
