@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch.fx import GraphModule
 
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
 from dartfx.backend import dynamo_patch
+from dartfx.backend.masked_graph import rewrite_with_mask
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
+from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
 from dartfx.errors import PruningWarning, UnsupportedGraphError
 from dartfx.observe.dump import Dump
@@ -22,10 +25,8 @@ from dartfx.passes.analysis.prefilter import has_indexed_layers, may_merge_featu
 from dartfx.passes.frontend.fix_windows import fix_windows
 from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask, Unchanged
-from dartfx.passes.pipeline import internal_error, prune
-from dartfx.passes.refusal import Declined, Refusal
+from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
-from dartfx.passes.transform.return_mask import return_vision_mask
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer
 from dartfx.runtime.rank_agreement import Ranks
@@ -123,7 +124,13 @@ class GraphCompiler:
     def compile_merge(self, inputs: Sequence[Any]) -> Compiled | None:
         """Compile a graph that may merge vision tokens; None when it turns out not to."""
         request = request_of(self.config, self.caller)
-        outcome, rewritten, place = self._rewritten(request)
+        outcome, rewritten, place = rewrite(
+            lambda: normalise(self.ranks.module),
+            self.module,
+            request,
+            observe=self.dump,
+            returns_mask=True,
+        )
         outcome = self.ranks.agree(outcome)
         if outcome is None:
             return None
@@ -139,32 +146,16 @@ class GraphCompiler:
             return self.ranks.wrap(MaskProducer(lowered, place))
         return self.dump.lower(self.config, self.module, inputs)
 
-    def _rewritten(self, request: Request) -> tuple[Outcome | None, GraphModule, int | None]:
-        """What becomes of a graph that may merge vision tokens, the graph then, and which of its
-        outputs the merged embeddings are where it hands their mask on."""
-        try:
-            rewritten = normalise(self.ranks.module)
-        except Refusal as refusal:
-            return refusal.declined, self.module, None
-        self.dump("normalise", rewritten)
-        outcome, place = prune(rewritten, request, observe=self.dump), None
-        if outcome is None:
-            try:
-                place = return_vision_mask(rewritten)
-            except Exception as error:
-                return internal_error("return vision mask", error), rewritten, None
-            if place is not None:
-                outcome = ReturnsMask(
-                    "merges vision tokens and hands their mask on to a later graph"
-                )
-        return outcome, rewritten, place
+    def dispatcher(self, request: Request) -> MaskDispatcher:
+        """What runs this graph where its vision mask comes from outside of it."""
+        rewrite = partial(rewrite_with_mask, self.module, self.ranks, request, self.dump)
+        return MaskDispatcher(
+            self.config, self.module, request, self.announce, rewrite, self.dump.lower, self.ranks
+        )
 
     def compile_without_merge(self, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph whose vision tokens, if any, were merged elsewhere."""
-        request = request_of(self.config, self.caller)
-        dispatcher = MaskDispatcher(
-            self.config, self.module, request, self.announce, self.dump, self.dump.lower, self.ranks
-        )
+        dispatcher = self.dispatcher(request_of(self.config, self.caller))
         incoming = dispatcher.incoming(inputs)
         could_come = has_indexed_layers(self.module.graph) and dispatcher.may_receive_masks
         if incoming is not None and not could_come and self.ranks.group:

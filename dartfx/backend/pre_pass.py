@@ -10,18 +10,16 @@ from torch.fx import GraphModule
 
 from dartfx.backend.graph_compiler import GraphCompiler
 from dartfx.backend.request import TORCH_COMPILE, request_of
+from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.passes.analysis.prefilter import may_merge_features
 from dartfx.passes.distributed.to_local_tensors import dtensors, groups
 from dartfx.passes.frontend.normalise import normalise
-from dartfx.passes.outcome import Pruned
-from dartfx.passes.pipeline import internal_error, prune
-from dartfx.passes.refusal import Declined, Refusal
+from dartfx.passes.outcome import Pruned, ReturnsMask
+from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
 from dartfx.passes.selection import ByOperator
-from dartfx.passes.transform.return_mask import return_vision_mask
-from dartfx.runtime.mask_dispatch import MaskDispatcher
 
 __all__ = ["PrePass", "as_pre_pass"]
 
@@ -40,6 +38,11 @@ _SEVERAL_RANKS = Declined(
     advice='backend="dart"',
 )
 _WHOLE = 'fullgraph=True, model.generate, or backend="dart", which takes the mask at run time'
+_MERGES_FOR_LATER = Declined(
+    "vision tokens are merged in this graph and enter the decoder in a later one, and a pass on "
+    "graphs cannot hand their mask on",
+    advice=_WHOLE,
+)
 
 
 def as_pre_pass(options: Mapping[str, object] | None = None) -> PrePass:
@@ -92,30 +95,23 @@ class _Hosted(GraphCompiler):
             if groups(self.module.graph) or dtensors(self.module.graph):
                 self.announce(_SEVERAL_RANKS)
                 return self.module
-            try:
-                rewritten = normalise(self.module)
-            except Refusal as refusal:
-                self.announce(refusal.declined)
-                return self.module
-            self.dump("normalise", rewritten)
-            outcome = prune(rewritten, _request(self.config), observe=self.dump)
-            if outcome is None and (outcome := _merges_for_later(rewritten)) is None:
+            outcome, rewritten, _ = rewrite(
+                lambda: normalise(self.module),
+                self.module,
+                _request(self.config),
+                observe=self.dump,
+                returns_mask=True,
+            )
+            if outcome is None:
                 return self._without_merge(inputs)
+            if isinstance(outcome, ReturnsMask):
+                outcome = _MERGES_FOR_LATER
             self.announce(outcome)
             return rewritten if isinstance(outcome, Pruned) else self.module
         return self._without_merge(inputs)
 
     def _without_merge(self, inputs: Sequence[Any]) -> GraphModule:
-        request = _request(self.config)
-        dispatcher = MaskDispatcher(
-            self.config,
-            self.module,
-            request,
-            self.announce,
-            self.dump,
-            self.dump.lower,
-            self.ranks,
-        )
+        dispatcher = self.dispatcher(_request(self.config))
         if dispatcher.incoming(inputs) is not None:
             declined = Declined(
                 "this graph's vision mask comes from outside of it, at run time, which a pass on "
@@ -139,21 +135,3 @@ def _request(config: DartConfig) -> Request:
         select = dataclasses.replace(stage.select, args=(*pivots, name, kernel))
         stages.append(dataclasses.replace(stage, select=select))
     return dataclasses.replace(request, stages=tuple(stages))
-
-
-def _merges_for_later(rewritten: GraphModule) -> Declined | None:
-    """Why nothing is pruned where the graph only merges tokens; None where it does not even that.
-
-    ``rewritten`` is not to be used afterwards.
-    """
-    try:
-        if return_vision_mask(rewritten) is None:
-            return None
-    except Exception as error:
-        outcome = internal_error("return vision mask", error)
-        return outcome if isinstance(outcome, Declined) else None
-    return Declined(
-        "vision tokens are merged in this graph and enter the decoder in a later one, and a pass "
-        "on graphs cannot hand their mask on",
-        advice=_WHOLE,
-    )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from dartfx.backend.graph_compiler import refuse
 from dartfx.backend.request import TORCH_COMPILE, request_of
+from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.export.metadata import note_pruning
@@ -17,7 +20,7 @@ from dartfx.observe.dump import ExportDump
 from dartfx.observe.report import record
 from dartfx.passes.frontend.exported import guards_of, opened, refuse_new_guards
 from dartfx.passes.outcome import Outcome, Pruned
-from dartfx.passes.pipeline import internal_error, prune
+from dartfx.passes.pipeline import internal_error
 from dartfx.passes.refusal import Declined
 
 __all__ = ["prune_exported"]
@@ -107,20 +110,23 @@ class _Exported:
 
     def pruned(self) -> tuple[Outcome, ExportedProgram | None]:
         """What became of the program, and the pruned one where there is one."""
-        step = "open"
-        try:
+        guards: Any = None
+
+        def trace() -> GraphModule:
+            nonlocal guards
             require_plain_signature(self.program)
             module = opened(self.program.graph_module, state_of(self.program))
-            self.dump("normalise", module)
             guards = guards_of(module.graph)
-            request = request_of(self.config, TORCH_COMPILE)
-            outcome = prune(module, request, observe=self.dump)
-            if not isinstance(outcome, Pruned):
-                return outcome or _NO_MERGE, None
-            step = "finish"
+            return module
+
+        request = request_of(self.config, TORCH_COMPILE)
+        outcome, module, _ = rewrite(trace, self.program.graph_module, request, observe=self.dump)
+        if not isinstance(outcome, Pruned):
+            return outcome or _NO_MERGE, None
+        try:
             pruned = finished(self.program, module, self.config.tokens)
             refuse_new_guards(module.graph, guards)
         except Exception as error:
-            return internal_error(step, error), None
+            return internal_error("finish", error), None
         note_pruning(pruned, self.program, outcome, self.config)
         return outcome, pruned

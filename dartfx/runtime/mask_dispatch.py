@@ -12,16 +12,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dartfx.config.options import DartConfig
-from dartfx.passes.analysis import locate
-from dartfx.passes.analysis.attention import attends_causally
 from dartfx.passes.analysis.prefilter import has_masked_attention
-from dartfx.passes.frontend.normalise import example_values, fresh_size, independent, normalise
+from dartfx.passes.frontend.normalise import example_values
 from dartfx.passes.graph import is_one, is_state, module_paths, same_size, split_index
 from dartfx.passes.outcome import Outcome, Pruned, Unchanged
-from dartfx.passes.pipeline import Observer, internal_error, prune
-from dartfx.passes.refusal import Declined, NoDecoder
+from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
-from dartfx.passes.site import Vision
 from dartfx.runtime import vision_mask
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.rank_agreement import Ranks
@@ -33,14 +29,14 @@ Lower = Callable[[DartConfig, GraphModule, Sequence[Any]], Compiled]
 
 
 class MaskProducer:
-    """Runs a graph returning ``(*outputs, mask, row_count)``; notes the mask for one output."""
+    """Runs a graph that returns ``(*outputs, mask, carrier)`` and notes the mask for one output."""
 
     def __init__(self, compiled: Compiled, place: int) -> None:
         self._compiled, self._place = compiled, place
 
     def __call__(self, *args: Any) -> Any:
-        *outputs, mask, row_count = self._compiled(*args)
-        vision_mask.record(outputs[self._place], mask, row_count.shape[0])
+        *outputs, mask, carrier = self._compiled(*args)
+        vision_mask.record(outputs[self._place], mask, carrier.shape[0])
         return tuple(outputs)
 
 
@@ -57,7 +53,8 @@ class MaskDispatcher:
     """Runs a decoder's graph pruned when its embeddings come with a mask, else as it is.
 
     Which of the two a call needs is known only at run time, and dynamo guards on neither, so each
-    is built when first needed; ``announce`` hears of every outcome.
+    is built when first needed.  rewrite: the graph pruned for such a mask; announce: reports every
+    outcome; lower: compiles a graph.
     """
 
     def __init__(
@@ -66,12 +63,12 @@ class MaskDispatcher:
         module: GraphModule,
         request: Request,
         announce: Callable[[Outcome], None],
-        observe: Observer,
+        rewrite: Callable[[IncomingMask], tuple[Outcome | None, GraphModule, int | None]],
         lower: Lower,
         ranks: Ranks | None = None,
     ) -> None:
         self._config, self._module, self._request = config, module, request
-        self._announce, self._observe, self._lower = announce, observe, lower
+        self._announce, self._rewrite, self._lower = announce, rewrite, lower
         self._ranks = Ranks(module) if ranks is None else ranks
         self._embeds, self._ids = prompts(module)
         self._unpruned: Compiled | None = None
@@ -160,7 +157,7 @@ class MaskDispatcher:
             if size in self._all_retained:
                 return None
             if incoming.embeds not in self._pruned:
-                outcome, module = self._rewrite(incoming)
+                outcome, module, _ = self._rewrite(incoming)
                 agreed = self._ranks.agree(outcome)
                 assert agreed is not None
                 outcome = agreed
@@ -178,27 +175,6 @@ class MaskDispatcher:
             return self._compile(module)
         added = return_keep_idx(module, tokens=self._config.tokens)
         return KeepIdxRecorder(self._compile(module), added)
-
-    def _rewrite(self, incoming: IncomingMask) -> tuple[Outcome, GraphModule]:
-        """The graph with two inputs more, mask [B, S] and row_count [rows, 0], pruned."""
-        try:
-            local, place = self._ranks.module, self._ranks.place
-            examples = independent(example_values(local))
-            like, record = examples[place(incoming.like)], incoming.record
-            with like.fake_mode as mode:
-                mask = torch.empty(like.shape[:2], dtype=torch.bool, device=record.mask.device)
-                row_count = torch.empty(
-                    (fresh_size(mode, record.rows), 0), device=record.mask.device
-                )
-            module = normalise(local, examples, extra=(mask, row_count))
-        except Exception as error:
-            return internal_error("normalise", error), self._module
-        self._observe("normalise", module)
-        embeds = None if incoming.embeds is None else place(incoming.embeds)
-        entering = partial(_entering, incoming._replace(embeds=embeds))
-        outcome = prune(module, self._request, entering, self._observe)
-        assert outcome is not None
-        return outcome, module
 
     def _compile(self, module: GraphModule) -> Compiled:
         """Compile outside dynamo's call, which may be over: guards on what comes are its own."""
@@ -239,19 +215,3 @@ def prompts(module: GraphModule) -> tuple[list[int], list[int]]:
         elif value.ndim == 2 and value.dtype in (torch.int32, torch.int64):
             ids.append(place)
     return embeds, ids
-
-
-def _entering(incoming: IncomingMask, module: GraphModule) -> Vision:
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    mask, row_count = placeholders[:2]
-    if incoming.embeds is not None:
-        embeds = placeholders[2 + incoming.embeds]
-    else:
-        stacks = locate.find_stacks(module.graph)
-        if not stacks:
-            raise NoDecoder("the graph holds no whole decoder stack")
-        # A given mask fits any graph of the prompt's shape; a vision tower is no decoder.
-        if not attends_causally(stacks[-1]):
-            raise NoDecoder(f"{stacks[-1].path} attends without a mask, so it is no decoder")
-        embeds = locate.entry(module.graph, stacks[-1])
-    return Vision(embeds, (mask,), (), incoming.record.how, row_count)

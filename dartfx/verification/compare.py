@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dartfx.backend.request import CallerCapabilities, request_of
+from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
 from dartfx.passes.analysis import locate
 from dartfx.passes.analysis.axes import Axes, TokenAxes
 from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.outcome import Outcome, Pruned
-from dartfx.passes.pipeline import prune
+from dartfx.passes.request import Request
 from dartfx.passes.site import Site
 from dartfx.passes.transform import trim_kv_cache
 from dartfx.verification.masked_reference import (
@@ -61,13 +62,10 @@ class Graphs:
 
     def __init__(self, module: GraphModule, config: DartConfig) -> None:
         request = request_of(config, CallerCapabilities(fixes_sliding_lengths=True))
-        self.pruned = normalise(module)
-        self.outcome = _pruned(prune(self.pruned, request))
-        self.whole = normalise(module)
+        self.outcome, self.pruned = _pruned(module, request)
         everything = [dataclasses.replace(s, retain=lambda n: n) for s in request.stages]
-        _pruned(
-            prune(self.whole, dataclasses.replace(request, stages=tuple(everything), always=True))
-        )
+        unshortened = dataclasses.replace(request, stages=tuple(everything), always=True)
+        _, self.whole = _pruned(module, unshortened)
         original = normalise(module)
         sites = _sites(original, self.outcome)
         axes = TokenAxes(Axes(original.graph), sites[0])
@@ -111,9 +109,10 @@ class Graphs:
         )
 
 
-def _pruned(outcome: Outcome | None) -> Pruned:
+def _pruned(module: GraphModule, request: Request) -> tuple[Pruned, GraphModule]:
+    outcome, rewritten, _ = rewrite(lambda: normalise(module), module, request)
     if isinstance(outcome, Pruned):
-        return outcome
+        return outcome, rewritten
     raise NotPruned(outcome)
 
 

@@ -1,0 +1,58 @@
+"""A decoder's graph with two inputs more, the vision mask [B, S] and a tensor [rows, 0], pruned."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule
+
+from dartfx.backend.rewrite import Rewritten, rewrite
+from dartfx.passes.analysis import locate
+from dartfx.passes.analysis.attention import attends_causally
+from dartfx.passes.frontend.normalise import example_values, fresh_size, independent, normalise
+from dartfx.passes.pipeline import Observer
+from dartfx.passes.refusal import NoDecoder
+from dartfx.passes.request import Request
+from dartfx.passes.site import Vision
+from dartfx.runtime.mask_dispatch import IncomingMask
+from dartfx.runtime.rank_agreement import Ranks
+
+__all__ = ["rewrite_with_mask"]
+
+
+def rewrite_with_mask(
+    module: GraphModule, ranks: Ranks, request: Request, observe: Observer, incoming: IncomingMask
+) -> Rewritten:
+    """Prune dynamo's graph ``module`` for calls whose mask comes as ``incoming`` does.
+
+    The empty tensor carries the number of feature rows in its shape.
+    """
+
+    def trace() -> GraphModule:
+        examples = independent(example_values(ranks.module))
+        like, record = examples[ranks.place(incoming.like)], incoming.record
+        with like.fake_mode as mode:
+            mask = torch.empty(like.shape[:2], dtype=torch.bool, device=record.mask.device)
+            rows = torch.empty((fresh_size(mode, record.rows), 0), device=record.mask.device)
+        return normalise(ranks.module, examples, extra=(mask, rows))
+
+    def vision(traced: GraphModule) -> Vision:
+        embeds = None if incoming.embeds is None else ranks.place(incoming.embeds)
+        return _entering(incoming._replace(embeds=embeds), traced)
+
+    return rewrite(trace, module, request, vision=vision, observe=observe)
+
+
+def _entering(incoming: IncomingMask, module: GraphModule) -> Vision:
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    mask, carrier = placeholders[:2]
+    if incoming.embeds is not None:
+        embeds = placeholders[2 + incoming.embeds]
+    else:
+        stacks = locate.find_stacks(module.graph)
+        if not stacks:
+            raise NoDecoder("the graph holds no whole decoder stack")
+        # A given mask fits any graph of the prompt's shape; a vision tower is no decoder.
+        if not attends_causally(stacks[-1]):
+            raise NoDecoder(f"{stacks[-1].path} attends without a mask, so it is no decoder")
+        embeds = locate.entry(module.graph, stacks[-1])
+    return Vision(embeds, (mask,), (), incoming.record.how, carrier)
