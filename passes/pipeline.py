@@ -33,7 +33,7 @@ class Observer(Protocol):
     def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None: ...
 
 
-class Clock:
+class PassTimer:
     """Seconds per pass; also tells an observer and the log when each pass has run."""
 
     def __init__(self, module: GraphModule, observe: Observer | None = None) -> None:
@@ -70,7 +70,7 @@ def prune(
     the merge in the graph.  Returns Pruned, Declined (why, where, what to try), Unchanged, or None
     when no vision tokens enter a decoder here (the graph is then unchanged).
     """
-    clock = Clock(module, observe)
+    clock = PassTimer(module, observe)
     try:
         return _prune(module, request, vision, clock)
     except Exception as error:
@@ -98,7 +98,7 @@ def _prune(
     module: GraphModule,
     request: Request,
     vision: Callable[[GraphModule], Vision] | None,
-    clock: Clock,
+    clock: PassTimer,
 ) -> Outcome | None:
     graph = module.graph
     with clock("locate"):
@@ -109,7 +109,7 @@ def _prune(
         clock.site = sites[request.stages[0].layer]
     with clock("axes"):
         region = CutRegion(graph, clock.site)
-        tokens, planned = insert_selection.plan(region.emitter(), clock.site, request)
+        tokens, planned = insert_selection.plan_budgets(region.emitter(), clock.site, request)
         if not planned:
             return _all_retained(value_of(tokens), request)
         (stage, budget), *later = planned
@@ -117,12 +117,14 @@ def _prune(
             clock.site = sites[stage.layer]
             region = CutRegion(graph, clock.site)
         left = _tokens_left(region.site, budget, planned[-1][1])
-        leaves = trim_kv_cache.plan(region.site, region.output, region.axes, left, request)
+        leaves = trim_kv_cache.plan_cache_layout(
+            region.site, region.output, region.axes, left, request
+        )
         region.recompute()
     site, batch = region.site, sizes(region.site.hidden)[0]
     before = flops(site.stack.layer_of), bytes_of(leaves.caches)
     caches = leaves.caches if leaves.layout == "uniform" else {}
-    needs = insert_selection.Caches(
+    needs = insert_selection.RuntimeChecks(
         bool(caches) and not request.gathers_decode_mask, None if later else leaves.window
     )
     made = [cut(module, region, stage, budget, needs, caches, clock)]
@@ -132,7 +134,9 @@ def _prune(
             clock.site = locate.locate(graph, stage.layer, made[-1].left, site.stack)
         with clock("axes"):
             region = CutRegion(graph, clock.site)
-        needs = insert_selection.Caches(False, leaves.window if stage is planned[-1][0] else None)
+        needs = insert_selection.RuntimeChecks(
+            False, leaves.window if stage is planned[-1][0] else None
+        )
         made.append(cut(module, region, stage, budget, needs, made[-1].uniform, clock))
     return Pruned(
         stack=site.stack.path,

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from dartfx.export.decompositions import PLAIN
 from dartfx.passes.frontend.exported import free_symbols, restore_regions, shape_env
 from dartfx.passes.refusal import Refusal
-from dartfx.passes.transform.inline_ops import inline
+from dartfx.passes.transform.inline_ops import inline_ops
 from dartfx.runtime.keep_idx import keep_idx_in_prompt
 
 _RETURNED = (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT)
@@ -62,7 +62,7 @@ def finished(program: ExportedProgram, module: GraphModule, tokens: bool) -> Exp
         _return_kept(module)
         call = replace(call, out_spec=_with_one_more(call.out_spec))
     _place_in_modules(module, program.graph)
-    inline(module, PLAIN)
+    inline_ops(module, PLAIN)
     _require_portable(module)
     signature.output_specs = _output_specs(module, signature)
     outputs = [copy.copy(s.arg) for s in signature.output_specs if s.kind in _RETURNED]

@@ -48,7 +48,7 @@ class Axes:
         self._value: UnionFind = UnionFind()
         self._place: UnionFind = UnionFind()
         self._factors: dict[Var, tuple[Factor, ...]] = {}
-        self._handled: set[tuple[Node, Var]] = set()
+        self._prunable: set[tuple[Node, Var]] = set()
         self._counted: dict[Node, tuple[Node, ...]] = {}
         self._onward: dict[Var, set[Var]] = defaultdict(set)
         for node in graph.nodes:
@@ -56,13 +56,13 @@ class Axes:
         for node in graph.nodes:
             self._follow_write(node)
 
-    def tie(self, user: Node, a: Var, b: Var) -> None:
+    def preserve(self, user: Node, a: Var, b: Var) -> None:
         """Two dims that ``user`` makes one; its operands' dims among them count as handled."""
-        self.handle(user, a)
-        self.handle(user, b)
-        self.stay(user, a, b)
+        self.allow_pruning(user, a)
+        self.allow_pruning(user, b)
+        self.preserve_opaque(user, a, b)
 
-    def stay(self, user: Node, a: Var, b: Var) -> None:
+    def preserve_opaque(self, user: Node, a: Var, b: Var) -> None:
         """Two dims that are equal position by position, though ``user`` may read positions."""
         a, b = _positive(a), _positive(b)
         self.unify(a, b)
@@ -86,9 +86,9 @@ class Axes:
         if one or other:
             self._factors[self._value[a]] = one or other
 
-    def handle(self, user: Node, var: Var) -> None:
+    def allow_pruning(self, user: Node, var: Var) -> None:
         """``user`` treats this operand dim in a way that survives dropping tokens."""
-        self._handled.add((user, _positive(var)))
+        self._prunable.add((user, _positive(var)))
 
     def require_recomputed(self, user: Node, *operands: Node) -> None:
         """``operands`` name or count positions for ``user``: right only if made after the cut."""
@@ -135,7 +135,7 @@ class Axes:
                     if self.same((node, dim), (base, other)):
                         self._onward[node, dim].add((base, other))
 
-    def leads(self, start: Var, end: Var) -> bool:
+    def flows_to(self, start: Var, end: Var) -> bool:
         """Whether positions along one dim reach the other in their order, by some way at least."""
         seen, ahead = {start}, [start]
         while ahead and end not in seen:
@@ -147,7 +147,7 @@ class Axes:
     def in_order(self, start: Node, end: Node) -> bool:
         """Whether rows and tokens of [B, S, ..] are those of an earlier [B, S, ..], in order."""
         dims = (d for d in (0, 1) if not is_one(sizes(start)[d]))
-        return all(self.leads((start, d), (end, d)) for d in dims)
+        return all(self.flows_to((start, d), (end, d)) for d in dims)
 
     def same(self, a: Var, b: Var) -> bool:
         """Whether two dims are one axis."""
@@ -163,7 +163,7 @@ class Axes:
         """Whether two dims stand in one place, size-1 broadcasts included."""
         return bool(self._place[_positive(a)] == self._place[_positive(b)])
 
-    def alone(self, var: Var) -> bool:
+    def is_unambiguous(self, var: Var) -> bool:
         """Whether no other axis stands anywhere in the place of this dim.
 
         A ``[1, 1, 1]`` parameter used in two places makes one of them.  What was expanded from one
@@ -172,9 +172,9 @@ class Axes:
         place = next(group for group in self._place.to_sets() if var in group)
         return all(self.same((n, d), var) or _is_expanded(n, d) for n, d in place)
 
-    def was_handled(self, user: Node, var: Var) -> bool:
+    def allows_pruning(self, user: Node, var: Var) -> bool:
         """Whether ``user``'s rule accounts for this operand dim."""
-        return (user, var) in self._handled
+        return (user, var) in self._prunable
 
 
 def _is_expanded(node: Node, dim: int) -> bool:
@@ -218,8 +218,8 @@ class TokenAxes:
         self.batch: Var = (site.hidden, 0)
 
     @cached_property
-    def _batch_stands_alone(self) -> bool:
-        return self.axes.alone(self.batch)
+    def _batch_is_unambiguous(self) -> bool:
+        return self.axes.is_unambiguous(self.batch)
 
     def is_token(self, node: Node, dim: int) -> bool:
         """Whether this dim is the token axis (of size S)."""
@@ -261,7 +261,7 @@ class TokenAxes:
             if not is_one(sizes(node)[dim]):
                 if self.axes.same((node, dim), self.batch):
                     return dim
-            elif self.axes.aligned((node, dim), self.batch) and self._batch_stands_alone:
+            elif self.axes.aligned((node, dim), self.batch) and self._batch_is_unambiguous:
                 return dim
         return None
 
@@ -270,6 +270,6 @@ class TokenAxes:
         for node in nodes:
             for operand in node.all_input_nodes:
                 dims = (*self.dims(operand), *self.flat_dims(operand))
-                if any(not self.axes.was_handled(node, (operand, d)) for d in dims):
+                if any(not self.axes.allows_pruning(node, (operand, d)) for d in dims):
                     return node, operand
         return self.axes.stale(nodes)

@@ -1,4 +1,4 @@
-"""Cheap questions to dynamo's own graph, so that most graphs never pay for a re-trace."""
+"""Cheap pre-filters on Dynamo's graph; avoid re-tracing graphs that cannot be pruned."""
 
 from __future__ import annotations
 

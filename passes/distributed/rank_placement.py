@@ -36,25 +36,25 @@ from dartfx.passes.graph import (
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.rules.table import relate
 
-Same = None
+Replicate = None
 """The placement of a value that is the same on every rank."""
 
 
 @dataclass(frozen=True)
-class Split:
+class Shard:
     """Ranks hold different parts of one value, end to end along a dim."""
 
     dim: int
 
 
 @dataclass(frozen=True)
-class Other:
+class Unknown:
     """Ranks hold different values, in a way that is not followed any further than ``node``."""
 
     node: Node
 
 
-Placement = Split | Other | None
+RankPlacement = Shard | Unknown | None
 _VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.unflatten}
 _GATHERS = {"all_reduce", "all_gather_into_tensor", "broadcast"}
 
@@ -75,7 +75,7 @@ def _shards(node: Node) -> Shards:
     return Shards("", None, 1) if known is None else cast(Shards, known)
 
 
-class Placements:
+class RankPlacements:
     """The placement of every value of a graph.
 
     group: the process group that the shards and the collectives name, and ranks its size; "" and 1
@@ -84,7 +84,7 @@ class Placements:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self._of: dict[Node, Placement] = {}
+        self._of: dict[Node, RankPlacement] = {}
         self.group, self.ranks = _group(graph)
         if not self.group:
             return
@@ -92,51 +92,51 @@ class Placements:
             if node.op != "output":
                 self.add(node)
 
-    def of(self, node: Node) -> Placement:
+    def of(self, node: Node) -> RankPlacement:
         """Where this value is."""
-        return self._of.get(node, Same)
+        return self._of.get(node, Replicate)
 
     def add(self, node: Node) -> None:
         """Follow one call further; those before it must have been."""
         self._of[node] = found = self._placement(node)
         for written in mutated_operands(node):
-            if found is not Same:
+            if found is not Replicate:
                 # Whatever else is a view of the same memory is not followed.
                 base = bases(written)[-1]
                 views = [n for n in self._of if n is not node and bases(n)[-1] is base]
-                self._of.update(dict.fromkeys(views, Other(node)))
+                self._of.update(dict.fromkeys(views, Unknown(node)))
             if _all_of(written, node):
                 self._of[written] = found
 
-    def _placement(self, node: Node) -> Placement:
+    def _placement(self, node: Node) -> RankPlacement:
         if node.op == "placeholder":
             shards = _shards(node)
             if not shards.group:
-                return Same
-            return Other(node) if shards.dim is None else Split(shards.dim)
+                return Replicate
+            return Unknown(node) if shards.dim is None else Shard(shards.dim)
         operands = {i: self._of[i] for i in node.all_input_nodes}
         if node.target is aten.sym_size.int:
-            return Same  # shards of even length
+            return Replicate  # shards of even length
         collective = _collective(node)
         if collective in _GATHERS:
             (value,) = operands.values()
-            if value is Same and collective != "broadcast":
+            if value is Replicate and collective != "broadcast":
                 raise Refusal(
                     "the graph combines a value over the ranks which looks the same on all of "
                     "them, so its parameters are sharded in a way that they do not tell",
                     node,
                     advice="parameters that are DTensors, as transformers' tp_plan makes them",
                 )
-            return Same
+            return Replicate
         if _draws(node):
-            return Other(node)
-        apart = {i: p for i, p in operands.items() if p is not Same}
+            return Unknown(node)
+        apart = {i: p for i, p in operands.items() if p is not Replicate}
         if packet(node) is aten.copy_:
             return operands[argument(node, "src")]
         if not apart:
-            return Same
-        lost = next((p for p in apart.values() if isinstance(p, Other)), None)
-        return lost or _carried(node, cast("dict[Node, Split]", apart))
+            return Replicate
+        lost = next((p for p in apart.values() if isinstance(p, Unknown)), None)
+        return lost or _carried(node, cast("dict[Node, Shard]", apart))
 
     @staticmethod
     def proof(node: Node) -> str:
@@ -203,7 +203,7 @@ class _Ties:
     def __init__(self) -> None:
         self.pairs: list[tuple[Var, Var]] = []
 
-    def tie(self, user: Node, a: Var, b: Var) -> None:
+    def preserve(self, user: Node, a: Var, b: Var) -> None:
         self.unify(a, b)
 
     def unify(self, a: Var, b: Var) -> None:
@@ -218,10 +218,10 @@ class _Ties:
         if factors and isinstance(factors[0], tuple):
             self.unify(var, factors[0])
 
-    def stay(self, user: Node, a: Var, b: Var) -> None:
+    def preserve_opaque(self, user: Node, a: Var, b: Var) -> None:
         """Positions are read: a range of them is not enough to know."""
 
-    def handle(self, user: Node, var: Var) -> None:
+    def allow_pruning(self, user: Node, var: Var) -> None:
         """A sum over a shard is a part of the sum."""
 
     def require_recomputed(self, user: Node, *operands: Node) -> None:
@@ -233,11 +233,11 @@ def _positive(var: Var) -> Var:
     return node, dim % len(sizes(node))
 
 
-def _carried(node: Node, operands: dict[Node, Split]) -> Placement:
+def _carried(node: Node, operands: dict[Node, Shard]) -> RankPlacement:
     """How a call's result is split, from the dims that its rule keeps one to one."""
     if tensor(node) is None:
         # Several results: each comes by a ``getitem``, where the call's rule is asked.
-        return next(iter(operands.values())) if len(operands) == 1 else Other(node)
+        return next(iter(operands.values())) if len(operands) == 1 else Unknown(node)
     if node.target is operator.getitem:
         ((call, split),) = operands.items()
         operands = {i: split for i in call.all_input_nodes if tensor(i) is not None}
@@ -246,11 +246,11 @@ def _carried(node: Node, operands: dict[Node, Split]) -> Placement:
     ends = [{d for n, d in ties.of((i, s.dim)) if n is node} for i, s in operands.items()]
     (dim, *more) = ends[0] or {-1}
     if more or any(end != {dim} for end in ends):
-        return Other(node)
+        return Unknown(node)
     if packet(node) in _VIEWS:
         ((source, split),) = operands.items()
         dim -= _outer_one(sizes(source)[: split.dim], sizes(node)[:dim])
-    return Split(dim)
+    return Shard(dim)
 
 
 def _outer_one(before: Sequence[Size], after: Sequence[Size]) -> int:

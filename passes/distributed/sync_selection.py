@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from dartfx.passes.distributed.rank_placement import Placement, Placements, Same, Split
+from dartfx.passes.distributed.rank_placement import RankPlacement, RankPlacements, Replicate, Shard
 from dartfx.passes.graph import Emitter, aten, sizes, tensor
 from dartfx.passes.outcome import Across
 from dartfx.passes.refusal import Refusal
@@ -25,14 +25,14 @@ _UNLIKE = (
 )
 
 
-def unite(keep: Node, select: Select) -> tuple[Node, Across | None]:
+def sync_selection(keep: Node, select: Select) -> tuple[Node, Across | None]:
     """Make the selection behind ``keep`` one over all ranks, in place.
 
     keep: keep_idx [B, S'], right after ``select`` emitted it.  Returns what to gather by instead,
     and what was done; ``keep`` itself and None in a graph of one process.  Raises Refusal where the
     graph does not show that the ranks select alike.
     """
-    places = Placements(keep.graph)
+    places = RankPlacements(keep.graph)
     if not places.group:
         return keep, None
     chosen = _chosen(keep)
@@ -41,7 +41,7 @@ def unite(keep: Node, select: Select) -> tuple[Node, Across | None]:
     how = []
     for operand in [n for n in chosen.all_input_nodes if tensor(n) is not None]:
         place = places.of(operand)
-        if isinstance(place, Split) and len(sizes(operand)) == 4:
+        if isinstance(place, Shard) and len(sizes(operand)) == 4:
             _require_split_by_heads(operand, place)
             if norms_only:
                 whole = _norms_as_keys(emit, operand, places.group)
@@ -65,18 +65,18 @@ def _chosen(keep: Node) -> Node:
     return keep
 
 
-def _require_same(node: Node, place: Placement) -> None:
-    if place is not Same:
+def _require_same(node: Node, place: RankPlacement) -> None:
+    if place is not Replicate:
         shape = [str(s) for s in sizes(node)]
         raise Refusal(
             f"the selection reads a value of shape {shape} that the graph does not show to be the "
             "same on every rank, so they might keep different tokens",
-            node if isinstance(place, Split) else place.node,
+            node if isinstance(place, Shard) else place.node,
             advice='transformers\' own tp_plan (tp_plan="auto"), without sequence parallelism',
         )
 
 
-def _require_split_by_heads(node: Node, place: Split) -> None:
+def _require_split_by_heads(node: Node, place: Shard) -> None:
     if place.dim != _HEADS:
         raise Refusal(
             "the keys before the cut differ between ranks, and not by their heads alone",
@@ -99,7 +99,7 @@ def _norms_as_keys(emit: Emitter, keys: Node, group: str) -> Node:
     return emit(_c10d.wait_tensor.default, total)
 
 
-def _all_heads(emit: Emitter, local: Node, places: Placements) -> Node:
+def _all_heads(emit: Emitter, local: Node, places: RankPlacements) -> Node:
     """[B, H, S, Dh] of all ranks' heads, in the order of the ranks."""
     batch, heads, tokens, channels = (emit.size(local, d) for d in range(4))
     packed = emit(aten.contiguous.default, local)
@@ -110,7 +110,7 @@ def _all_heads(emit: Emitter, local: Node, places: Placements) -> Node:
     return emit(aten.reshape.default, by_row, [batch, -1, tokens, channels])
 
 
-def _checked(keep: Node, places: Placements) -> Node:
+def _checked(keep: Node, places: RankPlacements) -> Node:
     """``keep`` once all ranks were seen to have selected alike."""
     emit = Emitter(keep.next)
     mine = emit(torch.ops.dartfx.hash_indices.default, keep)

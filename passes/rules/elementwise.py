@@ -53,7 +53,7 @@ def same_shape(axes: Axes, node: Node, out: Node) -> None:
     """The first operand's dims, unchanged.  Softmax weighs tokens but does not order them."""
     first = node.all_input_nodes[0]
     for dim in range(len(sizes(out))):
-        axes.tie(node, (first, dim), (out, dim))
+        axes.preserve(node, (first, dim), (out, dim))
 
 
 @rule("_c10d_functional::all_gather_into_tensor")
@@ -61,7 +61,7 @@ def all_gather(axes: Axes, node: Node, out: Node) -> None:
     """The ranks' values end to end along dim 0; other dims stay."""
     first = node.all_input_nodes[0]
     for dim in range(1, len(sizes(out))):
-        axes.tie(node, (first, dim), (out, dim))
+        axes.preserve(node, (first, dim), (out, dim))
 
 
 @rule(*named("type_as"))
@@ -89,7 +89,7 @@ def leading_dims(axes: Axes, node: Node, out: Node) -> None:
     """The dims that both sides have; the last one appears or goes."""
     first = node.all_input_nodes[0]
     for dim in range(min(len(sizes(first)), len(sizes(out)))):
-        axes.tie(node, (first, dim), (out, dim))
+        axes.preserve(node, (first, dim), (out, dim))
 
 
 @rule(*named("layer_norm", "rms_norm", "native_layer_norm"))

@@ -35,7 +35,7 @@ def index_put(axes: Axes, node: Node, out: Node) -> None:
     """Written at positions that the indices name: the shape stays, every dim is opaque."""
     first = argument(node, "self")
     for dim in range(len(sizes(out))):
-        axes.stay(node, (first, dim), (out, dim))
+        axes.preserve_opaque(node, (first, dim), (out, dim))
 
 
 @rule(*named("embedding"))
@@ -43,7 +43,7 @@ def embedding(axes: Axes, node: Node, out: Node) -> None:
     """weight [V, D] at indices: the indices' dims, then D."""
     indices = argument(node, "indices")
     for dim in range(len(sizes(indices))):
-        axes.tie(node, (indices, dim), (out, dim))
+        axes.preserve(node, (indices, dim), (out, dim))
 
 
 @rule(*named("index"))
@@ -64,9 +64,9 @@ def index(axes: Axes, node: Node, out: Node) -> None:
 
 def _permute_rows(axes: Axes, node: Node, first: Node, indices: Node, out: Node) -> None:
     """``rows[order]`` and ``rows[order // k]``, order being how ``k`` values of each row sort."""
-    axes.tie(node, (indices, 0), (out, 0))
+    axes.preserve(node, (indices, 0), (out, 0))
     for dim in range(1, len(sizes(first))):
-        axes.tie(node, (first, dim), (out, dim))
+        axes.preserve(node, (first, dim), (out, dim))
     order, repeats = indices, 1
     while packet(order) in _SAME_POSITIONS:
         divisor = argument(order, "other", 1)
@@ -75,7 +75,7 @@ def _permute_rows(axes: Axes, node: Node, first: Node, indices: Node, out: Node)
         repeats *= divisor
         order = order.all_input_nodes[0]
     if is_sort_order(order) and same_size(sizes(first)[0] * repeats, sizes(indices)[0]):
-        axes.handle(node, (first, 0))
+        axes.allow_pruning(node, (first, 0))
         # Rows from before the cut would be picked by their rank among the tokens that are left.
         axes.require_recomputed(node, order, first)
 
@@ -90,8 +90,8 @@ def index_select(axes: Axes, node: Node, out: Node) -> None:
     at = argument(node, "dim") % len(sizes(first))
     for dim in range(len(sizes(first))):
         if dim != at:
-            axes.tie(node, (first, dim), (out, dim))
-    axes.tie(node, (indices, 0), (out, at))
+            axes.preserve(node, (first, dim), (out, dim))
+    axes.preserve(node, (indices, 0), (out, at))
 
 
 @rule(*named("gather"))
@@ -100,9 +100,9 @@ def gather(axes: Axes, node: Node, out: Node) -> None:
     first, indices = argument(node, "self"), argument(node, "index")
     at = argument(node, "dim") % len(sizes(out))
     for dim in range(len(sizes(out))):
-        axes.tie(node, (indices, dim), (out, dim))
+        axes.preserve(node, (indices, dim), (out, dim))
         if dim != at and same_size(sizes(first)[dim], sizes(out)[dim]):
-            axes.tie(node, (first, dim), (out, dim))
+            axes.preserve(node, (first, dim), (out, dim))
 
 
 @rule(*named("scatter", "scatter_add", "scatter_reduce"))
@@ -112,9 +112,9 @@ def scatter(axes: Axes, node: Node, out: Node) -> None:
     at = argument(node, "dim") % len(sizes(out))
     for dim in range(len(sizes(out))):
         if dim == at:
-            axes.stay(node, (first, dim), (out, dim))
+            axes.preserve_opaque(node, (first, dim), (out, dim))
             continue
-        axes.tie(node, (first, dim), (out, dim))
+        axes.preserve(node, (first, dim), (out, dim))
         for operand in node.all_input_nodes[1:]:
             if same_size(sizes(operand)[dim], sizes(out)[dim]):
-                axes.tie(node, (operand, dim), (out, dim))
+                axes.preserve(node, (operand, dim), (out, dim))

@@ -29,9 +29,9 @@ def ordered(axes: Axes, node: Node, out: Node) -> None:
     reading = {d % len(sizes(out)) for d in (dims if isinstance(dims, list | tuple) else [dims])}
     for dim in range(len(sizes(out))):
         if dim not in reading:
-            axes.tie(node, (first, dim), (out, dim))
+            axes.preserve(node, (first, dim), (out, dim))
         elif packet(node) not in (aten.flip, aten.roll):
-            axes.stay(node, (first, dim), (out, dim))
+            axes.preserve_opaque(node, (first, dim), (out, dim))
 
 
 @rule(*named("sort", "argsort"))
@@ -41,7 +41,7 @@ def sort(axes: Axes, node: Node, out: Node) -> None:
     at = argument(node, "dim", -1) % len(sizes(out))
     for dim in range(len(sizes(out))):
         if dim != at or _only_routes(node):
-            axes.tie(node, (first, dim), (out, dim))
+            axes.preserve(node, (first, dim), (out, dim))
 
 
 _PASSED_ON = {operator.getitem, *named("to", "_to_copy", "clone", "contiguous", "floor_divide")}
@@ -72,6 +72,6 @@ def triangle(axes: Axes, node: Node, out: Node) -> None:
     first = node.all_input_nodes[0]
     for dim in range(len(sizes(out))):
         if dim < len(sizes(out)) - 2:
-            axes.tie(node, (first, dim), (out, dim))
+            axes.preserve(node, (first, dim), (out, dim))
         else:
-            axes.stay(node, (first, dim), (out, dim))
+            axes.preserve_opaque(node, (first, dim), (out, dim))

@@ -38,10 +38,10 @@ def reduce(axes: Axes, node: Node, out: Node) -> None:
     to = 0
     for dim in range(rank):
         if dim not in reduced:
-            axes.tie(node, (first, dim), (out, dim if kept else to))
+            axes.preserve(node, (first, dim), (out, dim if kept else to))
             to += 1
         elif out is node:
-            axes.handle(node, (first, dim))
+            axes.allow_pruning(node, (first, dim))
 
 
 @rule(*named("histc", "bincount"))
@@ -55,9 +55,9 @@ def loss(axes: Axes, node: Node, out: Node) -> None:
     """Scores [P, C] against targets [P], summed or averaged; unreduced, the rows stay."""
     scores, targets = argument(node, "self"), argument(node, "target")
     if len(sizes(scores)) == 2 and len(sizes(targets)) == 1:
-        axes.tie(node, (scores, 0), (targets, 0))
+        axes.preserve(node, (scores, 0), (targets, 0))
         if len(sizes(out)) == 1:
-            axes.tie(node, (scores, 0), (out, 0))
+            axes.preserve(node, (scores, 0), (out, 0))
 
 
 @rule(*named("linear"))
@@ -65,7 +65,7 @@ def linear(axes: Axes, node: Node, out: Node) -> None:
     """x [.., I] @ weight [O, I].T; a weight along the token axis would mix positions: opaque."""
     x, weight, bias = (argument(node, n) for n in ("input", "weight", "bias"))
     for dim in range(len(sizes(out)) - 1):
-        axes.tie(node, (x, dim), (out, dim))
+        axes.preserve(node, (x, dim), (out, dim))
     axes.unify((x, -1), (weight, -1))
     if len(sizes(weight)) == 2:
         axes.unify((weight, 0), (out, -1))
@@ -81,11 +81,11 @@ def matmul(axes: Axes, node: Node, out: Node) -> None:
     if min(len(sizes(a)), len(sizes(b))) < 2:
         return
     _contract(axes, node, (a, -1), (b, -2))
-    axes.tie(node, (a, -2), (out, -2))
-    axes.tie(node, (b, -1), (out, -1))
+    axes.preserve(node, (a, -2), (out, -2))
+    axes.preserve(node, (b, -1), (out, -1))
     for operand in (a, b):
         for back in range(3, len(sizes(operand)) + 1):
-            axes.tie(node, (operand, -back), (out, -back))
+            axes.preserve(node, (operand, -back), (out, -back))
 
 
 def _contract(axes: Axes, node: Node, a: tuple[Node, int], b: tuple[Node, int]) -> None:
@@ -93,7 +93,7 @@ def _contract(axes: Axes, node: Node, a: tuple[Node, int], b: tuple[Node, int]) 
     if only_of_state(a[0]) or only_of_state(b[0]):
         axes.unify(a, b)
     else:
-        axes.tie(node, a, b)
+        axes.preserve(node, a, b)
 
 
 @rule(*named("addmm", "baddbmm"))
@@ -104,10 +104,10 @@ def addmm(axes: Axes, node: Node, out: Node) -> None:
     align(axes, node, bias, out)
     _contract(axes, node, (a, -1), (b, -2))
     for back in range(2, len(sizes(out)) + 1):
-        axes.tie(node, (a, -back), (out, -back))
-    axes.tie(node, (b, -1), (out, -1))
+        axes.preserve(node, (a, -back), (out, -back))
+    axes.preserve(node, (b, -1), (out, -1))
     if len(sizes(b)) == 3:
-        axes.tie(node, (b, 0), (out, 0))
+        axes.preserve(node, (b, 0), (out, 0))
 
 
 @rule(*named("_grouped_mm"), "transformers::grouped_mm_fallback")
@@ -119,7 +119,7 @@ def grouped_mm(axes: Axes, node: Node, out: Node) -> None:
     rows, weights, ends = node.args[:3]
     assert isinstance(rows, Node) and isinstance(weights, Node)
     if isinstance(ends, Node) and len(sizes(rows)) == 2 and len(sizes(weights)) == 3:
-        axes.tie(node, (rows, 0), (out, 0))
+        axes.preserve(node, (rows, 0), (out, 0))
         axes.unify((rows, 1), (weights, 1))
         axes.unify((weights, 2), (out, 1))
         axes.require_recomputed(node, ends)
@@ -137,7 +137,7 @@ def einsum(axes: Axes, node: Node, out: Node) -> None:
     for operand, letters in zip(operands, left.split(","), strict=True):
         for dim, letter in enumerate(letters):
             contracted = letter not in right and any(map(only_of_state, operands))
-            relate = axes.unify if contracted else partial(axes.tie, node)
+            relate = axes.unify if contracted else partial(axes.preserve, node)
             relate((operand, dim), seen.setdefault(letter, (operand, dim)))
 
 
@@ -146,15 +146,15 @@ def attention(axes: Axes, node: Node, out: Node) -> None:
     """q [.., Q, D], k [.., K, D], v [.., K, E], mask [.., Q, K] -> [.., Q, E]."""
     query, key, value = (argument(node, n) for n in ("query", "key", "value"))
     mask = argument(node, "attn_mask")
-    axes.tie(node, (query, -2), (out, -2))
-    axes.tie(node, (key, -2), (value, -2))
+    axes.preserve(node, (query, -2), (out, -2))
+    axes.preserve(node, (key, -2), (value, -2))
     axes.unify((query, -1), (key, -1))
     axes.unify((value, -1), (out, -1))
     for back in range(3, len(sizes(out)) + 1):
-        axes.tie(node, (query, -back), (out, -back))
-        axes.tie(node, (key, -back), (value, -back))
+        axes.preserve(node, (query, -back), (out, -back))
+        axes.preserve(node, (key, -back), (value, -back))
     if mask is not None:
-        axes.tie(node, (mask, -2), (query, -2))
-        axes.tie(node, (mask, -1), (key, -2))
+        axes.preserve(node, (mask, -2), (query, -2))
+        axes.preserve(node, (mask, -1), (key, -2))
         for back in range(3, len(sizes(mask)) + 1):
-            axes.tie(node, (mask, -back), (out, -back))
+            axes.preserve(node, (mask, -back), (out, -back))

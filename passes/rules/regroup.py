@@ -30,7 +30,7 @@ _LARGE = 4099
 def _permuted(axes: Axes, node: Node, out: Node, order: list[int]) -> None:
     first = node.all_input_nodes[0]
     for to, source in enumerate(order):
-        axes.tie(node, (first, source), (out, to))
+        axes.preserve(node, (first, source), (out, to))
 
 
 @rule(*named("transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T"))
@@ -60,7 +60,7 @@ def unsqueeze(axes: Axes, node: Node, out: Node) -> None:
     """A new size-1 dim."""
     first, at = node.all_input_nodes[0], argument(node, "dim") % len(sizes(out))
     for dim in range(len(sizes(first))):
-        axes.tie(node, (first, dim), (out, dim if dim < at else dim + 1))
+        axes.preserve(node, (first, dim), (out, dim if dim < at else dim + 1))
 
 
 @rule(*named("squeeze"))
@@ -72,7 +72,7 @@ def squeeze(axes: Axes, node: Node, out: Node) -> None:
     gone = {d % rank for d in chosen if is_one(sizes(first)[d])}
     kept = [d for d in range(rank) if d not in gone]
     for to, source in enumerate(kept):
-        axes.tie(node, (first, source), (out, to))
+        axes.preserve(node, (first, source), (out, to))
 
 
 @rule(*named("expand", "expand_as", "broadcast_to"))
@@ -97,9 +97,9 @@ def select(axes: Axes, node: Node, out: Node) -> None:
     first = node.all_input_nodes[0]
     at = argument(node, "dim") % len(sizes(first))
     for dim in range(len(sizes(out))):
-        axes.tie(node, (first, dim if dim < at else dim + 1), (out, dim))
+        axes.preserve(node, (first, dim if dim < at else dim + 1), (out, dim))
     if argument(node, "index") == -1:
-        axes.handle(node, (first, at))
+        axes.allow_pruning(node, (first, at))
 
 
 @rule(*named("slice", "narrow"))
@@ -109,10 +109,10 @@ def slice_(axes: Axes, node: Node, out: Node) -> None:
     at = argument(node, "dim", 0) % len(sizes(first))
     for dim in range(len(sizes(out))):
         if dim != at or same_size(sizes(first)[dim], sizes(out)[dim]):
-            axes.tie(node, (first, dim), (out, dim))
+            axes.preserve(node, (first, dim), (out, dim))
     start, end = argument(node, "start"), argument(node, "end")
     if packet(node) is aten.slice and type(start) is int and start < 0 and end in (None, _END):
-        axes.handle(node, (first, at))
+        axes.allow_pruning(node, (first, at))
 
 
 @rule(*named("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"))
@@ -125,14 +125,14 @@ def regroup(axes: Axes, node: Node, out: Node) -> None:
         same_sizes(axes, node, out)
     for left, right in _groups(first, out):
         if len(left) == len(right) == 1:
-            axes.tie(node, (first, left[0]), (out, right[0]))
+            axes.preserve(node, (first, left[0]), (out, right[0]))
         elif len(right) == 1 and left:
             axes.product((out, right[0]), tuple((first, d) for d in left))
             for dim in left:
-                axes.handle(node, (first, dim))
+                axes.allow_pruning(node, (first, dim))
         elif len(left) == 1 and right:
             axes.product((first, left[0]), tuple((out, d) for d in right))
-            axes.handle(node, (first, left[0]))
+            axes.allow_pruning(node, (first, left[0]))
 
 
 def _groups(first: Node, out: Node) -> list[tuple[list[int], list[int]]]:
@@ -197,7 +197,7 @@ def cat(axes: Axes, node: Node, out: Node) -> None:
         # torch lets an empty [0] join anything
         for d in range(len(sizes(out)) if len(sizes(part)) == len(sizes(out)) else 0):
             if d != dim or full == [part]:
-                axes.tie(node, (part, d), (out, d))
+                axes.preserve(node, (part, d), (out, d))
 
 
 def _is_empty(part: Node) -> bool:
@@ -210,7 +210,7 @@ def stack(axes: Axes, node: Node, out: Node) -> None:
     at = argument(node, "dim", 0) % len(sizes(out))
     for part in node.all_input_nodes:
         for dim in range(len(sizes(part))):
-            axes.tie(node, (part, dim), (out, dim if dim < at else dim + 1))
+            axes.preserve(node, (part, dim), (out, dim if dim < at else dim + 1))
 
 
 @rule(*named("split", "split_with_sizes", "chunk", "tensor_split", "unbind"))
@@ -221,7 +221,7 @@ def split(axes: Axes, node: Node, out: Node) -> None:
     gone = len(sizes(out)) < len(sizes(first))
     for dim in range(len(sizes(first))):
         if dim != at:
-            axes.tie(node, (first, dim), (out, dim - 1 if gone and dim > at else dim))
+            axes.preserve(node, (first, dim), (out, dim - 1 if gone and dim > at else dim))
 
 
 @rule(*named("repeat"))
@@ -230,10 +230,10 @@ def repeat(axes: Axes, node: Node, out: Node) -> None:
     first, times = node.all_input_nodes[0], argument(node, "repeats")
     for back in range(1, len(sizes(first)) + 1):
         if type(times[-back]) is int and times[-back] == 1:
-            axes.tie(node, (first, -back), (out, -back))
+            axes.preserve(node, (first, -back), (out, -back))
         elif type(times[-back]) is int and not is_one(sizes(first)[-back]):
             axes.product((out, -back), (times[-back], (first, -back)))
-            axes.handle(node, (first, -back))
+            axes.allow_pruning(node, (first, -back))
 
 
 @rule(*named("repeat_interleave"))
@@ -245,10 +245,10 @@ def repeat_interleave(axes: Axes, node: Node, out: Node) -> None:
     at %= len(sizes(out))
     for dim in range(len(sizes(out))):
         if dim != at:
-            axes.tie(node, (first, dim), (out, dim))
+            axes.preserve(node, (first, dim), (out, dim))
     if not is_one(sizes(first)[at]):
         axes.product((out, at), ((first, at), times))
-        axes.handle(node, (first, at))
+        axes.allow_pruning(node, (first, at))
 
 
 @rule(*named("movedim", "moveaxis"))
@@ -271,4 +271,4 @@ def pad(axes: Axes, node: Node, out: Node) -> None:
     first, amounts = node.all_input_nodes[0], argument(node, "pad")
     for back in range(1, len(sizes(out)) + 1):
         if all(a == 0 for a in amounts[2 * back - 2 : 2 * back]):
-            axes.tie(node, (first, -back), (out, -back))
+            axes.preserve(node, (first, -back), (out, -back))

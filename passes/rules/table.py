@@ -86,10 +86,10 @@ def align(axes: Axes, node: Node, operand: Node, out: Node) -> None:
     """The operand's dims are those of the result, counted from the right."""
     if tensor(operand) is not None:
         for back in range(1, min(len(sizes(operand)), len(sizes(out))) + 1):
-            axes.tie(node, (operand, -back), (out, -back))
+            axes.preserve(node, (operand, -back), (out, -back))
 
 
 def reads_metadata_only(axes: Axes, node: Node, operand: Node) -> None:
     """The operand is asked for its shape, dtype or device; its values are not read."""
     for dim in range(len(sizes(operand))):
-        axes.handle(node, (operand, dim))
+        axes.allow_pruning(node, (operand, dim))

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dartfx.passes.analysis.axes import Axes, TokenAxes
-from dartfx.passes.distributed.sync_selection import unite
+from dartfx.passes.distributed.sync_selection import sync_selection
 from dartfx.passes.graph import (
     Emitter,
     bases,
@@ -70,7 +70,7 @@ def cut(
     region: CutRegion,
     stage: Stage,
     budget: insert_selection.Budget,
-    needs: insert_selection.Caches,
+    needs: insert_selection.RuntimeChecks,
     uniform: dict[Node, int],
     step: Step,
 ) -> CutResult:
@@ -84,7 +84,7 @@ def cut(
     with step("insert"):
         emit = region.emitter()
         keep, mask = insert_selection.insert(emit, site, axes, stage.select, budget, needs)
-        keep, across = unite(keep, stage.select)
+        keep, across = sync_selection(keep, stage.select)
         left = Emitter(keep.next)(torch.ops.aten.gather.default, mask, 1, keep)
         kept = emit.size(keep, 1)
     with step("gather"):

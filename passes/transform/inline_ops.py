@@ -17,7 +17,7 @@ from dartfx.passes.refusal import Refusal
 Body = Callable[..., Any]
 
 
-def inline(module: GraphModule, bodies: Mapping[object, Body]) -> list[Node]:
+def inline_ops(module: GraphModule, bodies: Mapping[object, Body]) -> list[Node]:
     """Replace every call of an operator in ``bodies`` by what its function does; the new nodes.
 
     A function is traced on the call's fake values, so it must not depend on data; it may call

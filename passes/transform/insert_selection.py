@@ -40,7 +40,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Caches:
+class RuntimeChecks:
     """What decode needs checked.  even_rows: every row must hold its share of the vision tokens;
     window: no row may be left with less than so many tokens, None for any number."""
 
@@ -70,7 +70,7 @@ def vision_rows(emit: Emitter, vision: Vision) -> int | Node:
     return total
 
 
-def plan(
+def plan_budgets(
     emit: Emitter, site: Site, request: Request
 ) -> tuple[int | Node, list[tuple[Stage, Budget]]]:
     """N per sample (feature rows / batch), and the cuts that drop some of what the last one left.
@@ -116,7 +116,7 @@ def insert(
     axes: TokenAxes,
     select: Select,
     budget: Budget,
-    caches: Caches,
+    caches: RuntimeChecks,
 ) -> Selected:
     """Emit mask, validity, final norm, selection and what the caches need checked at run time."""
     _require_order(site, axes)

@@ -16,7 +16,7 @@ from dartfx.passes.transform.gather_frontier import Gatherer
 
 
 @dataclass(frozen=True)
-class Plan:
+class CacheLayout:
     """What a prefill leaves for decode.
 
     layout: "layered" or "uniform"; caches: keys and values that the graph returns, by layer;
@@ -28,7 +28,9 @@ class Plan:
     window: int | None
 
 
-def plan(site: Site, output: Node, axes: TokenAxes, left: Size, request: Request) -> Plan:
+def plan_cache_layout(
+    site: Site, output: Node, axes: TokenAxes, left: Size, request: Request
+) -> CacheLayout:
     """The layout for caches of which some will hold only ``left`` tokens (S' after all cuts).
 
     Raises Refusal for one that decode could not read.
@@ -39,7 +41,7 @@ def plan(site: Site, output: Node, axes: TokenAxes, left: Size, request: Request
         return_whole(sliding, output, left, request)
         width, wanted = None, "uniform"
     caches = cached(site, output, axes)
-    return Plan(choose_layout(site, wanted, caches), caches, width)
+    return CacheLayout(choose_layout(site, wanted, caches), caches, width)
 
 
 def cached(site: Site, output: Node, axes: TokenAxes) -> dict[Node, int]:

@@ -13,7 +13,13 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dartfx.passes.distributed import sync_selection
-from dartfx.passes.distributed.rank_placement import Other, Placement, Placements, Same, Split
+from dartfx.passes.distributed.rank_placement import (
+    RankPlacement,
+    RankPlacements,
+    Replicate,
+    Shard,
+    Unknown,
+)
 from dartfx.passes.distributed.to_local_tensors import PLACED
 from dartfx.passes.graph import Shards
 from dartfx.passes.refusal import Refusal
@@ -40,13 +46,13 @@ def traced(function: Callable[..., Any], *inputs: tuple[tuple[int, ...], Shards 
 
 def placement(
     function: Callable[..., Any], *inputs: tuple[tuple[int, ...], Shards | None]
-) -> Placement:
+) -> RankPlacement:
     """Of what the function returns."""
     graph = traced(function, *inputs)
     (output,) = graph.find_nodes(op="output")
     returned = output.args[0]
     assert isinstance(returned, Node)
-    return Placements(graph).of(returned)
+    return RankPlacements(graph).of(returned)
 
 
 def summed(value: Tensor) -> Tensor:
@@ -67,28 +73,28 @@ def rotated(k: Tensor) -> Tensor:
     return torch.cat([-k[..., half:], k[..., :half]], -1)
 
 
-CARRIED: dict[str, tuple[Callable[..., Any], Placement, list[Any]]] = {
-    "keys": (lambda x, w: heads(linear(x, w)), Split(1), [HIDDEN, WEIGHT]),
-    "with bias": (lambda x, w, b: heads(linear(x, w, b)), Split(1), [HIDDEN, WEIGHT, BIAS]),
-    "one head": (lambda x, w: heads(linear(x, w), 1), Split(1), [HIDDEN, WEIGHT]),
+CARRIED: dict[str, tuple[Callable[..., Any], RankPlacement, list[Any]]] = {
+    "keys": (lambda x, w: heads(linear(x, w)), Shard(1), [HIDDEN, WEIGHT]),
+    "with bias": (lambda x, w, b: heads(linear(x, w, b)), Shard(1), [HIDDEN, WEIGHT, BIAS]),
+    "one head": (lambda x, w: heads(linear(x, w), 1), Shard(1), [HIDDEN, WEIGHT]),
     "one head, rotated": (
         lambda x, w: rotated(heads(linear(x, w), 1)) + heads(linear(x, w), 1),
-        Split(1),
+        Shard(1),
         [HIDDEN, WEIGHT],
     ),
     "normed heads": (
         lambda x, w: heads(linear(x, w)) * heads(linear(x, w)).pow(2).mean(-1, True).rsqrt(),
-        Split(1),
+        Shard(1),
         [HIDDEN, WEIGHT],
     ),
     "one of two chunks": (
         lambda x, w: heads(linear(x, w)).split(1, -1)[1],
-        Split(1),
+        Shard(1),
         [HIDDEN, WEIGHT],
     ),
     "appended to nothing": (
         lambda x, w: torch.cat([x.new_empty(0), heads(linear(x, w))], -2),
-        Split(1),
+        Shard(1),
         [HIDDEN, WEIGHT],
     ),
 }
@@ -120,7 +126,7 @@ LOST: dict[str, tuple[Callable[..., Any], list[Any]]] = {
 @pytest.mark.parametrize("name", LOST)
 def test_what_is_not_a_split_is_not_taken_for_one(name: str) -> None:
     function, inputs = LOST[name]
-    assert isinstance(placement(function, *inputs), Other)
+    assert isinstance(placement(function, *inputs), Unknown)
 
 
 def test_a_sum_over_ranks_is_the_same_everywhere_also_in_place() -> None:
@@ -130,8 +136,8 @@ def test_a_sum_over_ranks_is_the_same_everywhere_also_in_place() -> None:
         return x + part
 
     inputs = HIDDEN, WEIGHT, ((D, LOCAL), ROWS)
-    assert placement(layer, *inputs) is Same
-    assert isinstance(placement(lambda x, w, b: x + linear(linear(x, w), b), *inputs), Other)
+    assert placement(layer, *inputs) is Replicate
+    assert isinstance(placement(lambda x, w, b: x + linear(linear(x, w), b), *inputs), Unknown)
 
 
 def test_a_write_reaches_every_view() -> None:
@@ -141,7 +147,7 @@ def test_a_write_reaches_every_view() -> None:
         base.copy_(linear(x, w))
         return seen + 1
 
-    assert isinstance(placement(written, HIDDEN, ((D, D), COLUMNS)), Other)
+    assert isinstance(placement(written, HIDDEN, ((D, D), COLUMNS)), Unknown)
 
 
 @pytest.mark.parametrize(
@@ -162,14 +168,14 @@ def test_a_sum_of_what_looks_equal_is_refused() -> None:
 
 
 def test_one_process_has_no_group() -> None:
-    assert Placements(traced(lambda x, w: linear(x, w), HIDDEN, ((LOCAL, D), None))).group == ""
+    assert RankPlacements(traced(lambda x, w: linear(x, w), HIDDEN, ((LOCAL, D), None))).group == ""
 
 
 def test_the_proof_knows_numbers_but_not_what_is_summed_over_ranks() -> None:
     def proof(add: float, inside: float) -> str:
         graph = traced(lambda x, w: summed(linear(x, w) * inside) + add, HIDDEN, WEIGHT)
         (output,) = graph.find_nodes(op="output")
-        return Placements(graph).proof(output.all_input_nodes[0])
+        return RankPlacements(graph).proof(output.all_input_nodes[0])
 
     assert proof(1.0, 2.0) == proof(1.0, 3.0)
     assert proof(1.0, 2.0) != proof(2.0, 2.0)
@@ -194,7 +200,7 @@ def united(function: Callable[..., Any], reads: str = "norms", checks: bool = Fa
     (select,) = graph.find_nodes(op="call_function", target=torch.ops.dartfx.select_tokens.default)
     before = set(graph.nodes)
     select_by = ByOperator(select.target, reads=reads, checks_ranks=checks)  # type: ignore[arg-type]
-    keep, across = sync_selection.unite(select, select_by)
+    keep, across = sync_selection.sync_selection(select, select_by)
     assert across is not None
     assert (across.group, across.ranks) == (GROUP, RANKS)
     assert (keep is select) != checks

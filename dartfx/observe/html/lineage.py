@@ -22,10 +22,10 @@ class Recorded(Axes):
         self._user = ""
         super().__init__(graph)
 
-    def tie(self, user: Node, a: Var, b: Var) -> None:
+    def preserve(self, user: Node, a: Var, b: Var) -> None:
         """As Axes does, on behalf of ``user``."""
         self._user = user.name
-        super().tie(user, a, b)
+        super().preserve(user, a, b)
         self._user = ""
 
     def unify(self, a: Var, b: Var) -> None:
