@@ -1,0 +1,107 @@
+"""The shape of the code: sizes of files, functions and folders; test_arrows.py holds the imports.
+
+Read from the files; nothing is imported.  Each rule has a list of what breaks it today.  The lists
+only get shorter: remove a line with what it names, and never add one.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.layout.test_layout import ROOT, imported, sources
+
+LARGEST_FILE, LARGEST_FUNCTION, LARGEST_FOLDER = 300, 40, 12
+
+TRITON_KERNELS = "dartfx/ops/triton_kernels.py"  # a kernel is one function, however long
+
+LARGE_FILES = {
+    "dartfx/tools/zoo/hooked.py",
+    "dartfx/tools/zoo/projected.py",
+    "passes/graph.py",
+    "tests/backend/test_backend.py",
+    "tests/backend/test_shapes.py",
+    "tests/export/test_export.py",
+    "tests/model/test_generate.py",
+    "tests/selection/test_selectors.py",
+    "tests/tools/test_evaluate.py",
+    "tests/tools/test_hooked.py",
+}
+
+LARGE_FUNCTIONS = {
+    "dartfx/model/compile.py explain",
+    "dartfx/observe/trial.py lines",
+    "dartfx/ops/select_tokens.py select_tokens",
+    "dartfx/ops/triton_launch.py select",
+    "dartfx/tools/zoo/gemma.py gemma4",
+    "dartfx/tools/zoo/gemma.py gemma4_unified",
+    "dartfx/tools/zoo/others.py florence2",
+    "dartfx/tools/zoo/others.py kimi_k25",
+    "dartfx/tools/zoo/others.py llama4",
+    "dartfx/tools/zoo/others.py phi4_multimodal",
+    "dartfx/verification/verify.py verify",
+    "examples/bench_prefill.py measure",
+    "examples/seeing.py show",
+    "passes/pipeline.py _prune",
+    "tests/support/cuda_codegen.py pretend",
+    "tests/support/decoders.py pruned_by_hand",
+    "tests/support/random_decoders.py plan_of",
+}
+
+LARGE_FOLDERS = {"dartfx/tools/bench", "dartfx/tools/zoo", "tests/support"}
+
+USES_MOCK = {
+    "dartfx/tools/bench/hooks.py",
+    "dartfx/tools/bench/rows.py",
+    "dartfx/tools/evaluate/resume.py",
+    "dartfx/tools/zoo/hooked.py",
+}
+
+
+def all_sources() -> Iterator[Path]:
+    yield from sources("dartfx", "passes", "tests", "examples")
+
+
+def product() -> dict[str, str]:
+    """The text of every file of dartfx and its passes, by path."""
+    return {shown(path): path.read_text() for path in sources("dartfx", "passes")}
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_sizes_of_files() -> None:
+    large = {shown(p) for p in all_sources() if len(p.read_text().splitlines()) > LARGEST_FILE}
+    assert large - LARGE_FILES - {TRITON_KERNELS} == set()
+
+
+def test_sizes_of_functions() -> None:
+    large = {
+        f"{shown(path)} {node.name}"
+        for path in all_sources()
+        if shown(path) != TRITON_KERNELS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if (node.end_lineno or 0) - node.lineno >= LARGEST_FUNCTION
+    }
+    assert large - LARGE_FUNCTIONS == set()
+
+
+def test_sizes_of_folders() -> None:
+    counts: dict[str, int] = {}
+    for path in all_sources():
+        counts[shown(path.parent)] = counts.get(shown(path.parent), 0) + 1
+    large = {folder for folder, count in counts.items() if count > LARGEST_FOLDER}
+    assert large - LARGE_FOLDERS == set()
+
+
+def test_no_mock_in_the_product() -> None:
+    found = {path for path, source in product().items() if "mock" in ast_names(source)}
+    assert found - USES_MOCK == set()
+
+
+def ast_names(source: str) -> set[str]:
+    """Every name and every part of a dotted name that ``source`` imports."""
+    return {part for _, name in imported(source, "module") for part in name.split(".")}
