@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -84,6 +85,7 @@ def compile_graph(
 ) -> Compiled:
     """Compile one dynamo graph: pruned where vision tokens enter a decoder, else unchanged."""
     graph = GraphCompiler(config, module, caller)
+    graph.dump.save_inputs(inputs)
     try:
         if may_merge_features(module.graph):
             compiled = graph.compile_merge(inputs)
@@ -117,9 +119,7 @@ class GraphCompiler:
         self.reported: list[Report] = []
         fix_windows(module.graph)  # now, since a guard counts only while dynamo compiles
         self.ranks = Ranks(module)
-        self.dump = Dump(
-            config, module, (caller.can_retry_with_graph_breaks, caller.fixes_sliding_lengths)
-        )
+        self.dump = Dump(config, module, asdict(caller))
 
     def compile_merge(self, inputs: Sequence[Any]) -> Compiled | None:
         """Compile a graph that may merge vision tokens; None when it turns out not to."""

@@ -91,6 +91,7 @@ class _Hosted(GraphCompiler):
 
     def rewritten(self, inputs: Sequence[Any]) -> GraphModule:
         """The graph to compile."""
+        self.dump.save_inputs(inputs)
         if may_merge_features(self.module.graph):
             if groups(self.module.graph) or dtensors(self.module.graph):
                 self.announce(_SEVERAL_RANKS)

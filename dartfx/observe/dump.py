@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
 from dartfx.backend.lowering import lower
 from dartfx.config.options import DartConfig
-from dartfx.observe import repro_script
+from dartfx.observe import repro_inputs, repro_script
 from dartfx.observe.report import Report, as_json
-from dartfx.passes.graph import hint, render, sizes
+from dartfx.passes.graph import hint, render, sizes, tensor
 from dartfx.passes.site import Site
 
 if TYPE_CHECKING:
@@ -28,21 +27,21 @@ _TRACED = {"normalise": "dartfx_graph_before", "check": "dartfx_graph_after"}
 
 
 class Dump:
-    """Writes one graph's stages where ``dump`` and TORCH_TRACE ask for them; else nothing.
+    """Writes one graph's stages to the ``dump`` directory and to TORCH_TRACE, if set.
 
-    host: whether the caller may break the graph, and recounts caches; ``repro.py`` repeats it.
+    caller: what the caller of the compiled code does, for ``repro.py``.
     """
 
     first = "dynamo"  # who made the graph
 
     def __init__(
-        self, config: DartConfig, module: GraphModule, host: tuple[bool, bool] = (False, False)
+        self, config: DartConfig, module: GraphModule, caller: Mapping[str, bool] | None = None
     ) -> None:
-        self._config, self._module, self._host = config, module, host
+        self._config, self._module, self._caller = config, module, caller or {}
         self._folder = None if config.dump is None else _new_folder(Path(config.dump))
         self._page = None if self._folder is None else _new_page()
         self._step = itertools.count()
-        self._arrival: repro_script.Arrival | None = None
+        self._mask: repro_script.RecordedMask | None = None
         self._report: Report | None = None
         self._output_code: list[str] = []
         self(self.first, module)
@@ -58,7 +57,12 @@ class Dump:
         (self._folder / file).write_text(render(module))
         self._page(name, module, site)
         if name in ("normalise", "locate"):
-            self._arrival = _arrival(self._module, module, site) or self._arrival
+            self._mask = _recorded_mask(self._module, module, site) or self._mask
+
+    def save_inputs(self, inputs: Sequence[Any]) -> None:
+        """Save the integer and bool inputs of the call that is being compiled, for the repro."""
+        if self._folder is not None:
+            repro_inputs.save(self._module, inputs, self._folder)
 
     def finish(self, report: Report) -> None:
         """What became of the graph, for people (``report.txt``) and programs (``report.json``)."""
@@ -86,7 +90,7 @@ class Dump:
         return compiled
 
     def _write_repro(self, folder: Path) -> None:
-        written = repro_script.script(self._config, self._module, self._host, self._arrival)
+        written = repro_script.script(self._config, self._module, self._caller, self._mask)
         (folder / "repro.py").write_text(written)
 
     def _write_report(self) -> None:
@@ -120,10 +124,10 @@ def _trace(name: str, encoding: str, payload: Callable[[], str]) -> None:
     )
 
 
-def _arrival(
+def _recorded_mask(
     dynamo: GraphModule, normalised: GraphModule, site: Site | None
-) -> repro_script.Arrival | None:
-    """How a vision mask came to the graph: with the two inputs put in front of dynamo's own."""
+) -> repro_script.RecordedMask | None:
+    """How a vision mask came to the graph: as two inputs in front of dynamo's own."""
     inputs = [n for n in normalised.graph.nodes if n.op == "placeholder"]
     own = sum(n.op == "placeholder" for n in dynamo.graph.nodes)
     if len(inputs) != own + 2:
@@ -131,15 +135,14 @@ def _arrival(
     mask, row_count = inputs[:2]
     rows = hint(sizes(row_count)[0])
     if site is not None and site.vision.how != "given":
-        return inputs.index(site.vision.embeds) - 2, rows, False
-    shape = [hint(s) for s in sizes(mask)]
-    fitting = [
-        place
-        for place, node in enumerate(inputs[2:])
-        if isinstance(value := node.meta["val"], torch.Tensor) and value.ndim in (2, 3)
-        if [hint(s) for s in value.shape[:2]] == shape
-    ]
-    return (fitting[0], rows, True) if fitting else None
+        return repro_script.RecordedMask(inputs.index(site.vision.embeds) - 2, rows, given=False)
+    shape = repro_inputs.sized(sizes(mask))
+    for number, node in enumerate(inputs[2:]):
+        value = tensor(node)
+        fits = value is not None and value.ndim in (2, 3) and repro_inputs.sized(value.shape)
+        if fits and fits[:2] == shape:
+            return repro_script.RecordedMask(number, rows, given=True)
+    return None
 
 
 def _new_page() -> Page:

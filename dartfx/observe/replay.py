@@ -1,9 +1,8 @@
-"""Rebuilds the graph of a ``repro.py`` and runs the pipeline on it: no model, no weights, no data.
+"""Rebuilds the graph of a ``repro.py`` and compiles it, without the model or its weights.
 
 :mod:`dartfx.observe.repro_script` writes such scripts.  The passes see fake tensors of the
-recorded shapes, strides, dtypes and devices, so that a graph of any size is rebuilt on any machine;
-then :mod:`dartfx.observe.trial` runs the graph, pruned and unpruned, on random inputs of the same
-form.
+recorded shapes, strides, dtypes and devices, so that a graph of any size can be rebuilt on any
+machine; then :mod:`dartfx.observe.repro_run` runs the graph, pruned and unpruned.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import builtins
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +25,10 @@ from torch.fx.node import map_aggregate
 from dartfx.backend.graph_compiler import NeedsGraphBreaks, compile_graph
 from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
-from dartfx.observe import report
+from dartfx.observe import report, repro_inputs
 from dartfx.observe.report import Report
-from dartfx.observe.repro_script import Arrival
-from dartfx.observe.trial import Trial, arriving
+from dartfx.observe.repro_run import mask_present, reason_not_to_run, run_both
+from dartfx.observe.repro_script import RecordedMask
 from dartfx.passes.frontend.normalise import fresh_size
 from dartfx.passes.graph import Size
 
@@ -39,13 +39,13 @@ Origin = tuple[tuple[str, ...], tuple[str, int, str, str] | None]
 
 
 class Replay:
-    """One graph as it is written down: sizes, inputs, calls, output, in this order."""
+    """One graph, built in the order of the script: sizes, inputs, calls, output."""
 
     def __init__(self, mode: FakeTensorMode | None = None) -> None:
         self.mode = mode or FakeTensorMode(shape_env=ShapeEnv())
         self.root = nn.Module()
         self.graph = Graph()
-        self.missing: set[str] = set()  # kinds of devices that the graph ran on, and not here
+        self.missing: set[str] = set()  # kinds of devices that this machine lacks
         self._scalars = 0
 
     def size(self, example: int) -> torch.SymInt:
@@ -55,19 +55,19 @@ class Replay:
     def tensor(
         self, shape: Sequence[Size], stride: Sequence[Size], dtype: torch.dtype, device: str
     ) -> Tensor:
-        """A fake tensor; on the CPU where this machine lacks the device."""
+        """A fake tensor, on the CPU if this machine lacks the device."""
         with self.mode:
             return torch.empty_strided(shape, stride, dtype=dtype, device=self.device(device))
 
     def constant(
         self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: str
     ) -> Tensor:
-        """A constant too large to be written down: normal values, or zeros for integers."""
+        """A constant too large for the script: normal values, or zeros for integers."""
         made = torch.empty_strided(shape, stride, dtype=dtype, device=self.device(device))
         return made.normal_() if made.is_floating_point() else made.zero_()
 
     def device(self, name: str) -> torch.device:
-        """The device of this name, or the CPU where this machine has none of its kind."""
+        """The device of this name, or the CPU if this machine has none of its kind."""
         device = torch.device(name)
         try:
             present = (
@@ -80,7 +80,7 @@ class Replay:
         return device if present else torch.device("cpu")
 
     def _here(self, argument: Any) -> Any:
-        """An argument, its devices replaced as :meth:`device` says."""
+        """An argument with its devices replaced by :meth:`device`."""
         if isinstance(argument, torch.device):
             return self.device(str(argument))
         if isinstance(argument, str) and re.fullmatch(r"(cuda|xpu|mps|hpu|npu)(:\d+)?", argument):
@@ -88,14 +88,14 @@ class Replay:
         return argument
 
     def scalar(self, value: float) -> Tensor:
-        """A fake number [] that the graph may read: dynamo wraps Python floats so, when dynamic."""
+        """A fake number [] with a known value: how dynamo passes dynamic Python numbers."""
         self._scalars += 1
         source = ConstantSource(f"scalar_{self._scalars}")
         dtype = torch.int64 if isinstance(value, int) else torch.float64
         return self.mode.from_tensor(torch.tensor(value, dtype=dtype), source=source)
 
     def input(self, name: str, value: Any, *, state: bool = False) -> Node:
-        """A placeholder; state: it is a parameter or a buffer."""
+        """A placeholder; state: whether it is a parameter or a buffer."""
         node = self.graph.placeholder(name)
         node.meta["example_value"] = value
         if state:
@@ -103,7 +103,7 @@ class Replay:
         return node
 
     def attribute(self, name: str, value: Tensor | Callable[[Replay], None]) -> Node:
-        """A constant of the graph, or a graph inside it, built by a function of a Replay."""
+        """A constant of the graph, or a nested graph, built by a function of a Replay."""
         if not isinstance(value, Tensor):
             inner = Replay(self.mode)
             value(inner)
@@ -121,7 +121,7 @@ class Replay:
         kwargs: Mapping[str, Any],
         origin: Origin = ((), None),
     ) -> Node:
-        """A call of a function, or of the first argument's method of this name."""
+        """A call of a function, or of a method of the first argument."""
         op = "call_method" if isinstance(target, str) else "call_function"
         args, kwargs = map_aggregate((args, dict(kwargs)), self._here)
         node = self.graph.create_node(op, target, args, kwargs, name)
@@ -140,36 +140,55 @@ class Replay:
         self,
         options: Mapping[str, object],
         *,
-        host: tuple[bool, bool] = (False, False),
-        arrival: Arrival | None = None,
+        caller: Mapping[str, bool],
+        mask: RecordedMask | None,
+        folder: Path,
         dump: str | None = None,
         run: bool | None = None,
         seed: int = 0,
     ) -> list[Report]:
-        """Send the graph through the backend, print and return its reports; then run it.
+        """Compile the graph, print and return its reports; then run it.
 
-        host: whether the caller may break the graph, and recounts caches (dartfx.compile does).
-        run: whether to run the graph on random inputs, pruned and unpruned; None: where they fit
-        into half of this machine's memory.  Raises what the pruned graph raises on inputs that
-        the unpruned one takes.
+        caller: fields of CallerCapabilities; mask: how a vision mask came to the graph; folder:
+        holds the recorded inputs; run: whether to run the graph, None: if its inputs take less
+        than half of this machine's memory.  Raises what the pruned graph raises on inputs that
+        the unpruned one accepts.
         """
         module = GraphModule(self.root, self.graph)
-        examples = [n.meta["example_value"] for n in self.graph.nodes if n.op == "placeholder"]
         given = {"lowering": "eager", "on_unsupported": "ignore", "dump": dump}
-        config, compiled = DartConfig.from_options({**options, **given}), None
-        with report.collecting() as reports, arriving(arrival, examples):
-            try:
-                compiled = compile_graph(config, module, examples, CallerCapabilities(*host))
-            except NeedsGraphBreaks as needs:
-                print(f"asks for several graphs: {needs}")  # noqa: T201  its reader is a terminal
+        config = DartConfig.from_options({**options, **given})
+        with report.collecting() as reports:
+            compiled = self._compiled(config, module, CallerCapabilities(**caller), mask)
         for made in reports:
-            print(made)  # noqa: T201
+            print(made)  # noqa: T201  its reader is a terminal
         if self.missing:
-            print(f"no {', '.join(sorted(self.missing))} here: on the CPU instead")  # noqa: T201
-        trial = Trial(module, examples, arrival, seed)
-        for line in trial.lines(compiled, any(r.pruned for r in reports), run):
+            print(f"no {', '.join(sorted(self.missing))} here: using the CPU")  # noqa: T201
+        if run is False:
+            return reports
+        recorded = repro_inputs.load(folder)
+        if (reason := reason_not_to_run(module, recorded, even_if_large=run is True)) is not None:
+            print(reason)  # noqa: T201
+            return reports
+        pruned = compiled if any(r.pruned for r in reports) else None
+        for line in run_both(module, pruned, recorded, mask, seed):
             print(line)  # noqa: T201
         return reports
+
+    def _compiled(
+        self,
+        config: DartConfig,
+        module: GraphModule,
+        caller: CallerCapabilities,
+        mask: RecordedMask | None,
+    ) -> Callable[..., Any] | None:
+        """What the backend makes of the graph; None if it needs the call in several graphs."""
+        examples = [n.meta["example_value"] for n in self.graph.nodes if n.op == "placeholder"]
+        try:
+            with mask_present(mask, examples):
+                return compile_graph(config, module, examples, caller)
+        except NeedsGraphBreaks as needs:
+            print(f"needs graph breaks: {needs}")  # noqa: T201
+            return None
 
 
 def find(name: str) -> Any:
@@ -181,7 +200,7 @@ def find(name: str) -> Any:
         try:
             found = importlib.import_module(".".join(parts[:end]))
         except ModuleNotFoundError as error:
-            # A class or an operator's namespace stands in the name, or the library is not here.
+            # The name goes on with a class or an operator's namespace, or the library is missing.
             if error.name is None or not name.startswith(error.name):
                 raise
             continue
@@ -192,5 +211,5 @@ def find(name: str) -> Any:
 
 
 def missing(what: str) -> Any:
-    """Stands where the script could not write something down.  Raises NotImplementedError."""
+    """Replaces what the script could not record.  Raises NotImplementedError."""
     raise NotImplementedError(f"this repro could not record {what}; attach the model's code")

@@ -1,14 +1,15 @@
-"""Writes ``repro.py``: one dynamo graph as a script that rebuilds it and runs the pipeline on it.
+"""Writes ``repro.py``: a script that rebuilds one dynamo graph and compiles it.
 
 The script holds operators, shapes, module paths and source lines; no weights, no inputs, no model.
+Integer and bool inputs are in a file of their own (:mod:`dartfx.observe.repro_inputs`).
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -17,37 +18,50 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import _get_qualified_name
 
 from dartfx.config.options import DartConfig
+from dartfx.observe.repro_inputs import FILE
 from dartfx.passes.frontend.normalise import example_values
 from dartfx.passes.graph import Size, expr, frame, hint, module_paths
 from dartfx.selection.registry import BUILT_IN
 
-__all__ = ["Arrival", "script"]
+__all__ = ["RecordedMask", "script"]
 
-Arrival = tuple[int, int, bool]
-"""A vision mask from outside the graph: the input that came with it (or has the mask's shape), its
-feature rows, and whether the caller gave it (dartfx.vision_tokens)."""
+
+class RecordedMask(NamedTuple):
+    """A vision mask from outside the graph.
+
+    input: number of the input that it came with, or that has the mask's [B, S]; rows: of vision
+    features; given: whether the caller gave it (dartfx.vision_tokens).
+    """
+
+    input: int
+    rows: int
+    given: bool
+
 
 # Neither changes what the passes do.
 _LEFT_OUT = {"dump", "on_unsupported", "lowering", "inductor", "mode", "kernel"}
-_SMALL = 64  # values of a constant that are worth writing down
+_SMALL = 64  # values of a constant that the script spells out
 
 _SCRIPT = '''\
-"""A graph that dartfx met, without its model: python repro.py [--dump DIR] [--[no-]run]
+"""A graph that dartfx compiled, without its model: python repro.py [--dump DIR] [--[no-]run]
 
-Sends the graph through the passes, then runs it, pruned and unpruned, on random inputs.
+Runs the passes on the graph, then runs it, pruned and unpruned. Integer and bool inputs (token
+ids, masks, positions) are read from {inputs} next to this script; floats are random.
 Written by dartfx {dartfx}, torch {torch}, Python {python}.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from sympy import Max, Min, Mod
 
 from dartfx.observe.replay import Replay, find, missing
+from dartfx.observe.repro_script import RecordedMask
 
 OPTIONS = {options}
-HOST = {host}  # may break the graph, recounts caches
-ARRIVAL = {arrival}  # the input a vision mask came with, feature rows, given by the caller
+CALLER = {caller}
+MASK = {mask}
 
 # Enclosing modules and source lines, by number.
 MODULES = [
@@ -67,13 +81,14 @@ def main(arguments=None):
     parser.add_argument("--dump", help="directory for the graph after every pass")
     parser.add_argument(
         "--run", action=argparse.BooleanOptionalAction,
-        help="run the graph on random inputs (default: where they fit into half of the memory)",
+        help="run the graph (default: if its inputs take less than half of the memory)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--seed", type=int, default=0, help="of the random floats")
     given = vars(parser.parse_args(arguments))
     replay = Replay()
     graph(replay)
-    return replay.run(OPTIONS, host=HOST, arrival=ARRIVAL, **given)
+    folder = Path(__file__).parent
+    return replay.run(OPTIONS, caller=CALLER, mask=MASK, folder=folder, **given)
 
 
 if __name__ == "__main__":
@@ -84,14 +99,13 @@ if __name__ == "__main__":
 def script(
     config: DartConfig,
     module: GraphModule,
-    host: tuple[bool, bool] = (False, False),
-    arrival: Arrival | None = None,
+    caller: Mapping[str, bool],
+    mask: RecordedMask | None = None,
 ) -> str:
-    """The source of ``repro.py`` for a graph as dynamo gave it.
+    """The source of ``repro.py`` for a graph as dynamo made it.
 
-    host: whether the caller may break the graph, and recounts caches; arrival: see
-    :mod:`dartfx.observe.replay`.  What cannot be written down becomes a call that says so when it
-    is run.
+    caller: fields of CallerCapabilities; mask: how a vision mask came to the graph.  What cannot be
+    recorded becomes a call that raises an error when the script runs.
     """
     import dartfx
 
@@ -102,8 +116,9 @@ def script(
         torch=torch.__version__,
         python=platform.python_version(),
         options=repr(_options(config)),
-        host=host,
-        arrival=arrival,
+        inputs=FILE,
+        caller=dict(caller),
+        mask=mask,
         modules=_listed(writer.modules),
         sources=_listed(writer.sources),
         functions=functions,
@@ -111,11 +126,11 @@ def script(
 
 
 def _options(config: DartConfig) -> dict[str, object]:
-    """The options that were given and that the passes read."""
+    """The options that differ from the defaults and that the passes read."""
     default = DartConfig()
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _LEFT_OUT}
     changed = {k: v for k, v in given.items() if v != getattr(default, k)}
-    # A selector of the user's own is not registered where the script runs; the passes never look.
+    # A user's selector is not registered where the script runs; the passes do not call it.
     if changed.get("selector", "dart") not in BUILT_IN:
         del changed["selector"]
     return changed
@@ -126,7 +141,7 @@ def _listed(entries: dict[Any, int]) -> str:
 
 
 class _Writer:
-    """Turns graphs into functions of a Replay; modules and sources are numbered as they come."""
+    """Turns graphs into functions of a Replay, and numbers modules and sources."""
 
     def __init__(self) -> None:
         self.modules: dict[tuple[str, ...], int] = {}
@@ -134,7 +149,7 @@ class _Writer:
         self._sized: dict[sympy.Symbol, int] = {}
 
     def function(self, name: str, module: GraphModule) -> Iterator[str]:
-        """The lines of ``def name(replay)``, after those of the graphs inside it."""
+        """The lines of ``def name(replay)``, after those of nested graphs."""
         lines, inner = [f"def {name}(replay):"], []
         if name == "graph":
             lines += [f"    {line}" for line in self._sizes(example_values(module))]
@@ -145,7 +160,7 @@ class _Writer:
         yield from (*inner, *lines, "")
 
     def _sizes(self, examples: list[Any]) -> Iterator[str]:
-        """One symbolic size per symbol of the inputs, with the example that dynamo saw."""
+        """One symbolic size per symbol of the inputs, with the traced example."""
         found = [s for e in examples for s in (e.shape if isinstance(e, Tensor) else [e])]
         symbolic = [s for s in found if isinstance(s, torch.SymInt)]
         bare = {expr(s): hint(s) for s in symbolic if expr(s).is_Symbol}
@@ -216,7 +231,7 @@ def _sizes(sizes: Any) -> str:
 
 
 def _size(size: Size) -> str:
-    """A size in terms of the symbols, which are written in capitals: no node is named so."""
+    """A size in terms of the symbols, in capitals, which no node's name is."""
     if isinstance(size, bool) or type(size) is int:
         return repr(size)
     found = expr(size)
