@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_refusals import RETAIN, SMALL, assert_pruned
 from torch import Tensor
 
 import dartfx
@@ -23,6 +22,7 @@ from tests.support.decoders import (
     prompt,
     pruned_by_hand,
 )
+from tests.support.refusals import RETAIN, SMALL, assert_pruned
 
 
 def gradients(model: Decoder, call: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:

@@ -10,47 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dartfx.passes.outcome import Pruned
-from dartfx.passes.refusal import Declined
 from tests.support.decoders import (
     IMAGE,
     Decoder,
-    Inputs,
     Layer,
     Sizes,
     Style,
-    assert_same,
     changed,
     prompt,
     pruned_by_hand,
-    run,
 )
+from tests.support.refusals import SMALL, assert_declined, assert_pruned
 from tests.support.spellings import JOINS, SPLITS, Attention, Context
 
-RETAIN = 5
-SMALL = Sizes(layers=2)
 PAD = 39
-
-
-def assert_declined(model: Decoder, inputs: Inputs, text: str, **options: Any) -> Declined:
-    """The outcome names ``text``; the outputs are those of the plain model, to the bit."""
-    model.eval()
-    outputs, outcome = run(model, inputs, **({"retain_tokens": RETAIN, "layer": 1} | options))
-    assert isinstance(outcome, Declined), outcome
-    assert text in str(outcome)
-    with torch.no_grad():
-        assert_same(outputs, model(**inputs), rtol=0, atol=0)
-    return outcome
-
-
-def assert_pruned(model: Decoder, inputs: Inputs, retain: int = RETAIN, **by_hand: Any) -> Any:
-    """The outputs, which are those of the model pruned by hand."""
-    model.eval()
-    outputs, outcome = run(model, inputs, retain_tokens=retain, layer=1)
-    assert isinstance(outcome, Pruned), outcome
-    with torch.no_grad():
-        assert_same(outputs, pruned_by_hand(model, inputs, retain, 1, **by_hand))
-    return outputs
 
 
 # --- operators that read positions ----------------------------------------------------------

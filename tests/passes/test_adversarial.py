@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_refusals import RETAIN, SMALL, assert_declined, assert_pruned
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -27,6 +26,7 @@ from tests.support.decoders import (
     changed,
     prompt,
 )
+from tests.support.refusals import RETAIN, SMALL, assert_declined, assert_pruned
 from tests.support.spellings import Context
 
 TWO_ROWS = Sizes(layers=2, batch=2)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_refusals import assert_declined, assert_pruned
 from torch import Tensor, nn
 
 import dartfx
@@ -26,6 +25,7 @@ from tests.support.decoders import (
     prompt,
     pruned_by_hand,
 )
+from tests.support.refusals import assert_declined, assert_pruned
 from tests.support.spellings import JOINS, SPLITS, Attention, Context, rotate
 
 PADDED = Sizes(seq=44, vision=24, layers=2)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from test_refusals import RETAIN, SMALL, assert_declined, assert_pruned
 from torch import Tensor, nn
 
 import dartfx
 from dartfx.passes.refusal import Declined
 from tests.support.decoders import Decoder, Sizes, assert_same, compiled, prompt, pruned_by_hand
+from tests.support.refusals import RETAIN, SMALL, assert_declined, assert_pruned
 
 
 class NoNorm(Decoder):

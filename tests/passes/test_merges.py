@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_refusals import RETAIN, SMALL, assert_declined, assert_pruned
 from torch import Tensor, nn
 
 from dartfx.passes.outcome import Unchanged
 from tests.support.decoders import IMAGE, Decoder, assert_same, prompt, run
+from tests.support.refusals import RETAIN, SMALL, assert_declined, assert_pruned
 
 LEARNED = 39
 
