@@ -19,7 +19,8 @@ from dartfx.errors import (
     UnsupportedGraphError,
 )
 from dartfx.export.metadata import ChangedOutput, ExportedPruning, exported_pruning
-from dartfx.model.compile import compile, explain, reset
+from dartfx.model.compile import compile, reset
+from dartfx.model.explain import explain
 from dartfx.observe.report import Report, reports
 from dartfx.ops import select_tokens
 from dartfx.runtime.vision_mask import media_tokens, vision_tokens

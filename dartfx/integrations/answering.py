@@ -208,7 +208,7 @@ class Answering:
         output = self.model.generate(**inputs, **arguments, return_dict_in_generate=True)
         self.tally.reports += report.reports()[before:]
         rows, length = inputs["input_ids"].shape
-        dropped = kv_cache.dropped(output.past_key_values)
+        dropped = kv_cache.pruned_length(output.past_key_values)
         self.tally.prompts += rows
         self.tally.with_vision += rows * batch.sees
         if dropped:

@@ -1,4 +1,4 @@
-"""A model's compiled call: which lane it takes, and what is told of calls that stay unpruned."""
+"""A model's compiled call: in one graph or several, and what it reports of unpruned calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from dartfx.backend.graph_compiler import NeedsGraphBreaks, compile_graph, prepare_dynamo, refuse
+from dartfx.backend.graph_compiler import (
+    NeedsGraphBreaks,
+    compile_graph,
+    prepare_dynamo,
+    refuse,
+)
 from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.errors import DartfxError
@@ -33,13 +38,13 @@ from dartfx.passes.outcome import Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import keep_idx, vision_mask
 
-__all__ = ["NOT_ONE_GRAPH", "Forward", "compiled_forward", "watch_generate"]
+__all__ = ["NOT_ONE_GRAPH", "CompiledModel", "watch_generate"]
 
 log = logging.getLogger(__name__)
 
 Call = Callable[..., Any]
 
-# What dynamo raises when fullgraph=True cannot hold; it lets some of the tracer's own errors out.
+# What dynamo raises when fullgraph=True fails; some are errors of the tracer that it lets out.
 NOT_ONE_GRAPH = (
     TorchDynamoException,
     FailOnRecompileLimitHit,
@@ -49,69 +54,99 @@ NOT_ONE_GRAPH = (
 )
 
 
-class Forward:
+class CompiledModel:
     """A model's compiled call: one whole graph where dynamo can make it, several where not.
 
     A whole graph is what ``generate`` gives for nearly every model, while a plain forward with
-    pixels may have to break.  Which calls broke is remembered by the arguments they passed, and so
-    are calls that failed after a pruned graph, which run eagerly.
+    pixels may have to break.  Calls that broke are remembered by the names of their arguments, and
+    so are calls that failed after a pruned graph, which run eagerly.
 
-    uniform: makes the same with uniform caches, for prefills into a static cache; None where the
+    uniform: compiles the same with uniform caches, for prefills into a static cache; None where the
     options forbid it.
     """
 
     def __init__(
         self,
-        whole: Call,
-        broken: Call,
+        one_graph: Call,
+        with_breaks: Call,
         eager: Call,
         config: DartConfig,
-        uniform: Callable[[], Forward] | None = None,
+        uniform: Callable[[], CompiledModel] | None = None,
     ) -> None:
         self.config = config
-        self._uniform = None if uniform is None else cache(uniform)
         self.calls = 0
-        self._whole, self._broken, self._eager = whole, broken, eager
+        self._one_graph, self._with_breaks, self._eager = one_graph, with_breaks, eager
+        self._uniform = None if uniform is None else cache(uniform)
         self._breaks: set[frozenset[str]] = set()
         self._fails: set[frozenset[str]] = set()
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        config: DartConfig,
+        dynamic: bool | None = None,
+        *,
+        gathers_decode_mask: bool = True,
+    ) -> CompiledModel:
+        """What ``dartfx.compile`` puts in the place of a model's call.
+
+        gathers_decode_mask: decode steps come through this call, too; those of static caches may be
+        compiled elsewhere.
+        """
+        prepare_dynamo()
+        caller = CallerCapabilities(
+            fixes_sliding_lengths=True, gathers_decode_mask=gathers_decode_mask
+        )
+        may_break = replace(caller, can_retry_with_graph_breaks=True)
+        in_one = partial(compile_graph, config, caller=may_break)
+        in_several = partial(compile_graph, config, caller=caller)
+        call = model._call_impl
+        one_graph = torch.compile(call, backend=in_one, dynamic=dynamic, fullgraph=True)
+        with_breaks = torch.compile(call, backend=in_several, dynamic=dynamic)
+        uniform = None
+        if config.kv_layout != "layered":
+            one_length = replace(config, kv_layout="uniform")
+            uniform = partial(cls.of, model, one_length, dynamic, gathers_decode_mask=False)
+        return cls(one_graph, with_breaks, call, config, uniform)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             # transformers compiles the decode steps of static caches by itself.
             return self._eager(*args, **kwargs)
         self.calls += 1
-        given, held = kv_cache.tokens_given(kwargs), kwargs.get("past_key_values")
-        kv_cache.require_unpruned(held, given)
+        tokens, kv = kv_cache.new_tokens(kwargs), kwargs.get("past_key_values")
+        kv_cache.require_unpruned(kv, tokens)
         as_tuple = kwargs.get("return_dict") is False
-        if self._uniform is not None and not as_tuple and kv_cache.empty_static(held):
-            return self._uniform()._fill(held, args, kwargs)
-        kwargs = kv_cache.with_kept_columns(held, kwargs)
-        with keep_idx.collect_keep_idx() as handed:
+        if self._uniform is not None and not as_tuple and kv_cache.is_empty_static(kv):
+            return self._uniform()._prefill_static(kv, args, kwargs)
+        kwargs = kv_cache.gather_decode_mask(kv, kwargs)
+        with keep_idx.collect_keep_idx() as collected:
             result = self._call(args, kwargs)
-        held = getattr(result, "past_key_values", None) or held
-        kv_cache.recount(held)
-        kv_cache.note_pruned(held, given, handed)
+        kv = getattr(result, "past_key_values", None) or kv
+        kv_cache.fix_sliding_lengths(kv)
+        kv_cache.mark_pruned(kv, tokens, collected)
         return result
 
-    def _fill(self, static: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call with an empty static cache, which gets what a growing one was given."""
-        fitting = {"past_key_values": kv_cache.growing()}
+    def _prefill_static(self, static: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call with a dynamic cache instead of an empty static one, which gets its tokens."""
+        dynamic = {"past_key_values": kv_cache.new_dynamic_cache()}
         if "attention_mask" in kwargs:
-            fitting["attention_mask"] = kv_cache.without_room(kwargs["attention_mask"])
-        result = self(*args, **kwargs | fitting)
-        kv_cache.fill(static, result.past_key_values)
+            dynamic["attention_mask"] = kv_cache.strip_static_slots(kwargs["attention_mask"])
+        result = self(*args, **kwargs | dynamic)
+        kv_cache.copy_into_static(static, result.past_key_values)
         result.past_key_values = static
         return result
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with report.watching() as compiled, vision_mask.collect_masks() as noted:
+        with report.collect_reports() as compiled, vision_mask.collect_masks() as noted:
             result = self._run(compiled, args, kwargs)
-        if compiled and not any(map(_tells, compiled)):
-            self._tell_unpruned(len(compiled), args, kwargs)
-        lost = [found for found in noted if not found.consumed.is_set()]
+        if compiled and not any(map(_concerns_vision_tokens, compiled)):
+            self._refuse_unmerged_inputs(len(compiled), args, kwargs)
+        lost = [mask for mask in noted if not mask.consumed.is_set()]
         if lost:
-            for found in lost:
-                found.consumed.set()  # said here, so not once more when its tensor dies
+            for mask in lost:
+                mask.consumed.set()  # refused here, so no second warning when its tensor dies
             self.refuse(Declined(vision_mask.LOST, advice=vision_mask.LOST_ADVICE))
         return result
 
@@ -123,47 +158,49 @@ class Forward:
     def _run(
         self, compiled: Sequence[Report], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        passed = frozenset(k for k, v in kwargs.items() if v is not None)
-        if passed in self._fails:
+        names = frozenset(k for k, v in kwargs.items() if v is not None)
+        if names in self._fails:
             return self._eager(*args, **kwargs)
-        if passed not in self._breaks:
+        if names not in self._breaks:
             try:
-                return self._whole(*args, **kwargs)
+                return self._one_graph(*args, **kwargs)
             except BackendCompilerFailed as failed:
-                _raise_ours(failed)
+                _raise_dartfx_error(failed)
                 if not isinstance(failed.inner_exception, NeedsGraphBreaks):
                     raise
                 log.info("%s", failed.inner_exception)
-                self._breaks.add(passed)
+                self._breaks.add(names)
             except NOT_ONE_GRAPH as error:
                 # Raised while tracing, before anything ran.
-                log.info("not one graph for a call with %s: %s", sorted(passed), error)
-                self._breaks.add(passed)
+                log.info("not one graph for a call with %s: %s", sorted(names), error)
+                self._breaks.add(names)
         try:
-            return self._broken(*args, **kwargs)
+            return self._with_breaks(*args, **kwargs)
         except DartfxError:
             raise
         except BackendCompilerFailed as failed:
-            _raise_ours(failed)
+            _raise_dartfx_error(failed)
             raise
         except Exception as error:
             pruned = [made for made in compiled if made.pruned]
-            # A cache may hold tokens of the call that failed, so it cannot run once more.
+            # A cache may hold tokens of the call that failed, so it cannot run again.
             if not pruned or kwargs.get("past_key_values") is not None:
                 raise
             for made in pruned:
                 report.discard(made)
-            self.refuse(_failed_shortened(error))
-            self._fails.add(passed)
+            self.refuse(_failure_after_cut(error))
+            self._fails.add(names)
             return self._eager(*args, **kwargs)
 
-    def _tell_unpruned(self, graphs: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse where vision inputs were given, yet no graph has anything to do with them."""
-        given = [f"argument {i}" for i, value in enumerate(args) if _holds_floats(value)]
-        given += sorted(k for k, v in kwargs.items() if k not in _NO_MEDIA and _holds_floats(v))
-        if given:
+    def _refuse_unmerged_inputs(
+        self, graphs: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse where the call has vision inputs that none of its graphs merges."""
+        inputs = [f"argument {i}" for i, value in enumerate(args) if _has_floats(value)]
+        inputs += sorted(k for k, v in kwargs.items() if k not in _NO_MEDIA and _has_floats(v))
+        if inputs:
             declined = Declined(
-                f"the call was given {', '.join(given)}, but none of its {graphs} graphs merges "
+                f"the call was given {', '.join(inputs)}, but none of its {graphs} graphs merges "
                 "vision features into a decoder's embeddings: that happens in code which dynamo "
                 "leaves to Python, or they enter by an encoder or by cross-attention",
                 advice="dartfx.vision_tokens(mask) around the call, if the decoder's own sequence "
@@ -172,22 +209,22 @@ class Forward:
             self.refuse(declined)
 
 
-def _raise_ours(failed: BackendCompilerFailed) -> None:
-    """Raise an error of dartfx's own out of dynamo's wrapping."""
+def _raise_dartfx_error(failed: BackendCompilerFailed) -> None:
+    """Raise an error of dartfx out of dynamo's wrapping."""
     if isinstance(failed.inner_exception, DartfxError):
         raise failed.inner_exception from failed
 
 
-def _failed_shortened(error: Exception) -> Declined:
+def _failure_after_cut(error: Exception) -> Declined:
     """A refusal for code between graphs, or in a later one, that needs the prompt's length."""
-    told = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Dynamo wraps what the operator said and appends where the user's code called it.
-    said = next((line for line in told if " got " in line), told[0] if told else repr(error))
-    lines = [line for line in told if line.startswith("File ")]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Dynamo wraps the operator's message and appends where the user's code called it.
+    message = next((line for line in lines if " got " in line), lines[0] if lines else repr(error))
+    files = [line for line in lines if line.startswith("File ")]
     return Declined(
         "the call has several graphs, one was pruned, and the code after it failed on the shorter "
-        f"sequence: {said.rpartition(' got ')[2]}",
-        where=lines[-1] if lines else "",
+        f"sequence: {message.rpartition(' got ')[2]}",
+        where=files[-1] if files else "",
         advice="give inputs_embeds that you merged, within dartfx.vision_tokens(mask), so that one "
         "graph holds the whole call; or compute what failed (a loss, say) outside the model",
     )
@@ -197,49 +234,22 @@ def _failed_shortened(error: Exception) -> Declined:
 _NO_MEDIA = {"attention_mask", "past_key_values"}
 
 
-def _tells(made: Report) -> bool:
+def _concerns_vision_tokens(made: Report) -> bool:
     """Whether a report says what became of a graph's vision tokens."""
     outcome = made.outcome
     return not isinstance(outcome, Unchanged) or outcome.all_retained
 
 
-def _holds_floats(value: Any, depth: int = 4) -> bool:
+def _has_floats(value: Any, depth: int = 4) -> bool:
     if isinstance(value, torch.Tensor):
         return value.is_floating_point()
     parts = value.values() if isinstance(value, Mapping) else value
     nested = depth > 0 and isinstance(value, Mapping | list | tuple)
-    return nested and any(_holds_floats(part, depth - 1) for part in parts)
+    return nested and any(_has_floats(part, depth - 1) for part in parts)
 
 
-def compiled_forward(
-    model: nn.Module,
-    config: DartConfig,
-    dynamic: bool | None = None,
-    *,
-    gathers_decode_mask: bool = True,
-) -> Forward:
-    """What ``dartfx.compile`` puts in place of a model's call.
-
-    gathers_decode_mask: decode steps come through it, too; those of static caches may be
-    compiled elsewhere.
-    """
-    prepare_dynamo()
-    caller = CallerCapabilities(fixes_sliding_lengths=True, gathers_decode_mask=gathers_decode_mask)
-    in_one = partial(
-        compile_graph, config, caller=replace(caller, can_retry_with_graph_breaks=True)
-    )
-    in_several = partial(compile_graph, config, caller=caller)
-    whole = torch.compile(model._call_impl, backend=in_one, dynamic=dynamic, fullgraph=True)
-    broken = torch.compile(model._call_impl, backend=in_several, dynamic=dynamic)
-    uniform = None
-    if config.kv_layout != "layered":
-        one_length = replace(config, kv_layout="uniform")
-        uniform = partial(compiled_forward, model, one_length, dynamic, gathers_decode_mask=False)
-    return Forward(whole, broken, model._call_impl, config, uniform)
-
-
-def watch_generate(model: nn.Module, forward: Forward) -> None:
-    """Let a ``generate`` of the model's own say when it never called what was compiled."""
+def watch_generate(model: nn.Module, compiled: CompiledModel) -> None:
+    """Report when a ``generate`` that the model's class defines never calls what was compiled."""
     own = getattr(type(model), "generate", None)
     transformers = sys.modules.get("transformers")
     if transformers is None or own is None or own is transformers.GenerationMixin.generate:
@@ -247,16 +257,16 @@ def watch_generate(model: nn.Module, forward: Forward) -> None:
 
     @wraps(own)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        before = forward.calls
+        before = compiled.calls
         result = own(model, *args, **kwargs)
-        if model._compiled_call_impl is forward and forward.calls == before:
+        if model._compiled_call_impl is compiled and compiled.calls == before:
             declined = Declined(
                 f"{type(model).__name__}.generate runs a model inside this one and never calls "
                 "what was compiled",
-                advice="dartfx.compile that inner model, and say where its vision tokens are with "
+                advice="dartfx.compile that inner model, and mark its vision tokens with "
                 "dartfx.vision_tokens",
             )
-            forward.refuse(declined)
+            compiled.refuse(declined)
         return result
 
     model.generate = generate  # type: ignore[assignment]

@@ -1,8 +1,8 @@
 """What :func:`dartfx.compile` does to transformers' KV caches around a compiled call.
 
 Sliding-window caches count their tokens in Python, where the compiled prefill counted the prompt's.
-Static caches have room for all tokens from the start, so that every decode step has the same shapes
-(CUDA graphs); a pruned prefill fills a growing cache instead, whose S' tokens in every layer
+Static caches have slots for all tokens from the start, so that every decode step has the same
+shapes (CUDA graphs); a pruned prefill fills a dynamic cache instead, whose S' tokens in every layer
 (uniform) are then copied over, one pass over the KV bytes.
 """
 
@@ -18,20 +18,20 @@ from torch import Tensor
 from dartfx.errors import SelectionError
 
 __all__ = [
-    "dropped",
-    "empty_static",
-    "fill",
-    "growing",
-    "note_pruned",
-    "recount",
+    "copy_into_static",
+    "fix_sliding_lengths",
+    "gather_decode_mask",
+    "is_empty_static",
+    "mark_pruned",
+    "new_dynamic_cache",
+    "new_tokens",
+    "pruned_length",
     "require_unpruned",
-    "tokens_given",
-    "with_kept_columns",
-    "without_room",
+    "strip_static_slots",
 ]
 
 
-def tokens_given(kwargs: Mapping[str, Any]) -> int:
+def new_tokens(kwargs: Mapping[str, Any]) -> int:
     """How many tokens of each row a call computes; 0 where its arguments do not say."""
     for name in ("inputs_embeds", "input_ids"):
         if isinstance(kwargs.get(name), Tensor):
@@ -39,89 +39,89 @@ def tokens_given(kwargs: Mapping[str, Any]) -> int:
     return 0
 
 
-def dropped(cache: Any) -> int:
-    """How many tokens of every row pruning left out of a transformers cache's shortest layer."""
-    return int(getattr(cache, _DROPPED, 0))
+def pruned_length(cache: Any) -> int:
+    """How many tokens pruning removed from every row of a transformers cache's shortest layer."""
+    return int(getattr(cache, _PRUNED_LENGTH, 0))
 
 
-def require_unpruned(cache: Any, given: int) -> None:
+def require_unpruned(cache: Any, tokens: int) -> None:
     """Raise SelectionError where several tokens would continue a cache that pruning shortened.
 
     transformers takes the length of the cache for the tokens seen so far, and so would feed tokens
-    of the prompt again, or leave rejected guesses in the cache.
+    of the prompt again, or keep rejected guesses in the cache.
     """
-    lacking = dropped(cache)
-    if lacking and given > 1 and int(cache.get_seq_length()) > 0:
+    missing = pruned_length(cache)
+    if missing and tokens > 1 and int(cache.get_seq_length()) > 0:
         raise SelectionError(
-            f"{given} tokens continue a cache that pruning left {lacking} tokens shorter than the "
-            "text it stands for, so where they belong is not known. Give the whole conversation "
+            f"{tokens} tokens continue a cache that pruning left {missing} tokens shorter than the "
+            "text it stands for, so their positions are not known. Give the whole conversation "
             "without past_key_values, and decode one token at a time (no assisted decoding or "
             "prompt lookup)"
         )
 
 
-def note_pruned(cache: Any, given: int, handed: Sequence[Tensor]) -> None:
-    """Note on a cache that began with this call what decode needs to know of its pruning.
+def mark_pruned(cache: Any, tokens: int, keep_idx: Sequence[Tensor]) -> None:
+    """Store on a cache that began with this call what decode needs to know of its pruning.
 
-    That is how many tokens its shortest layer lacks, and, for a batch, which were kept.
-    handed: keep_idx [B, S'] of the graphs that say so.
+    That is how many tokens its shortest layer lacks, and, for a batch, which tokens were kept.
+    keep_idx: [B, S'] of each graph that returned it.
     """
-    lacking = [
-        _wanted(layer, given) - layer.keys.shape[-2]
+    missing = [
+        _expected_length(layer, tokens) - layer.keys.shape[-2]
         for layer in getattr(cache, "layers", ())
         if isinstance(getattr(layer, "keys", None), Tensor)
     ]
-    if lacking and max(lacking) > 0:
-        setattr(cache, _DROPPED, max(lacking))
-        if handed and handed[-1].shape[0] > 1:
-            setattr(cache, _KEPT, (given, handed[-1]))
-            _count_kept(cache, handed[-1].shape[1])
+    if missing and max(missing) > 0:
+        setattr(cache, _PRUNED_LENGTH, max(missing))
+        if keep_idx and keep_idx[-1].shape[0] > 1:
+            setattr(cache, _KEEP_IDX, (tokens, keep_idx[-1]))
+            _count_kept_tokens(cache, keep_idx[-1].shape[1])
 
 
-def _count_kept(cache: Any, kept: int) -> None:
-    """Let sliding layers count the kept tokens only: by that they find their columns of a mask.
+def _count_kept_tokens(cache: Any, length: int) -> None:
+    """Set the token counts of sliding layers to S', by which they find their mask columns.
 
-    Of one that :func:`with_kept_columns` gathered; a window that is full is no exception.
+    The mask is the one of :func:`gather_decode_mask`; a window that is full is no exception.
     """
     for layer in cache.layers:
         if getattr(layer, "is_sliding", False):
-            layer.cumulative_length = kept
+            layer.cumulative_length = length
 
 
-def _wanted(layer: Any, given: int) -> int:
-    """How many tokens a cache layer holds after ``given`` tokens, at least."""
+def _expected_length(layer: Any, tokens: int) -> int:
+    """How many tokens a cache layer holds after ``tokens`` tokens, at least."""
     if getattr(layer, "is_sliding", False):
-        return min(given, int(layer.sliding_window) - 1)
-    return given
+        return min(tokens, int(layer.sliding_window) - 1)
+    return tokens
 
 
-def with_kept_columns(cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def gather_decode_mask(cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A decode step's arguments, its mask [B, S + t] gathered as the cache was: [B, S' + t].
 
     transformers reads as many of the mask's first columns as the cache holds tokens.  That fits
     when every row kept its pads; a row with fewer vision tokens than others lost some of them.
     """
-    found, mask = getattr(cache, _KEPT, None), kwargs.get("attention_mask")
-    if found is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+    pruning, mask = getattr(cache, _KEEP_IDX, None), kwargs.get("attention_mask")
+    if pruning is None or not isinstance(mask, Tensor) or mask.ndim != 2:
         return kwargs
-    prompt, keep = found
+    prompt, keep_idx = pruning
     if mask.shape[1] <= prompt:
         return kwargs
-    if len(mask) != len(keep):
+    if len(mask) != len(keep_idx):
         raise SelectionError(
             f"an attention mask of {len(mask)} rows came with a cache that was pruned with "
-            f"{len(keep)} rows; give generate the batch as it will be decoded"
+            f"{len(keep_idx)} rows; give generate the batch as it will be decoded"
         )
-    kept = mask[:, :prompt].gather(1, keep)
-    return {**kwargs, "attention_mask": torch.cat([kept, mask[:, prompt:]], 1)}
+    gathered = mask[:, :prompt].gather(1, keep_idx)
+    return {**kwargs, "attention_mask": torch.cat([gathered, mask[:, prompt:]], 1)}
 
 
-# Attributes, so that a copy of the cache knows them, too.
-_DROPPED = "_dartfx_dropped"
-_KEPT = "_dartfx_kept"
+# Attributes, so that a copy of the cache has them, too.
+_PRUNED_LENGTH = "_dartfx_pruned_length"
+_KEEP_IDX = "_dartfx_keep_idx"
 
 
-def empty_static(cache: Any) -> bool:
+def is_empty_static(cache: Any) -> bool:
     """Whether a transformers cache is static in all layers and holds no token yet.
 
     Static sliding-window layers do not count: which slot they write depends on the whole prompt.
@@ -131,47 +131,47 @@ def empty_static(cache: Any) -> bool:
         hasattr(layer, "max_cache_len") and not getattr(layer, "is_sliding", False)
         for layer in layers
     )
-    # All layers count alike; one is asked, for on a GPU the question waits for the device.
+    # All layers hold equally many tokens; on a GPU each query waits for the device, so one is read.
     return bool(layers) and static and int(layers[0].get_seq_length()) == 0
 
 
-def growing() -> Any:
+def new_dynamic_cache() -> Any:
     """A new transformers cache that grows with its tokens."""
     return sys.modules["transformers"].DynamicCache()
 
 
-def without_room(mask: Any) -> Any:
+def strip_static_slots(mask: Any) -> Any:
     """A prefill's attention mask without the columns of a static cache's free slots.
 
     transformers makes it before the model, [B, 1, S, slots], or one per kind of layer in a dict;
-    a mask [B, S] or None stays.
+    a mask [B, S] or None is returned unchanged.
     """
     if isinstance(mask, dict):
-        return {kind: without_room(each) for kind, each in mask.items()}
+        return {kind: strip_static_slots(each) for kind, each in mask.items()}
     if isinstance(mask, Tensor) and mask.ndim == 4:
         return mask[..., : mask.shape[-2]]
     return mask
 
 
-def fill(static: Any, grown: Any) -> None:
-    """Copy all tokens of ``grown`` to the first slots of ``static``, an empty static cache.
+def copy_into_static(static: Any, dynamic: Any) -> None:
+    """Copy all tokens of ``dynamic`` to the first slots of ``static``, an empty static cache.
 
-    Keys and values [B, H, S', Dh] per layer.  Raises ValueError where a layer's room is too small
-    or the layers hold different numbers of tokens, which one decode mask could not fit.
+    Keys and values [B, H, S', Dh] per layer.  Raises ValueError where a layer has too few slots or
+    the layers hold different numbers of tokens, which one decode mask could not fit.
     """
-    lengths = {layer.keys.shape[-2] for layer in grown.layers}
-    room = min(layer.max_cache_len for layer in static.layers)
-    if len(lengths) != 1 or max(lengths) > room or len(grown.layers) != len(static.layers):
+    lengths = {layer.keys.shape[-2] for layer in dynamic.layers}
+    slots = min(layer.max_cache_len for layer in static.layers)
+    if len(lengths) != 1 or max(lengths) > slots or len(dynamic.layers) != len(static.layers):
         raise ValueError(
-            f"caches of {len(grown.layers)} layers with {sorted(lengths)} tokens do not fit a "
-            f"static cache of {len(static.layers)} layers with room for {room}"
+            f"caches of {len(dynamic.layers)} layers with {sorted(lengths)} tokens do not fit a "
+            f"static cache of {len(static.layers)} layers with {slots} slots"
         )
-    for slot, layer in zip(static.layers, grown.layers, strict=True):
-        slot.update(layer.keys, layer.values)
-    setattr(static, _DROPPED, dropped(grown))
+    for target, layer in zip(static.layers, dynamic.layers, strict=True):
+        target.update(layer.keys, layer.values)
+    setattr(static, _PRUNED_LENGTH, pruned_length(dynamic))
 
 
-def recount(cache: Any) -> None:
+def fix_sliding_lengths(cache: Any) -> None:
     """Set the token counts of a transformers cache's sliding layers to what pruning left of them.
 
     Such a layer counts in Python, so the compiled prefill counted the tokens of the whole prompt.
@@ -180,6 +180,6 @@ def recount(cache: Any) -> None:
         if not getattr(layer, "is_sliding", False) or not isinstance(layer.keys, Tensor):
             continue
         counted = getattr(layer, "cumulative_length", None)
-        held = layer.keys.shape[-2]
-        if isinstance(counted, int) and held < min(counted, layer.sliding_window - 1):
-            layer.cumulative_length = held
+        length = layer.keys.shape[-2]
+        if isinstance(counted, int) and length < min(counted, layer.sliding_window - 1):
+            layer.cumulative_length = length

@@ -1,4 +1,4 @@
-"""Lists that whoever opens a context gets filled by what runs inside it, thread by thread."""
+"""Context-local collectors: record items produced inside a ``with`` block, thread by thread."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
-__all__ = ["listening"]
+__all__ = ["collecting"]
 
 T = TypeVar("T")
 
 
 @contextmanager
-def listening(variable: ContextVar[list[T] | None]) -> Iterator[list[T]]:
-    """A new list in ``variable`` for this context; what was there before comes back after it."""
-    heard: list[T] = []
-    token = variable.set(heard)
+def collecting(variable: ContextVar[list[T] | None]) -> Iterator[list[T]]:
+    """A new list in ``variable`` for this context; the previous value is restored afterwards."""
+    items: list[T] = []
+    token = variable.set(items)
     try:
-        yield heard
+        yield items
     finally:
         variable.reset(token)

@@ -157,7 +157,7 @@ class Replay:
         module = GraphModule(self.root, self.graph)
         given = {"lowering": "eager", "on_unsupported": "ignore", "dump": dump}
         config = DartConfig.from_options({**options, **given})
-        with report.collecting() as reports:
+        with report.isolate_reports() as reports:
             compiled = self._compiled(config, module, CallerCapabilities(**caller), mask)
         for made in reports:
             print(made)  # noqa: T201  its reader is a terminal

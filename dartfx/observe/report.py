@@ -8,11 +8,20 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 
-from dartfx.observe.collecting import listening
+from dartfx.observe.collecting import collecting
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.refusal import Declined
 
-__all__ = ["Report", "as_json", "clear", "collecting", "discard", "record", "reports"]
+__all__ = [
+    "Report",
+    "as_json",
+    "clear",
+    "collect_reports",
+    "discard",
+    "isolate_reports",
+    "record",
+    "reports",
+]
 
 
 @dataclass(frozen=True)
@@ -75,42 +84,42 @@ def _pruned_lines(p: Pruned) -> list[str]:
 
 _LOCK = threading.Lock()
 _REPORTS: list[Report] = []
-_sink: ContextVar[list[Report] | None] = ContextVar("dartfx_reports", default=None)
-_watching: ContextVar[list[Report] | None] = ContextVar("dartfx_watched", default=None)
+_isolated: ContextVar[list[Report] | None] = ContextVar("dartfx_isolated_reports", default=None)
+_collected: ContextVar[list[Report] | None] = ContextVar("dartfx_collected_reports", default=None)
 
 
 def record(nodes: int, outcome: Outcome) -> Report:
-    """Append one report, to the enclosing :func:`collecting` list if there is one."""
-    kept = _kept()
+    """Append one report, to the enclosing :func:`isolate_reports` list if there is one."""
+    target = _target()
     with _LOCK:
-        report = Report(len(kept), nodes, outcome)
-        kept.append(report)
-        if (watched := _watching.get()) is not None:
-            watched.append(report)
+        report = Report(len(target), nodes, outcome)
+        target.append(report)
+        if (collected := _collected.get()) is not None:
+            collected.append(report)
     return report
 
 
 def discard(report: Report) -> None:
-    """Take one report back, if it is still there."""
+    """Remove one report where it was recorded."""
     with _LOCK:
-        for kept in (_kept(), _watching.get() or []):
-            if report in kept:
-                kept.remove(report)
+        for recorded in (_target(), _collected.get() or []):
+            if report in recorded:
+                recorded.remove(report)
 
 
-def _kept() -> list[Report]:
-    sink = _sink.get()
-    return _REPORTS if sink is None else sink
+def _target() -> list[Report]:
+    isolated = _isolated.get()
+    return _REPORTS if isolated is None else isolated
 
 
-def collecting() -> AbstractContextManager[list[Report]]:
-    """Keep the reports of this context apart from those of ``dartfx.reports()``."""
-    return listening(_sink)
+def isolate_reports() -> AbstractContextManager[list[Report]]:
+    """Record the reports of this context here only, not in ``dartfx.reports()``."""
+    return collecting(_isolated)
 
 
-def watching() -> AbstractContextManager[list[Report]]:
-    """The reports made in this context, which are kept where they would be kept anyway."""
-    return listening(_watching)
+def collect_reports() -> AbstractContextManager[list[Report]]:
+    """The reports made in this context, which are recorded as usual as well."""
+    return collecting(_collected)
 
 
 def reports() -> list[Report]:

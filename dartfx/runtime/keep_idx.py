@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import dartfx.ops.attribution  # noqa: F401  registers torch.ops.dartfx.picked_by
-from dartfx.observe.collecting import listening
+from dartfx.observe.collecting import collecting
 from dartfx.passes.graph import Emitter
 
 __all__ = [
@@ -70,7 +70,7 @@ def _store(record: KeepIdxRecord | None) -> None:
 
 def collect_keep_idx() -> AbstractContextManager[list[Tensor]]:
     """The keep_idx [B, S'] of every graph that runs inside the ``with`` block and returns it."""
-    return listening(_collected)
+    return collecting(_collected)
 
 
 class KeepIdxRecorder:

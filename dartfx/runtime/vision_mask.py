@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dartfx.observe.collecting import listening
+from dartfx.observe.collecting import collecting
 
 __all__ = [
     "MaskRecord",
@@ -92,7 +92,7 @@ def find(embeds: Tensor) -> MaskRecord | None:
 
 def collect_masks() -> AbstractContextManager[list[MaskRecord]]:
     """The records made inside the ``with`` block; those not consumed after it pruned nothing."""
-    return listening(_collected)
+    return collecting(_collected)
 
 
 def _report_lost(consumed: threading.Event) -> None:

@@ -1,9 +1,9 @@
-"""Which layout an image's vision tokens have, found from the arguments of the call.
+"""Which layout an image's vision tokens have, inferred from the arguments of the call.
 
-Processors put sizes beside the pixels: patch grids (``image_grid_thw``, ``video_grid_thw``),
+Processors return sizes with the pixels: patch grids (``image_grid_thw``, ``video_grid_thw``),
 ``image_sizes``, numbers of tiles (``rows``, ``cols``), frames of ``pixel_values_videos``.  Many
-models share these names of arguments; which model takes them is never asked.  What they do not tell
-is refused with a reason, and the caller names the layout.
+models share these argument names; which model takes them does not matter.  What they do not
+determine is refused with a reason, and the caller names the layout.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 from dartfx.token_map.layout import Layout, merged
 
-__all__ = ["Untold", "from_inputs"]
+__all__ = ["LayoutUnknown", "from_inputs"]
 
 Size = tuple[int, int]
 
 _NAME = "name it: a grid (rows, columns) or (frames, rows, columns), Layout.tiles or Layout.anyres"
 
 
-class Untold(ValueError):
-    """No argument of the call is one that tells sizes."""
+class LayoutUnknown(ValueError):
+    """No argument of the call gives the image's size."""
 
 
 def from_inputs(inputs: Mapping[str, Any], runs: Sequence[int]) -> list[Layout]:
@@ -31,12 +31,12 @@ def from_inputs(inputs: Mapping[str, Any], runs: Sequence[int]) -> list[Layout]:
 
     inputs: the call's keyword arguments, as a processor made them.  runs: lengths of the unbroken
     runs of vision tokens in the same order: ``[len(k.positions) for k in dartfx.kept_tokens()]``.
-    Tokens are taken to lie row by row, as patches do; the queries of a resampler have no place in
-    the image, and nothing here tells them from patches.  Raises ValueError with what is missing,
-    Untold where no argument is known.
+    Tokens are assumed to lie row by row, as patches do; the queries of a resampler have no cell in
+    the image, and nothing here distinguishes them from patches.  Raises ValueError with what is
+    missing, LayoutUnknown where no argument is known.
     """
-    grids = [k for k in ("image_grid_thw", "video_grid_thw") if _given(inputs, k)]
-    pixels = [k for k in ("pixel_values", "pixel_values_videos") if _given(inputs, k)]
+    grids = [k for k in ("image_grid_thw", "video_grid_thw") if _is_readable(inputs, k)]
+    pixels = [k for k in ("pixel_values", "pixel_values_videos") if _is_readable(inputs, k)]
     if grids:
         found = _patch_grids([_rows(inputs[k]) for k in grids], runs)
     elif len(pixels) == 2:
@@ -44,8 +44,8 @@ def from_inputs(inputs: Mapping[str, Any], runs: Sequence[int]) -> list[Layout]:
     elif pixels == ["pixel_values_videos"]:
         found = _videos(inputs["pixel_values_videos"].shape, runs)
     elif not pixels:
-        raise Untold(f"no argument of this call that dartfx knows tells sizes; {_NAME}")
-    elif _given(inputs, "image_sizes"):
+        raise LayoutUnknown(f"no argument of this call gives image sizes; {_NAME}")
+    elif _is_readable(inputs, "image_sizes"):
         found = _own_sizes(inputs["pixel_values"].shape, _rows(inputs["image_sizes"]), runs)
     else:
         tiles = [_flat(inputs.get(k)) for k in ("rows", "cols")]
@@ -55,14 +55,14 @@ def from_inputs(inputs: Mapping[str, Any], runs: Sequence[int]) -> list[Layout]:
     return found
 
 
-def _given(inputs: Mapping[str, Any], name: str) -> bool:
-    """Whether an argument is there and has a form to be read."""
+def _is_readable(inputs: Mapping[str, Any], name: str) -> bool:
+    """Whether an argument is present in a form that can be read."""
     value = inputs.get(name)
     return value is not None and len(value) > 0 and ("pixel" not in name or hasattr(value, "shape"))
 
 
 def _unknown(because: str) -> ValueError:
-    return ValueError(f"how the vision tokens lie in the image is not known: {because}; {_NAME}")
+    return ValueError(f"the layout of the image's vision tokens is not known: {because}; {_NAME}")
 
 
 def _rows(value: Any) -> list[tuple[int, ...]]:
@@ -184,8 +184,8 @@ def _anyres(shape: Sequence[int], sizes: list[Size], runs: Sequence[int]) -> lis
         best = {(base, fine) for used, base, fine in fitting if used == fitting[0][0]}
         bases = len({base for _, base, _ in fitting})
         if bases != 1 or len(best) != 1:
-            told = f"{bases} sizes of overviews" if bases > 1 else f"{len(best)} AnyRes grids"
-            raise _unknown(f"{told} explain {run} tokens of an image of {size}")
+            count = f"{bases} sizes of overviews" if bases > 1 else f"{len(best)} AnyRes grids"
+            raise _unknown(f"{count} explain {run} tokens of an image of {size}")
         ((base, fine),) = best
         found.append(Layout.anyres((base, base), fine))
     return found
@@ -194,10 +194,10 @@ def _anyres(shape: Sequence[int], sizes: list[Size], runs: Sequence[int]) -> lis
 def _fine_grids(
     tokens: int, base: int, size: Size, views: tuple[int, int]
 ) -> Iterator[tuple[float, Size]]:
-    """Grids of so many tokens, each row ended by one more, and how much of the tiles they use.
+    """Grids of ``tokens`` tokens, each row ended by one more, and the share of tiles they use.
 
     A grid is what the image covers of its tiles: padding above and below, or left and right, is
-    cut off.  Larger ones may be scaled down to what so many tiles hold.
+    cut off.  Larger ones may be scaled down to what the tiles hold.
     """
     for high in range(1, views[1]):
         for wide in range(1, (views[1] - 1) // high + 1):
@@ -225,7 +225,7 @@ def _unpadded(grid: Size, size: Size) -> Size:
 
 
 def _grid(tokens: int, size: Size) -> Size | None:
-    """The rows and columns of square patches that cut an image of this size into so many."""
+    """The rows and columns of square patches that cut an image of this size into ``tokens``."""
     rows = round(sqrt(tokens * size[0] / size[1]))
     columns = tokens // max(rows, 1)
     if rows < 1 or rows * columns != tokens:

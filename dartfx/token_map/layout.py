@@ -1,8 +1,8 @@
 """Where vision tokens lie in the picture they come from: grids, tiles, frames.
 
-A layout lists one cell per vision token, in prompt order.  Models differ in how they lay tokens
-out; :mod:`dartfx.token_map.infer_layout` finds the form where a call's arguments tell it,
-else a caller names it.  Nothing here knows a model.
+A layout lists one cell per vision token, in prompt order.  Models order tokens
+differently; :mod:`dartfx.token_map.infer_layout` infers the layout where a call's arguments
+determine it, else a caller names it.  Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Cell", "Layout", "layout_of", "merged"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One token's place: which view of the picture (a frame, the overview), its row and column."""
+    """One token's cell: the view of the picture (a frame, the overview), its row and column."""
 
     view: int
     row: int
@@ -25,10 +25,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of an image's vision tokens.
+    """The cells of an image's vision tokens.
 
     views: rows and columns of each view; a view shows the whole image, or one frame of a video.
-    cells: one per token in prompt order; None for a token that stands for no place.
+    cells: one per token in prompt order; None for a token that stands for no cell.
     """
 
     views: tuple[tuple[int, int], ...]
@@ -52,7 +52,7 @@ class Layout:
 
     @classmethod
     def square(cls, tokens: int) -> Layout | None:
-        """The square grid of so many tokens; None when they make no square."""
+        """The square grid of ``tokens`` tokens; None when they make no square."""
         side = isqrt(tokens)
         return cls.grid(side, side) if side and side * side == tokens else None
 

@@ -25,7 +25,7 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class _Patch:
-    """One vision token on the picture: its rectangle, colour (None: dropped) and what is said."""
+    """One vision token on the picture: its rectangle, colour (None: dropped) and tooltip."""
 
     box: tuple[int, int, int, int]
     color: Color | None
@@ -70,7 +70,7 @@ def overlay_html(
     kept: KeptTokens,
     grid: Layout | Sequence[int] | None = None,
 ) -> str:
-    """The same as one HTML page without a network: pointing at a patch tells of its token.
+    """The same as one HTML page without a network: pointing at a patch describes its token.
 
     Arguments and errors as of :func:`overlay`.
     """

@@ -15,7 +15,7 @@ def pruned_cache(keep_idx: torch.Tensor, prompt: int) -> SimpleNamespace:
     """A cache of one layer that holds ``keep_idx`` [B, S'] of ``prompt`` tokens."""
     rows, kept = keep_idx.shape
     cache = SimpleNamespace(layers=[SimpleNamespace(keys=torch.zeros(rows, 1, kept, 2))])
-    kv_cache.note_pruned(cache, prompt, [keep_idx])
+    kv_cache.mark_pruned(cache, prompt, [keep_idx])
     return cache
 
 
@@ -25,7 +25,7 @@ def test_decode_mask_has_the_kept_columns() -> None:
     padded = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]])
     for mask, kept in ((prompt, [[1, 1, 1], [1, 1, 1]]), (padded, [[0, 1, 1], [0, 1, 1]])):
         decoding = torch.cat([mask, torch.ones(2, 2, dtype=torch.int64)], 1)
-        given = kv_cache.with_kept_columns(cache, {"attention_mask": decoding, "use_cache": True})
+        given = kv_cache.gather_decode_mask(cache, {"attention_mask": decoding, "use_cache": True})
         assert given["attention_mask"].tolist() == [[*row, 1, 1] for row in kept]
         assert given["use_cache"] is True
 
@@ -33,10 +33,12 @@ def test_decode_mask_has_the_kept_columns() -> None:
 def test_other_rows_than_the_caches_are_refused() -> None:
     cache = pruned_cache(torch.tensor([[0, 2], [1, 2]]), prompt=3)
     with pytest.raises(SelectionError, match=r"mask of 4 rows .* pruned with 2 rows"):
-        kv_cache.with_kept_columns(cache, {"attention_mask": torch.ones(4, 4)})
+        kv_cache.gather_decode_mask(cache, {"attention_mask": torch.ones(4, 4)})
 
 
 def test_a_mask_of_the_prompt_or_none_stays() -> None:
     cache = pruned_cache(torch.tensor([[0, 2], [1, 2]]), prompt=3)
     for mask in (None, torch.ones(2, 3)):
-        assert kv_cache.with_kept_columns(cache, {"attention_mask": mask})["attention_mask"] is mask
+        assert (
+            kv_cache.gather_decode_mask(cache, {"attention_mask": mask})["attention_mask"] is mask
+        )

@@ -15,7 +15,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 import dartfx
-from dartfx.token_map.infer_layout import Untold, from_inputs
+from dartfx.token_map.infer_layout import LayoutUnknown, from_inputs
 from dartfx.token_map.layout import Cell, Layout
 from dartfx.tools.zoo.registry import load
 
@@ -211,7 +211,7 @@ def test_what_is_not_told_is_refused(inputs: Any, runs: list[int], because: str)
 
 @pytest.mark.parametrize("value", [None, [], [torch.zeros(3, 28, 28)]])
 def test_no_argument_that_tells(value: Any) -> None:
-    with pytest.raises(Untold, match="no argument of this call"):
+    with pytest.raises(LayoutUnknown, match="no argument of this call"):
         from_inputs({"input_ids": torch.ones(1, 4), "pixel_values": value}, [4])
 
 
@@ -230,7 +230,7 @@ def test_explain_says_when_it_cannot() -> None:
         family.model, **family.make_inputs(), options={"retain_tokens": 6}, tokens=True
     )
     assert [k.layout for k in found.tokens] == [None]
-    assert "NOTE: how the vision tokens lie in the image is not known" in str(found)
+    assert "NOTE: the layout of the image's vision tokens is not known" in str(found)
     with pytest.raises(ValueError, match="how 24 vision tokens lie in the image is not known"):
         found.tokens[0].cells()
     assert len(found.tokens[0].cells(Layout.anyres((2, 2), (4, 4)))) == 6
