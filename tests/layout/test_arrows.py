@@ -43,14 +43,11 @@ RANK = {name: rank for rank, line in enumerate(RANKS) for name in line.split()}
 
 # folder -> folder
 UPWARD_IMPORTS = {
-    "backend -> token_map",
     "config -> ops",
     "config -> selection",
-    "model -> token_map",
     "observe -> backend",
     "observe -> dartfx",
     "runtime -> observe",
-    "runtime -> token_map",
 }
 
 # All modules of all circles.
@@ -73,14 +70,11 @@ IN_CIRCLES = {
     "dartfx.passes.rules.products",
     "dartfx.passes.rules.regroup",
     "dartfx.passes.rules.table",
-    "dartfx.verification.compare",
-    "dartfx.verification.verify",
 }
 
 # Where torch and transformers may be reached behind their public names.
 COMPAT = ("dartfx/compat.py", "passes/compat.py")
 USES_PRIVATE_NAMES = {
-    "dartfx/backend/dynamo_patch.py",
     "dartfx/backend/graph_compiler.py",
     "dartfx/backend/lowering.py",
     "dartfx/cli/doctor.py",
@@ -88,9 +82,6 @@ USES_PRIVATE_NAMES = {
     "dartfx/config/validators.py",
     "dartfx/export/metadata.py",
     "dartfx/export/program.py",
-    "dartfx/export/prune_exported.py",
-    "dartfx/integrations/answering.py",
-    "dartfx/integrations/hf.py",
     "dartfx/model/compile.py",
     "dartfx/model/compiled_model.py",
     "dartfx/observe/dump.py",

@@ -51,9 +51,10 @@ OPTIONS = {
 }
 
 ARGUMENTS = {
-    "bench generate": "--device --dtype --image --json --layer --lowering --model --model-shape "
-    "--new-tokens --plot --repeat --retain-tokens --rows --threads --warmup",
-    "bench kernel": "--backend --device --dtype --json --quick --repeat --shape --threads",
+    "bench generate": "--batch --device --dtype --gate --image --images --json --layer --lowering "
+    "--model --model-shape --new-tokens --plot --repeat --retain-tokens --rows --threads --warmup",
+    "bench kernel": "--backend --device --dtype --json --quick --repeat --selectors --shape "
+    "--threads",
     "bench ranks": "--repeat",
     "doctor": "--lowering --quick",
     "eval": "--batch --jobs --json --layers --max-new-tokens --model --pictures --plot --questions "

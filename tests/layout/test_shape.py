@@ -25,6 +25,7 @@ LARGE_FILES = {
     "tests/export/test_export.py",
     "tests/model/test_generate.py",
     "tests/selection/test_selectors.py",
+    "tests/tools/test_bench_generate.py",
     "tests/tools/test_evaluate.py",
     "tests/tools/test_hooked.py",
 }
