@@ -1,7 +1,7 @@
 """Private names of torch that dartfx reads, each once, with the versions it was seen in.
 
 A name that a later torch lacks costs the one thing it serves, never ``import dartfx`` or
-``backend="dart"``: whoever needs it asks :func:`load`, and ``python -m dartfx doctor`` may list
+``backend="dart"``: what needs it calls :func:`load`, and ``python -m dartfx doctor`` lists
 :func:`missing`.  Names that dartfx still imports directly are to move here.
 """
 

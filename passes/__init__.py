@@ -29,7 +29,7 @@ from dartfx.passes.transform.check_shapes import expected as expected_shapes
 from dartfx.passes.transform.gather_frontier import Gatherer, gather_frontier
 from dartfx.passes.transform.shrink_sizes import reroute_sizes, shrink
 
-VERSION = (1, 0)
+VERSION = (0, 2)
 
 __all__ = [
     "VERSION",

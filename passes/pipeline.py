@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -88,8 +89,11 @@ def internal_error(name: str, error: Exception) -> Declined | Unchanged:
     if isinstance(error, Refusal):
         return error.declined
     log.debug("pass %r failed", name, exc_info=True)
+    *_, frame = traceback.extract_tb(error.__traceback__) or [None]
+    raised = f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" if frame else ""
     return Declined(
         f"internal error in pass {name!r}: {type(error).__name__}: {error}",
+        where=raised,
         advice="please report it with the dump of this graph (option dump=...)",
     )
 

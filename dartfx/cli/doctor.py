@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import dartfx
+from dartfx import compat
 from dartfx.cli.tiny_model import Tiny, prompt
 from dartfx.ops.triton_launch import unavailable
 
@@ -66,6 +67,7 @@ def examine(lowering: str, quick: bool = False) -> Iterator[Finding]:
         _device,
         _triton,
         _entry_point,
+        _private_names,
         lambda: _compiler(lowering),
         _no_model if quick else lambda: _tiny_model(lowering),
     ]
@@ -130,6 +132,14 @@ def _entry_point() -> Finding:
     if "dart" not in torch._dynamo.list_backends():
         return Finding("bad", "torch does not list the backend dart", "restart Python")
     return Finding("ok", f'backend="dart" is {values[0]} of {dartfx.__file__}')
+
+
+def _private_names() -> Finding:
+    missing = compat.missing()
+    if not missing:
+        return Finding("ok", "torch has the private names that dartfx was written for")
+    names = "; ".join(map(str, missing))
+    return Finding("note", f"other than in the torch that dartfx was tested with: {names}")
 
 
 def _compiler(lowering: str) -> Finding:

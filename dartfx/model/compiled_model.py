@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial, wraps
+from functools import cache, partial, update_wrapper
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from dartfx.errors import DartfxError
 from dartfx.model import kv_cache
 from dartfx.observe import report
 from dartfx.observe.report import Report
-from dartfx.passes.outcome import Unchanged
+from dartfx.passes.outcome import Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import keep_idx, vision_mask
 
@@ -78,7 +79,7 @@ class CompiledModel:
         self._one_graph, self._with_breaks, self._eager = one_graph, with_breaks, eager
         self._uniform = None if uniform is None else cache(uniform)
         self._breaks: set[frozenset[str]] = set()
-        self._fails: set[frozenset[str]] = set()
+        self._fails: dict[frozenset[str], Declined] = {}
 
     @classmethod
     def of(
@@ -159,7 +160,8 @@ class CompiledModel:
         self, compiled: Sequence[Report], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         names = frozenset(k for k, v in kwargs.items() if v is not None)
-        if names in self._fails:
+        if (failed_before := self._fails.get(names)) is not None:
+            self.refuse(failed_before)
             return self._eager(*args, **kwargs)
         if names not in self._breaks:
             try:
@@ -184,12 +186,12 @@ class CompiledModel:
         except Exception as error:
             pruned = [made for made in compiled if made.pruned]
             # A cache may hold tokens of the call that failed, so it cannot run again.
-            if not pruned or kwargs.get("past_key_values") is not None:
+            if kwargs.get("past_key_values") is not None or not _caused_by_cut(error, pruned):
                 raise
             for made in pruned:
                 report.discard(made)
-            self.refuse(_failure_after_cut(error))
-            self._fails.add(names)
+            self._fails[names] = _failure_after_cut(error)
+            self.refuse(self._fails[names])
             return self._eager(*args, **kwargs)
 
     def _refuse_unmerged_inputs(
@@ -213,6 +215,25 @@ def _raise_dartfx_error(failed: BackendCompilerFailed) -> None:
     """Raise an error of dartfx out of dynamo's wrapping."""
     if isinstance(failed.inner_exception, DartfxError):
         raise failed.inner_exception from failed
+
+
+def _caused_by_cut(error: Exception, pruned: Sequence[Report]) -> bool:
+    """Whether code behind a pruned graph failed on the shorter sequence.
+
+    torch says so in errors about shapes and indices, which name the length S' that it met, or a
+    number of rows made of it.  Anything else (no memory, a hook's own bug) is the caller's.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if not isinstance(error, RuntimeError | ValueError | IndexError):
+        return False
+    named = {int(number) for number in re.findall(r"\d+", str(error))}
+    for outcome in (made.outcome for made in pruned):
+        assert isinstance(outcome, Pruned)
+        length = outcome.sequence[1]
+        if named & {rows * n for rows in (1, outcome.batch) for n in (length, length - 1)}:
+            return True
+    return False
 
 
 def _failure_after_cut(error: Exception) -> Declined:
@@ -255,10 +276,25 @@ def watch_generate(model: nn.Module, compiled: CompiledModel) -> None:
     if transformers is None or own is None or own is transformers.GenerationMixin.generate:
         return
 
-    @wraps(own)
-    def generate(*args: Any, **kwargs: Any) -> Any:
+    model.generate = _WatchedGenerate(model, compiled)  # type: ignore[assignment]
+
+
+class _WatchedGenerate:
+    """The ``generate`` of a compiled model.  A copy of the model has its own, not this one."""
+
+    def __init__(self, model: nn.Module, compiled: CompiledModel) -> None:
+        self._model, self._compiled = model, compiled
+        self._own: Call = getattr(type(model), "generate")  # noqa: B009  mypy knows no such method
+        update_wrapper(self, self._own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copying and pickling drop what was compiled, so the class's method is left.
+        return getattr, (self._model, "generate")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, compiled = self._model, self._compiled
         before = compiled.calls
-        result = own(model, *args, **kwargs)
+        result = self._own(model, *args, **kwargs)
         if model._compiled_call_impl is compiled and compiled.calls == before:
             declined = Declined(
                 f"{type(model).__name__}.generate runs a model inside this one and never calls "
@@ -268,5 +304,3 @@ def watch_generate(model: nn.Module, compiled: CompiledModel) -> None:
             )
             compiled.refuse(declined)
         return result
-
-    model.generate = generate  # type: ignore[assignment]

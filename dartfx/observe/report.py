@@ -84,6 +84,7 @@ def _pruned_lines(p: Pruned) -> list[str]:
 
 _LOCK = threading.Lock()
 _REPORTS: list[Report] = []
+_MOST = 1000  # a server compiles new shapes for as long as it runs
 _isolated: ContextVar[list[Report] | None] = ContextVar("dartfx_isolated_reports", default=None)
 _collected: ContextVar[list[Report] | None] = ContextVar("dartfx_collected_reports", default=None)
 
@@ -92,8 +93,9 @@ def record(nodes: int, outcome: Outcome) -> Report:
     """Append one report, to the enclosing :func:`isolate_reports` list if there is one."""
     target = _target()
     with _LOCK:
-        report = Report(len(target), nodes, outcome)
+        report = Report(target[-1].graph + 1 if target else 0, nodes, outcome)
         target.append(report)
+        del target[:-_MOST]
         if (collected := _collected.get()) is not None:
             collected.append(report)
     return report
@@ -123,7 +125,7 @@ def collect_reports() -> AbstractContextManager[list[Report]]:
 
 
 def reports() -> list[Report]:
-    """Every graph compiled since the last :func:`dartfx.reset`, oldest first."""
+    """The last 1000 graphs compiled since the last :func:`dartfx.reset`, oldest first."""
     with _LOCK:
         return list(_REPORTS)
 

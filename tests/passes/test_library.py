@@ -48,7 +48,7 @@ SURFACE = {
     "Stage": "(layer, retain, select)",
     "TokenAxes": "(axes, site)",
     "Unchanged": "(because, all_retained=..., unsure=...)",
-    "VERSION": "(1, 0)",
+    "VERSION": "(0, 2)",
     "Vision": "(embeds, masks, features, how, row_count=...)",
     "check_shapes": "(graph, region, shapes)",
     "example_values": "(module)",

@@ -1,0 +1,97 @@
+"""A failure is the caller's unless the cut caused it; a copy of a model is a model of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import dartfx
+from dartfx.model.compiled_model import _caused_by_cut
+from dartfx.observe import report
+from dartfx.observe.report import Report
+from dartfx.passes.outcome import Cut, Pruned, Unchanged
+from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo.registry import load
+from tests.support.tolerances import CLOSE, RETAIN
+
+
+@pytest.fixture
+def raised_once() -> Iterator[list[Exception]]:
+    pending: list[Exception] = []
+    yield pending
+    assert not pending
+
+
+@pytest.mark.parametrize("loud", ["warn", "error"])
+def test_no_memory_once_is_raised_and_the_next_call_is_pruned(
+    loud: str, raised_once: list[Exception]
+) -> None:
+    built = load("llava_next", layers=3)  # its forward breaks into several graphs
+    inputs = built.make_inputs()
+    oracle = hooked.pruned_forward(built.model, inputs, retain=RETAIN)
+    options = {"retain_tokens": RETAIN, "lowering": "eager", "on_unsupported": loud}
+    model = dartfx.compile(built.model, **options)
+    raised_once.append(torch.OutOfMemoryError("CUDA out of memory."))
+
+    @torch.compiler.disable
+    def fail(*_: object) -> None:
+        if raised_once:
+            raise raised_once.pop()
+
+    model.lm_head.register_forward_hook(fail)
+    with torch.no_grad():
+        with pytest.raises(torch.OutOfMemoryError):
+            model(**inputs, use_cache=False)
+        logits = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(logits, oracle.logits, **CLOSE)
+
+
+CUT = Pruned("layers", "merge", 2, (Cut(2, 16, 6, (29, 19), ()),), "layered", (2, 1), (2, 1))
+
+
+@pytest.mark.parametrize(
+    ("error", "caused"),
+    [
+        (ValueError("Expected input batch_size (38) to match target batch_size (58)."), True),
+        (RuntimeError("The size of tensor a (19) must match the size of tensor b (29)"), True),
+        (IndexError("index 25 is out of bounds for dimension 1 with size 19"), True),
+        (torch.OutOfMemoryError("Tried to allocate 19 MiB"), False),
+        (KeyError("19"), False),
+        (RuntimeError("a bug in a user's hook"), False),
+    ],
+    ids=lambda value: getattr(value, "__class__", type(value)).__name__,
+)
+def test_only_errors_about_the_shorter_sequence_are_the_cuts(
+    error: Exception, caused: bool
+) -> None:
+    assert _caused_by_cut(error, [Report(0, 1, CUT)]) is caused
+
+
+def test_nothing_is_the_cuts_where_nothing_was_pruned() -> None:
+    assert not _caused_by_cut(RuntimeError("19"), [])
+
+
+def test_a_copy_generates_with_its_own_weights() -> None:
+    built = load("janus")  # its class has a generate of its own
+    inputs = built.make_inputs("text")
+    plain = copy.deepcopy(built.model)
+    model = dartfx.compile(built.model, retain_tokens=RETAIN, lowering="eager")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for other in (twin, plain):
+            other.lm_head.weight.zero_()
+            other.lm_head.weight[7].fill_(1.0)
+    how = {"max_new_tokens": 4, "do_sample": False}
+    expected = plain.generate(**inputs, **how)
+    assert twin.generate(**inputs, **how).tolist() == expected.tolist()
+
+
+def test_reports_of_a_server_are_bounded() -> None:
+    dartfx.reset()
+    for _ in range(10_000):
+        report.record(1, Unchanged("no vision tokens"))
+    graphs = [made.graph for made in dartfx.reports()]
+    assert graphs == list(range(9_000, 10_000))
