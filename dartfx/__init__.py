@@ -7,6 +7,7 @@ around it.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from dartfx._version import __version__ as __version__
 from dartfx.backend.pre_pass import PrePass, as_pre_pass
 from dartfx.config.options import DartConfig
 from dartfx.errors import (
@@ -51,8 +52,6 @@ else:
     def __dir__() -> list[str]:
         return sorted({*globals(), *_LAZY})
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ChangedOutput",

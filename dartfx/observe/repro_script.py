@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import _get_qualified_name
 
+from dartfx._version import __version__
 from dartfx.config.options import DartConfig
 from dartfx.observe.repro_inputs import FILE
 from dartfx.passes.frontend.normalise import example_values
@@ -107,12 +108,10 @@ def script(
     caller: fields of CallerCapabilities; mask: how a vision mask came to the graph.  What cannot be
     recorded becomes a call that raises an error when the script runs.
     """
-    import dartfx
-
     writer = _Writer()
     functions = "\n".join(writer.function("graph", module))
     return _SCRIPT.format(
-        dartfx=dartfx.__version__,
+        dartfx=__version__,
         torch=torch.__version__,
         python=platform.python_version(),
         options=repr(_options(config)),

@@ -44,7 +44,7 @@ def generate(model: Any, inputs: dict[str, Any]) -> Any:
         model._compiled_call_impl = None
 
 
-@pytest.mark.parametrize("variant", ["one", "pad2"])
+@pytest.mark.parametrize("variant", ["one", *slow("pad2")])
 def test_caches_shorter_than_the_window(family: Family, variant: str) -> None:
     inputs = family.make_inputs(variant)
     cache = DynamicCache()

@@ -194,7 +194,7 @@ def test_a_second_turn_on_an_unpruned_cache() -> None:
 
 
 @pytest.mark.parametrize(("name", "variant"), [("llava", "one"), *slow(("qwen2_5_vl", "pad4"))])
-@pytest.mark.parametrize("compiles", ["dartfx", "transformers"])
+@pytest.mark.parametrize("compiles", ["dartfx", *slow("transformers")])
 def test_static_cache(name: str, variant: str, compiles: str) -> None:
     """Decode compiled by dartfx's own call, or by transformers with CompileConfig."""
     built = family(name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import dartfx
+from dartfx.backend import rewrite
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
 from dartfx.selection import registry
@@ -206,7 +207,7 @@ def test_only_selectors_that_ask_have_queries_in_their_graph(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     operator, found = torch.ops.dartfx.select_tokens.default, {}
-    original = dartfx.backend.graph_compiler.prune
+    original = rewrite.prune
 
     def watched(module: Any, *args: Any, **kwargs: Any) -> Any:
         outcome = original(module, *args, **kwargs)
@@ -214,7 +215,7 @@ def test_only_selectors_that_ask_have_queries_in_their_graph(
             found[node.args[8]] = len(node.args)
         return outcome
 
-    monkeypatch.setattr(dartfx.backend.graph_compiler, "prune", watched)
+    monkeypatch.setattr(rewrite, "prune", watched)
     for name in ("dart", "fastv"):
         dartfx.reset()
         run(Decoder().eval(), prompt(Sizes()), retain_tokens=RETAIN, selector=name)

@@ -94,6 +94,7 @@ def test_generate(family: Family) -> None:
     assert pruned().retained == RETAIN[-1]
 
 
+@pytest.mark.slow
 def test_rows_of_unequal_images(llava: Family) -> None:
     """Such a batch loses pads, so decode needs the mask's columns of all stages together."""
     inputs = llava.make_inputs("ragged")
@@ -149,6 +150,7 @@ def test_a_stage_that_drops_nothing_is_left_out(llava: Family) -> None:
     assert_same(torch.compile(llava.model, backend="dart", options=options)(**inputs), oracle)
 
 
+@pytest.mark.slow
 def test_other_lengths_add_no_graph(llava: Family) -> None:
     fast = torch.compile(llava.model, backend="dart", options=OPTIONS, dynamic=True)
     graphs = []

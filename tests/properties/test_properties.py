@@ -257,5 +257,5 @@ def unchanged(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     assert list(module.graph.nodes) == nodes
     assert module.print_readable(print_output=False)
     assert module.code == code
-    assert getattr(compiled, "_plain", compiled) == module.forward
+    assert getattr(compiled, "_unpruned", compiled) == module.forward
     return compiled
