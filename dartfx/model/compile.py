@@ -9,7 +9,8 @@ from torch import nn
 
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
-from dartfx.model.compiled_model import CompiledModel, watch_generate
+from dartfx.model.compiled_model import CompiledModel
+from dartfx.model.own_generate import watch_generate
 from dartfx.observe import report
 from dartfx.runtime import keep_idx, vision_mask
 

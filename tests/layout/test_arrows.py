@@ -21,7 +21,7 @@ from tests.layout.test_shape import product
 # top of a file, inside functions, for type checkers and by names in strings alike.  Below "dartfx",
 # the package itself, nothing may import the package as its users do.
 RANKS = """
-    errors
+    errors _version
     compat
     config
     selection
@@ -46,7 +46,6 @@ UPWARD_IMPORTS = {
     "config -> ops",
     "config -> selection",
     "observe -> backend",
-    "observe -> dartfx",
     "runtime -> observe",
 }
 
