@@ -23,7 +23,7 @@ pytest.importorskip("accelerate", reason="transformers needs it to load a tensor
 from tests.support.launching import torchrun  # noqa: E402
 
 EAGER = {"lowering": "eager", "on_unsupported": "error"}
-WORKER = Path(__file__).parent / "ranks_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "ranks_worker.py"
 Case = dict[str, Any]
 
 
