@@ -32,7 +32,6 @@ LARGE_FILES = {
 
 LARGE_FUNCTIONS = {
     "dartfx/model/compile.py explain",
-    "dartfx/observe/trial.py lines",
     "dartfx/ops/select_tokens.py select_tokens",
     "dartfx/ops/triton_launch.py select",
     "dartfx/tools/zoo/gemma.py gemma4",
