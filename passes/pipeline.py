@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -18,8 +17,8 @@ from torch.fx import GraphModule
 from dartfx.passes.analysis import locate
 from dartfx.passes.analysis.cost import bytes_of, flops
 from dartfx.passes.graph import Size, hint, sizes, value_of
+from dartfx.passes.internal_error import internal_error
 from dartfx.passes.outcome import Outcome, Pruned, Unchanged
-from dartfx.passes.refusal import Declined, NoDecoder, Refusal
 from dartfx.passes.request import Request
 from dartfx.passes.site import Site, Stack, Vision
 from dartfx.passes.transform import insert_selection, trim_kv_cache
@@ -76,26 +75,6 @@ def prune(
         return _prune(module, request, vision, clock)
     except Exception as error:
         return internal_error(clock.current, error)
-
-
-def internal_error(name: str, error: Exception) -> Declined | Unchanged:
-    """A bug of our own in pass ``name``, as a refusal: called while handling ``error``.
-
-    Were it to escape, dynamo would take some kinds of error for a graph break of the model's and
-    go on unpruned without a word.
-    """
-    if isinstance(error, NoDecoder):
-        return Unchanged(error.declined.because)
-    if isinstance(error, Refusal):
-        return error.declined
-    log.debug("pass %r failed", name, exc_info=True)
-    *_, frame = traceback.extract_tb(error.__traceback__) or [None]
-    raised = f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" if frame else ""
-    return Declined(
-        f"internal error in pass {name!r}: {type(error).__name__}: {error}",
-        where=raised,
-        advice="please report it with the dump of this graph (option dump=...)",
-    )
 
 
 def _prune(

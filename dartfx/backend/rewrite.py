@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from torch.fx import GraphModule
 
+from dartfx.passes.internal_error import internal_error
 from dartfx.passes.outcome import Outcome, ReturnsMask
-from dartfx.passes.pipeline import Observer, internal_error, prune
+from dartfx.passes.pipeline import Observer, prune
 from dartfx.passes.request import Request
 from dartfx.passes.site import Vision
 from dartfx.passes.transform.return_mask import return_vision_mask

@@ -19,8 +19,8 @@ from dartfx.export.program import finished, require_plain_signature, state_of
 from dartfx.observe.dump import ExportDump
 from dartfx.observe.report import record
 from dartfx.passes.frontend.exported import guards_of, opened, refuse_new_guards
+from dartfx.passes.internal_error import internal_error
 from dartfx.passes.outcome import Outcome, Pruned
-from dartfx.passes.pipeline import internal_error
 from dartfx.passes.refusal import Declined
 
 __all__ = ["prune_exported"]

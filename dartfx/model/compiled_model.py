@@ -32,6 +32,7 @@ from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.errors import DartfxError
 from dartfx.model import kv_cache
+from dartfx.model.device_hooks import hooks_in_decoder
 from dartfx.observe import report
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Pruned, Unchanged
@@ -139,6 +140,10 @@ class CompiledModel:
         return result
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (hooks := hooks_in_decoder(self._eager)) is not None:
+            if _vision_inputs(args, kwargs) or vision_mask.given() is not None:
+                self.refuse(hooks)
+            return self._eager(*args, **kwargs)
         with report.collect_reports() as compiled, vision_mask.collect_masks() as noted:
             result = self._run(compiled, args, kwargs)
         if compiled and not any(map(_concerns_vision_tokens, compiled)):
@@ -197,9 +202,7 @@ class CompiledModel:
         self, graphs: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Refuse where the call has vision inputs that none of its graphs merges."""
-        inputs = [f"argument {i}" for i, value in enumerate(args) if _has_floats(value)]
-        inputs += sorted(k for k, v in kwargs.items() if k not in _NO_MEDIA and _has_floats(v))
-        if inputs:
+        if inputs := _vision_inputs(args, kwargs):
             declined = Declined(
                 f"the call was given {', '.join(inputs)}, but none of its {graphs} graphs merges "
                 "vision features into a decoder's embeddings: that happens in code which dynamo "
@@ -252,6 +255,12 @@ def _failure_after_cut(error: Exception) -> Declined:
 
 # Floating tensors that are never vision features.
 _NO_MEDIA = {"attention_mask", "past_key_values"}
+
+
+def _vision_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """The arguments of a call that may bring vision features."""
+    inputs = [f"argument {i}" for i, value in enumerate(args) if _has_floats(value)]
+    return inputs + sorted(k for k, v in kwargs.items() if k not in _NO_MEDIA and _has_floats(v))
 
 
 def _concerns_vision_tokens(made: Report) -> bool:

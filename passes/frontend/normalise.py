@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from dartfx.passes.frontend.canonicalise import canonicalise
 from dartfx.passes.frontend.expand_vmap import expand_vmap
 from dartfx.passes.graph import argument, aten, expr, hint, packet, tensor
+from dartfx.passes.internal_error import REPORT_IT, describe
 from dartfx.passes.refusal import Refusal
 
 
@@ -54,8 +55,7 @@ def normalise(
         canonicalise(traced.graph)
     except Exception as error:  # any operator may fail here, each in its own way
         raise Refusal(
-            f"the graph could not be re-traced to ATen: {type(error).__name__}: {error}",
-            advice="please report it with the dump of this graph (option dump=...)",
+            f"the graph could not be re-traced to ATen: {describe(error)}", advice=REPORT_IT
         ) from error
     traced.recompile()
     traced.meta["seconds"] = time.perf_counter() - start
@@ -129,6 +129,8 @@ def independent(examples: Sequence[Any]) -> list[Any]:
     def size(old: Any) -> Any:
         if type(old) is int or not isinstance(old, torch.SymInt):
             return old
+        if expr(old).is_Integer:
+            return int(expr(old))  # dynamo fixed the symbol by a guard meanwhile
         for symbol in sorted(expr(old).free_symbols, key=str):
             if symbol not in symbols:
                 example = hint(old) if symbol == expr(old) else 2 + len(symbols)

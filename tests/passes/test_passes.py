@@ -6,7 +6,10 @@ from itertools import cycle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from dartfx.passes.frontend.normalise import fresh_size, independent
 from dartfx.passes.outcome import Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, pruned_by_hand, run
@@ -135,3 +138,16 @@ def test_declined_is_bit_identical() -> None:
     assert "no batch dim" in outcome.because
     with torch.no_grad():
         assert_same(outputs, model(**inputs), rtol=0, atol=0)
+
+
+def test_a_symbol_that_a_guard_fixed_is_a_number_in_another_mode() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    free, fixed = fresh_size(mode, 12), fresh_size(mode, 64)
+    with mode:
+        value = torch.empty(free, fixed)
+    assert bool(fixed == 64)  # as dynamo does where a model compares sizes
+    size, other, new = independent([free, fixed, value])
+    assert isinstance(size, torch.SymInt)
+    assert (type(other), other) == (int, 64)
+    assert new.shape[1] == 64
+    assert isinstance(new.shape[0], torch.SymInt)

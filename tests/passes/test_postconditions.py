@@ -54,6 +54,15 @@ def failing_pass(patch: Patch) -> None:
     patch.setattr(apply_cut.gather_frontier, "gather_frontier", gather)
 
 
+def silent_pass(patch: Patch) -> None:
+    def gather(region: list[Node], _: object) -> None:
+        for node in region:
+            if node.op == "call_function":
+                raise AssertionError  # pytest would give ``assert`` a text
+
+    patch.setattr(apply_cut.gather_frontier, "gather_frontier", gather)
+
+
 BROKEN: dict[str, tuple[Callable[[Patch], None], str]] = {
     "shrink does nothing": (no_shrink, "after pruning"),
     "rope is not gathered": (no_rope_gather, "after pruning"),
@@ -62,6 +71,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], str]] = {
     "no rule for attention": (without(aten.scaled_dot_product_attention), "token axis"),
     "no rule for transpose": (without(aten.transpose), "token axis"),
     "a pass raises": (failing_pass, "internal error in pass 'gather': KeyError: 'lost'"),
+    "a pass asserts": (silent_pass, "AssertionError: raise AssertionError"),
 }
 
 
@@ -75,6 +85,9 @@ def test_misbehaving_pass_changes_nothing(
         outputs, outcome = run(model, inputs, retain_tokens=5, on_unsupported="warn")
     assert isinstance(outcome, Declined), outcome
     assert text in outcome.because
+    if text.startswith("Assertion"):
+        assert "(at node " in outcome.because
+        assert "decoders.py" in outcome.because
     with torch.no_grad():
         assert_same(outputs, model(**inputs), rtol=0, atol=0)
 

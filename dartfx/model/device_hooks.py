@@ -1,0 +1,42 @@
+"""Hooks that accelerate puts on a model's layers for ``device_map`` and offloading.
+
+They move weights or activations around each module's forward, in code that dynamo leaves to Python:
+the decoder comes in a graph for every layer, or for every projection.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from dartfx.passes.refusal import Declined
+
+__all__ = ["hooks_in_decoder"]
+
+_INDEXED = re.compile(r"(^|\.)\d+(\.|$)")
+
+
+def hooks_in_decoder(call: Any) -> Declined | None:
+    """Why no graph of a model's ``call`` (a bound method) holds a whole decoder, or None."""
+    model = getattr(call, "__self__", None)
+    # accelerate marks the model itself as well, so that decode steps need not look at all modules.
+    if not (hasattr(model, "_hf_hook") or hasattr(model, "hf_device_map")):
+        return None
+    assert isinstance(model, nn.Module)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for path, module in decoder.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if hook is None or not _INDEXED.search(path):
+            continue
+        offloads = " and offload its weights" if getattr(hook, "offload", False) else ""
+        return Declined(
+            f"hooks of accelerate ({type(hook).__name__}, as device_map and offloading set them) "
+            f"sit on the decoder's layers, {path} first{offloads}: dynamo breaks the graph at each "
+            "of them, so no graph holds the decoder, and the model runs uncompiled",
+            advice="the whole model on one device (no offload; device_map={'': device}), in fewer "
+            "bits where it does not fit; accelerate.hooks.remove_hook_from_module(model, "
+            "recurse=True) removes the hooks of a model that is loaded whole",
+        )
+    return None
