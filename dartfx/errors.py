@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ConfigError",
     "DartfxError",
+    "InputError",
     "KernelUnavailableError",
     "PruningWarning",
     "RanksError",
@@ -19,6 +20,21 @@ class DartfxError(Exception):
 
 class ConfigError(DartfxError, ValueError):
     """An option is unknown, has the wrong type, is out of range, or contradicts another."""
+
+
+class InputError(DartfxError, ValueError):
+    """A model, image, prompt or file that was named cannot be used.
+
+    argument: what named it, such as "image"; the command line's option of that name.
+    """
+
+    def __init__(self, argument: str, why: str) -> None:
+        super().__init__(argument, why)
+        self.argument = argument
+        self.why = why
+
+    def __str__(self) -> str:
+        return self.why
 
 
 class SelectionError(DartfxError, ValueError):

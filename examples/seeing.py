@@ -18,10 +18,10 @@ from progress import counting
 from transformers.utils import logging
 
 import dartfx
+from dartfx.integrations.hf import load_model
 from dartfx.tools.evaluate.answers import answer
 from dartfx.tools.evaluate.questions import Batch, Question, batches, load
 from dartfx.tools.evaluate.scores import MEAN, chance
-from dartfx.tools.evaluate.work import load_model
 
 __all__ = ["Verdict", "show"]
 

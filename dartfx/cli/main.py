@@ -1,7 +1,8 @@
-"""The command line: ``python -m dartfx COMMAND``.
+"""The command line: ``dartfx COMMAND``, or ``python -m dartfx COMMAND``.
 
-Each command is a module with ``configure(parser)`` and ``run(arguments) -> exit status``,
-imported only when it is asked for, so that no command pays for what another needs.
+Each command is a module with ``configure(parser)`` and ``run(arguments) -> exit status``, imported
+only when it is called, so that no command pays for what another needs.  What it raises for an
+argument that cannot be used is printed in one line here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
+
+from dartfx.errors import ConfigError, InputError
 
 __all__ = ["main"]
 
@@ -17,7 +21,7 @@ COMMANDS = {
     "bench": ("dartfx.tools.bench", "time what dartfx does on this machine"),
     "doctor": ("dartfx.cli.doctor", "check that dartfx can work on this machine"),
     "eval": ("dartfx.tools.evaluate", "measure what pruning costs in answers"),
-    "explain": ("dartfx.cli.explain", "tell what would be pruned of a prompt, and why"),
+    "explain": ("dartfx.cli.explain", "show what would be pruned of a prompt, and why"),
     "families": ("dartfx.tools.zoo.command", "prune all families and compare with the oracle"),
     "show": ("dartfx.cli.show", "draw the kept vision tokens over their image"),
 }
@@ -26,7 +30,11 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status, 2 for a wrong call as argparse does."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m dartfx", description=__doc__.split("\n")[0])
+    script = Path(sys.argv[0]).name == "dartfx"
+    parser = argparse.ArgumentParser(
+        prog="dartfx" if script else "python -m dartfx",
+        description="Prune vision tokens with DART.",
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
@@ -35,4 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen.configure(command)
             command.set_defaults(run=chosen.run)
     arguments = parser.parse_args(argv)
-    return int(arguments.run(arguments))
+    try:
+        return int(arguments.run(arguments))
+    except InputError as error:
+        print(f"error: argument --{error.argument}: {error}", file=sys.stderr)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2

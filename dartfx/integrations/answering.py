@@ -22,7 +22,7 @@ from dartfx.observe import report
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Pruned, Unchanged
 
-__all__ = ["Answer", "Answering", "Settings", "Tally", "load"]
+__all__ = ["Answer", "Answering", "Settings", "Tally"]
 
 
 @dataclass(frozen=True)
@@ -242,28 +242,3 @@ def _force(targets: Tensor, inputs: Mapping[str, Tensor]) -> Callable[[Tensor, T
         return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
 
     return process
-
-
-def load(
-    pretrained: str,
-    *,
-    device: str | torch.device,
-    dtype: str | None = None,
-    **arguments: Any,
-) -> tuple[Any, Any]:
-    """A vision-language model of the Hugging Face hub or a folder, and its processor.
-
-    dtype: a torch dtype's name; None is float32 on the CPU and bfloat16 elsewhere.  arguments: of
-    ``from_pretrained`` (attn_implementation, revision, trust_remote_code).  Raises ConfigError for
-    an unknown dtype and what transformers raises.
-    """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    name = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-    kind = getattr(torch, name, None)
-    if not isinstance(kind, torch.dtype):
-        raise ConfigError(f"dtype is {dtype!r}; give the name of a torch dtype, such as bfloat16")
-    model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=kind, **arguments)
-    shared = {k: v for k, v in arguments.items() if k in ("revision", "trust_remote_code")}
-    processor = AutoProcessor.from_pretrained(pretrained, **shared)
-    return model.to(device).eval().requires_grad_(False), processor

@@ -1,81 +1,191 @@
-"""A model and its prompt from the command line: what explain and show share."""
+"""The one place that loads a Hugging Face model, and makes its inputs of an image and a prompt.
+
+Everything here raises :class:`~dartfx.errors.InputError`, which names what cannot be used and says
+what to do.  Loading runs code of transformers, of the tokeniser and of Pillow, each of which raises
+whatever it likes about a file that is missing, cut short or of another kind; so any exception of
+theirs becomes an InputError, with the original as its cause.
+"""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dartfx.errors import DartfxError
+from dartfx.errors import InputError
 
-__all__ = ["CommandError", "add_arguments", "load", "options"]
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-class CommandError(DartfxError):
-    """What stops a command, told without a traceback."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say which model, image, question and options."""
-    add = parser.add_argument
-    add(
-        "--model", required=True, help="a vision-language model on the Hugging Face hub or a folder"
-    )
-    add("--image", required=True, help="an image file")
-    add("--prompt", default="What is shown in this image?", help="the question (%(default)s)")
-    add("--retain-tokens", type=int, help="vision tokens kept per sample (default: the options')")
-    add("--layer", type=int, default=2, help="first layer that sees the pruned sequence")
-    add("--selector", default="dart", help="which rule picks the tokens (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 elsewhere")
+__all__ = [
+    "load_model",
+    "load_processor",
+    "load_weights",
+    "prompt_inputs",
+    "quiet_dynamo",
+    "read_image",
+    "to_model",
+]
 
 
-def options(arguments: argparse.Namespace) -> dict[str, object]:
-    """The backend's options among the arguments."""
-    given: dict[str, object] = {"layer": arguments.layer, "selector": arguments.selector}
-    if arguments.retain_tokens is not None:
-        given["retain_tokens"] = arguments.retain_tokens
-    return given
+def load_model(
+    name: str,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    **arguments: Any,
+) -> tuple[Any, Any]:
+    """A vision-language model for inference, and its processor.
 
-
-def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The model, and the inputs that its processor makes of image and prompt.
-
-    Raises CommandError when a package, the image or the model is missing.
+    name: a folder or a name on the hub.  device: default: the GPU where there is one.  dtype: of
+    the weights; default: float32 on a CPU, bfloat16 elsewhere.  arguments: of ``from_pretrained``
+    (attn_implementation, revision, trust_remote_code).  Raises InputError when transformers is
+    missing, or the device, the model or its processor cannot be used.
     """
-    if "TORCH_LOGS" not in os.environ:
-        # A graph break is part of what is explained; torch prints a page of its own about it.
-        logging.getLogger("torch._dynamo.variables.tensor").setLevel(logging.ERROR)
+    # The processor first: it loads in no time, and a model without one is of no use.
+    processor = load_processor(
+        name, **{k: v for k, v in arguments.items() if k in ("revision", "trust_remote_code")}
+    )
+    return load_weights(name, device, dtype, **arguments), processor
+
+
+def load_processor(name: str, **arguments: Any) -> Any:
+    """The processor of :func:`load_model` alone."""
+    _check_folder(name)
+    try:
+        processor = _transformers().AutoProcessor.from_pretrained(name, **arguments)
+    except Exception as error:
+        why = f"cannot load the processor of {name!r}: {_line(error)}"
+        raise InputError("model", why) from error
+    if getattr(processor, "image_processor", None) is None:
+        raise InputError(
+            "model",
+            f"{name!r} has no processor for images (preprocessor_config.json): save the processor "
+            "into the folder, or take a vision-language model",
+        )
+    return processor
+
+
+def load_weights(
+    name: str,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    **arguments: Any,
+) -> Any:
+    """The model of :func:`load_model` alone."""
+    _check_folder(name)
+    device = _device(device)
+    weights = _dtype(dtype, device)
+    factory = _transformers().AutoModelForImageTextToText
+    try:
+        model = factory.from_pretrained(name, dtype=weights, **arguments)
+    except Exception as error:
+        raise InputError("model", f"cannot load the model {name!r}: {_line(error)}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("model", f"{error.name} is missing: pip install 'dartfx[hf]'") from error
+    return transformers
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise InputError("model", f"{name!r} is no folder with a model: it has no config.json")
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).split("\n")[0]
+        raise InputError("device", f"{str(name)!r} cannot be used here: {why}") from error
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise InputError("dtype", f"{dtype!r} is no torch dtype, such as bfloat16")
+    return found
+
+
+def read_image(path: str | Path) -> Any:
+    """The picture at ``path`` as RGB, read whole, so that one cut short is noticed here.
+
+    Raises InputError when Pillow or the file is missing, or the file is no picture.
+    """
     try:
         from PIL import Image, UnidentifiedImageError
-        from transformers import AutoModelForImageTextToText, AutoProcessor
     except ImportError as error:
-        raise CommandError(f"{error.name} is missing: pip install 'dartfx[demo]'") from error
+        raise InputError("image", "Pillow is missing: pip install pillow") from error
     try:
-        image = Image.open(arguments.image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise CommandError(f"cannot read the image {arguments.image!r}: {error}") from error
-    dtype = getattr(torch, arguments.dtype or _dtype(arguments.device))
-    try:
-        processor = AutoProcessor.from_pretrained(arguments.model)
-        model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:
-        raise CommandError(f"cannot load the model {arguments.model!r}: {error}") from error
-    model = model.to(arguments.device).eval()
-    content = [{"type": "image"}, {"type": "text", "text": arguments.prompt}]
-    if getattr(processor, "chat_template", None):
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise InputError("image", f"{str(path)!r} is not a picture that Pillow can read") from error
+    except FileNotFoundError as error:
+        raise InputError("image", f"there is no file {str(path)!r}") from error
+    except Exception as error:
+        raise InputError("image", f"cannot read {str(path)!r}: {_line(error)}") from error
+
+
+def prompt_inputs(processor: Any, image: Any, prompt: str) -> dict[str, Any]:
+    """What the processor makes of one image and a prompt, on the CPU.
+
+    The prompt becomes the user's turn of the processor's chat template, after the image.  One that
+    holds the image token is taken as it is.  Raises InputError when it cannot be tokenised.
+    """
+    token = getattr(processor, "image_token", None)
+    if token is not None and token in prompt:
+        text = prompt
+    elif getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
         chat = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    elif token is not None:
+        text = f"{token}\n{prompt}"
     else:
-        text = f"{processor.image_token}\n{arguments.prompt}"
-    made = processor(images=image, text=text, return_tensors="pt").to(arguments.device)
-    return model, {k: v.to(dtype) if v.is_floating_point() else v for k, v in made.items()}
+        raise InputError(
+            "model",
+            "its processor has neither a chat template nor an image token to write a prompt",
+        )
+    try:
+        return dict(processor(images=image, text=text, return_tensors="pt"))
+    except Exception as error:
+        raise InputError(
+            "prompt",
+            f"the processor cannot make inputs of {prompt!r}: {_line(error)}; write it in words of "
+            "the tokeniser's vocabulary, with at most one image token",
+        ) from error
 
 
-def _dtype(device: str) -> str:
-    return "float32" if device == "cpu" else "bfloat16"
+def to_model(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The inputs on the model's device, floating-point ones in its dtype."""
+    weight = next(model.parameters())
+    moved = {name: value.to(weight.device) for name, value in inputs.items()}
+    return {k: v.to(weight.dtype) if v.is_floating_point() else v for k, v in moved.items()}
+
+
+def quiet_dynamo() -> None:
+    """Leave out dynamo's page about a graph break, where that is part of what is explained."""
+    if "TORCH_LOGS" not in os.environ:
+        logging.getLogger("torch._dynamo.variables.tensor").setLevel(logging.ERROR)
+
+
+def _line(error: BaseException) -> str:
+    """The error's text in one line; its type too where it says nothing by itself."""
+    text = " ".join(str(error).split())
+    short = text if len(text) <= 300 else f"{text[:297]}..."
+    return (
+        short
+        if isinstance(error, OSError | ValueError) and short
+        else (f"{type(error).__name__}: {short}")
+    )

@@ -21,7 +21,8 @@ from loguru import logger
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dartfx.errors import ConfigError
-from dartfx.integrations.answering import Answering, load
+from dartfx.integrations.answering import Answering
+from dartfx.integrations.hf import load_model
 from dartfx.integrations.lmms_requests import OnDemand, document, from_visuals, settings_of
 from dartfx.integrations.prompts import Conversation
 
@@ -68,7 +69,7 @@ class Dartfx(lmms):  # type: ignore[misc]
         if arguments and not prune:
             raise ConfigError(f"prune=False leaves no use for {', '.join(sorted(arguments))}")
         options = {name: _value(name, given) for name, given in arguments.items()}
-        model, processor = load(pretrained, device=self.device, dtype=dtype, **loaded)
+        model, processor = load_model(pretrained, self.device, dtype, **loaded)
         self.config, self.batch_size = model.config, int(batch_size)
         self._answering = Answering(
             model,

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dartfx.errors import ConfigError, UnsupportedGraphError
-from dartfx.integrations.answering import Answering, Settings, load
+from dartfx.errors import ConfigError, InputError, UnsupportedGraphError
+from dartfx.integrations.answering import Answering, Settings
+from dartfx.integrations.hf import load_model
 from dartfx.integrations.lmms_requests import OnDemand, document, from_visuals, settings_of
 from dartfx.integrations.prompts import Prompts
 from dartfx.tools.evaluate import questions
@@ -26,7 +27,7 @@ SHORT = Settings(max_new_tokens=4)
 
 @functools.cache
 def loaded() -> tuple[Any, Any]:
-    return load(str(TINY / "model"), device="cpu")
+    return load_model(str(TINY / "model"), "cpu")
 
 
 @functools.cache
@@ -165,8 +166,8 @@ def test_continuations_without_a_likelihood(text: str, message: str) -> None:
 
 
 def test_an_unknown_dtype_is_named() -> None:
-    with pytest.raises(ConfigError, match="dtype is 'floaty'"):
-        load(str(TINY / "model"), device="cpu", dtype="floaty")
+    with pytest.raises(InputError, match="'floaty' is no torch dtype"):
+        load_model(str(TINY / "model"), "cpu", "floaty")
 
 
 @pytest.mark.parametrize(

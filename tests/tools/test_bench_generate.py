@@ -289,7 +289,7 @@ def test_shapes_are_those_of_the_checkpoints(name: str, parameters: int, vision:
         (["--batch", "0"], "must be at least 1"),
         (["--new-tokens", "0"], "must be at least 1"),
         (["--plot", "totals.png"], "--plot needs matplotlib"),
-        (["--image", "nowhere.jpg"], "no image file 'nowhere.jpg'"),
+        (["--image", "nowhere.jpg"], "there is no file 'nowhere.jpg'"),
     ],
 )
 def test_says_what_is_wrong_before_it_begins(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dartfx.integrations.hf import load_model
 from dartfx.ops import select_tokens
 from dartfx.selection.registry import asks_for, get_selector
 from dartfx.tools import evaluate
@@ -20,7 +21,7 @@ from dartfx.tools.evaluate.questions import Question, batches, load
 from dartfx.tools.evaluate.results import Results, as_lines
 from dartfx.tools.evaluate.resume import Resumed
 from dartfx.tools.evaluate.scores import MEAN, Sample, chance, score
-from dartfx.tools.evaluate.work import _kind, _shares, load_model
+from dartfx.tools.evaluate.work import _kind, _shares
 
 ROOT = Path(__file__).parents[2]
 

@@ -34,6 +34,8 @@ import torch
 
 import dartfx
 from dartfx.config.options import DartConfig
+from dartfx.integrations.hf import read_image
+from dartfx.integrations.outputs import check_file
 from dartfx.tools.bench.figures import limits, row_figures, speed_ups, tables
 from dartfx.tools.bench.gate import Gate
 from dartfx.tools.bench.timing import device_name
@@ -59,6 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--model-shape", metavar="SHAPE", help="random weights, real shapes")
     models.add_argument("--model", metavar="CHECKPOINT", help="a folder or a name on the hub")
     add("--image", type=Path, metavar="FILE", help="for --model (default: noise, 672 x 672)")
+    add("--prompt", help="for --model (default: a request to describe the image)")
     add("--retain-tokens", type=int, help="vision tokens kept (default: the shape's; see docs)")
     add("--batch", type=int, default=1, help="prompts in a call, all alike (%(default)s)")
     add("--images", type=int, default=1, help="images in a prompt, all alike (%(default)s)")
@@ -116,8 +119,10 @@ def _problem(arguments: argparse.Namespace) -> str | None:
     for row in arguments.rows or ():
         if row not in VARIANTS:
             return f"unknown row {row!r}; known: {', '.join(VARIANTS)}"
-    if arguments.image and not arguments.image.is_file():
-        return f"no image file {str(arguments.image)!r}"
+    for name in ("json", "gate", "plot"):
+        check_file(name, getattr(arguments, name))
+    if arguments.image:
+        read_image(arguments.image)
     return None
 
 
@@ -132,7 +137,7 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         counts = {"images": arguments.images, "batch": arguments.batch}
         work: Workload = zoo.build(arguments.model_shape, device, dtype, **counts)
     else:
-        work = zoo.load(arguments.model, device, dtype, arguments.image)
+        work = zoo.load(arguments.model, device, dtype, arguments.image, arguments.prompt)
     return work
 
 

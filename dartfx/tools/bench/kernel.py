@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartfx.integrations.outputs import check_file
 from dartfx.ops import registration  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
 from dartfx.tools.bench.baselines import Layer, published
 from dartfx.tools.bench.launches import launches
@@ -100,6 +101,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print one table per shape; returns 0."""
+    check_file("json", arguments.json)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)

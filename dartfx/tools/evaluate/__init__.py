@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from dartfx.integrations.outputs import check_file
 from dartfx.selection.registry import BUILT_IN
 from dartfx.tools.evaluate import selectors  # noqa: F401  (registers what dart is compared with)
 from dartfx.tools.evaluate.answers import Choice
@@ -81,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _problem(arguments: argparse.Namespace) -> str | None:
     """What is wrong with the arguments, before anything long is begun."""
+    for name in ("json", "write", "plot"):
+        check_file(name, getattr(arguments, name))
     if not arguments.questions.is_file():
         return f"no questions at {arguments.questions}: give --questions, or run from a checkout"
     unknown = set(arguments.selectors) - set(SELECTORS)

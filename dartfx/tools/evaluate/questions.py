@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartfx.errors import InputError
+from dartfx.integrations.hf import prompt_inputs, read_image
+
 __all__ = ["Batch", "Question", "batches", "load"]
 
 
@@ -40,16 +43,21 @@ def load(path: Path, pictures: int | None = None) -> list[Question]:
     """The questions of a JSON Lines file, those on the first so many pictures if it says so.
 
     Each line is an object with "image" (a path relative to the file), "type", "question" and
-    "answer".  Raises ValueError for a line that is not, OSError for a file that cannot be read.
+    "answer".  Raises InputError for a line that is not and a file that cannot be read.
     """
     questions = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("questions", f"cannot read {str(path)!r}: {error}") from error
+    for number, line in enumerate(lines, 1):
         try:
             told = json.loads(line)
             given = [told[key] for key in ("image", "type", "question", "answer")]
         except (ValueError, TypeError, KeyError) as error:
             wanted = '{"image": ..., "type": ..., "question": ..., "answer": ...}'
-            raise ValueError(f"{path}, line {number}: not a question like {wanted}") from error
+            why = f"{path}, line {number}: not a question like {wanted}"
+            raise InputError("questions", why) from error
         image, kind, text, answer = map(str, given)
         questions.append(Question(path.parent / image, kind, text, answer))
     some = list(dict.fromkeys(q.image for q in questions))[:pictures]
@@ -81,21 +89,8 @@ def batches(questions: Sequence[Question], processor: Any, size: int) -> list[Ba
 
 
 def _inputs(questions: Sequence[Question], processor: Any) -> Iterator[dict[str, Tensor]]:
-    from PIL import Image
-
     for question in questions:
-        with Image.open(question.image) as image:
-            made = processor(
-                images=image.convert("RGB"),
-                text=_prompt(question.text, processor),
-                return_tensors="pt",
-            )
-        yield dict(made)
-
-
-def _prompt(text: str, processor: Any) -> str:
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        chat = [{"role": "user", "content": content}]
-        return str(processor.apply_chat_template(chat, add_generation_prompt=True))
-    return f"{processor.image_token}\n{text}"
+        try:
+            yield prompt_inputs(processor, read_image(question.image), question.text)
+        except InputError as error:
+            raise InputError("questions", f"{question.image.name}: {error}") from error

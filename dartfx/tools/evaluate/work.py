@@ -8,10 +8,10 @@ import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 
+from dartfx.integrations.hf import load_model, to_model
 from dartfx.tools.evaluate.answers import (
     Answers,
     Choice,
@@ -22,7 +22,7 @@ from dartfx.tools.evaluate.answers import (
 )
 from dartfx.tools.evaluate.questions import Batch, batches, load
 
-__all__ = ["Asker", "answers", "load_model"]
+__all__ = ["Asker", "answers"]
 
 # What a process needs for compiling a model and for asking all questions once, in what one retained
 # token more takes it.  Rough, measured with examples/tiny_vlm: only shares depend on them.
@@ -40,7 +40,10 @@ class Asker:
         self.questions = load(arguments.questions, arguments.pictures)
         model, processor = load_model(str(arguments.model))
         encode_once(model)
-        prompts = [_on(b, model) for b in batches(self.questions, processor, arguments.batch)]
+        prompts = [
+            Batch(batch.numbers, to_model(batch.inputs, model))
+            for batch in batches(self.questions, processor, arguments.batch)
+        ]
         self._ask = (model, processor, prompts, arguments.max_new_tokens)
         self._selectors = arguments.selectors
         asked = [r for r in (*arguments.retain, *arguments.retain_elsewhere) if r > 0]
@@ -75,22 +78,6 @@ def _kind(task: Task, vision_tokens: int) -> tuple[int, object]:
     layer, choices = task
     retain = choices[0].retain
     return layer, "some" if 0 < retain < vision_tokens else retain
-
-
-def load_model(name: str) -> tuple[Any, Any]:
-    """A model, on the GPU where there is one, and its processor."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False), AutoProcessor.from_pretrained(name)
-
-
-def _on(batch: Batch, model: Any) -> Batch:
-    moved = {name: value.to(model.device) for name, value in batch.inputs.items()}
-    moved = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in moved.items()}
-    return Batch(batch.numbers, moved)
 
 
 def answers(

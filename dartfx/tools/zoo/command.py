@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import dartfx
+from dartfx.integrations.outputs import check_file, check_folder
 from dartfx.tools.zoo.measure import RETAIN, Call, Result, measure
 from dartfx.tools.zoo.registry import FAMILIES
 
@@ -50,6 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown:
         print(f"unknown: {', '.join(unknown)}; --list prints the families", file=sys.stderr)
         return 2
+    for name in ("json", "write"):
+        check_file(name, getattr(arguments, name))
+    check_folder("traces", arguments.traces)
     torch.set_num_threads(1)  # the models are so small that a second thread only waits
     results = []
     for number, name in enumerate(names, 1):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers as hf
 
+from dartfx.integrations.hf import load_processor, load_weights, prompt_inputs, read_image, to_model
 from dartfx.tools.bench.workload import Workload
 from dartfx.tools.zoo.family import Family, Structure, images, patches, special, text_sizes
 from dartfx.tools.zoo.llava import llava
@@ -152,34 +153,27 @@ def _repeated(inputs: dict[str, Any], images: int, batch: int) -> dict[str, Any]
 
 
 def load(
-    name: str, device: torch.device, dtype: torch.dtype, image: Path | None, prompt: str = _PROMPT
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    image: Path | None,
+    prompt: str | None,
 ) -> Workload:
     """A checkpoint by folder or hub name, and its processor's inputs; without an image, noise.
 
-    Raises OSError and ValueError as transformers does for what it cannot load.
+    Raises InputError for what cannot be used.
     """
     from PIL import Image
 
-    processor = hf.AutoProcessor.from_pretrained(name)
-    model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device)
-    model.eval().requires_grad_(False)
-    picture = Image.open(image) if image else Image.effect_noise((672, 672), 80.0)
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    if getattr(processor, "chat_template", None):
-        chat = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    else:
-        text = f"USER: {processor.image_token}\n{prompt} ASSISTANT:"
-    made = processor(images=picture.convert("RGB"), text=text, return_tensors="pt")
-    return _place(name, model, dict(made))
+    picture = read_image(image) if image else Image.effect_noise((672, 672), 80.0).convert("RGB")
+    inputs = prompt_inputs(load_processor(name), picture, prompt or _PROMPT)
+    return _place(name, load_weights(name, device, dtype), inputs)
 
 
 def _place(name: str, model: Any, inputs: dict[str, Any]) -> Workload:
     """The workload with its inputs moved to the model's device, floats in its dtype."""
     # Without an end token every answer has exactly the length that is asked for.
     model.generation_config.eos_token_id = None
-    weight = next(model.parameters())
-    placed = {k: v.to(weight.device) for k, v in inputs.items()}
-    cast = {k: v.to(weight.dtype) if v.is_floating_point() else v for k, v in placed.items()}
+    cast = to_model(inputs, model)
     vision = cast["input_ids"] == model.config.image_token_id
     return Workload(name, model, cast, vision)
