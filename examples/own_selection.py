@@ -28,7 +28,7 @@ class KeepThese:
 
     def __init__(self, kept: Tensor, layer: int) -> None:
         self.kept = kept
-        self.outcomes: list[passes.Outcome | None] = []
+        self.outcomes: list[object] = []
         retain = int(kept.sum(1).max())
         self.request = passes.Request((passes.Stage(layer, lambda n: retain, passes.Given()),))
 

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import sympy
 import torch
@@ -276,17 +276,19 @@ class Emitter:
         size = sizes(node)[dim]
         return size if type(size) is int else self(aten.sym_size.int, node, dim)
 
-    def arithmetic(self, function: Callable[..., Any], *args: int | Node) -> int | Node:
-        """``function`` on sizes: folded when all are literals, else recorded as nodes."""
-        if all(type(a) is int for a in args):
-            return int(function(*args))
-        before = set(self.graph.nodes)
-        tracer = GraphAppendingTracer(self.graph)
+    def shape(self, node: Node) -> list[int | Node]:
+        """The sizes of ``node`` as arguments."""
+        return [self.size(node, dim) for dim in range(len(sizes(node)))]
+
+    def arithmetic(self, function: Callable[..., Any], *args: Any) -> int | Node:
+        """``function`` on sizes, or lists of them: folded to a literal, else recorded as nodes."""
+        tracer, before = GraphAppendingTracer(self.graph), self.anchor.prev
         with self.graph.inserting_before(self.anchor):
-            result = function(*(Proxy(a, tracer) if isinstance(a, Node) else a for a in args))
-        for node in self.graph.nodes:
-            if node not in before:
-                node.meta["val"] = evaluate(node, self.mode)
+            operands: Any = map_arg(args, lambda node: cast(Node, Proxy(node, tracer)))
+            result = function(*operands)
+        while (node := before.next) is not self.anchor:
+            node.meta["val"] = evaluate(node, self.mode)
+            before = node
         return result.node if isinstance(result, Proxy) else int(result)
 
 

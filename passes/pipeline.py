@@ -6,62 +6,42 @@ the caller drops that graph and compiles dynamo's original, so nothing is ever h
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from dartfx.passes.analysis import locate
+from dartfx.passes.analysis.axes import TokenAxes
+from dartfx.passes.analysis.budgets import PlannedCut, plan_budgets, vision_tokens
 from dartfx.passes.analysis.cost import bytes_of, flops
-from dartfx.passes.graph import Size, hint, sizes, value_of
+from dartfx.passes.analysis.cut_region import CutRegion
+from dartfx.passes.analysis.kv_caches import CacheLayout, plan_cache_layout
+from dartfx.passes.analysis.locate import entered_stack, find_stacks, find_vision, locate
+from dartfx.passes.graph import hint, sizes, source_line, value_of
 from dartfx.passes.internal_error import internal_error
-from dartfx.passes.outcome import Outcome, Pruned, Unchanged
+from dartfx.passes.outcome import Crossing, Cut, Outcome, Pruned, Unchanged
 from dartfx.passes.request import Request
-from dartfx.passes.site import Site, Stack, Vision
-from dartfx.passes.transform import insert_selection, trim_kv_cache
-from dartfx.passes.transform.apply_cut import CutRegion, cut
+from dartfx.passes.runner import Observer, PassRunner
+from dartfx.passes.selection import Select
+from dartfx.passes.site import Site, Vision
+from dartfx.passes.transform.check_shapes import check_shapes
+from dartfx.passes.transform.gather_frontier import gather_frontier
+from dartfx.passes.transform.insert_selection import (
+    Budget,
+    RuntimeChecks,
+    emit_budgets,
+    insert_selection,
+)
+from dartfx.passes.transform.shrink_sizes import shrink_sizes
+from dartfx.passes.transform.trim_kv_cache import return_whole, trim_caches
 
-log = logging.getLogger(__name__)
-
-
-class Observer(Protocol):
-    """Is told of the graph after each pass, and of the place of the cut once it is known."""
-
-    def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None: ...
-
-
-class PassTimer:
-    """Seconds per pass; also tells an observer and the log when each pass has run."""
-
-    def __init__(self, module: GraphModule, observe: Observer | None = None) -> None:
-        self.seconds: dict[str, float] = {"normalise": module.meta.get("seconds", 0.0)}
-        self._module, self._observe = module, observe
-        self.current, self.round = "", 1
-        self.site: Site | None = None
-        self._log("normalise")
-
-    def _log(self, name: str) -> None:
-        nodes = len(self._module.graph.nodes)
-        log.debug("pass %s: %.3f s, %d nodes", name, self.seconds[name], nodes)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        name = name if self.round == 1 else f"{name} {self.round}"
-        self.current, start = name, time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-        self._log(name)
-        if self._observe is not None:
-            self._observe(name, self._module, self.site)
+FindVision = Callable[[GraphModule], Vision]
 
 
 def prune(
     module: GraphModule,
     request: Request,
-    vision: Callable[[GraphModule], Vision] | None = None,
+    vision: FindVision | None = None,
     observe: Observer | None = None,
 ) -> Outcome | None:
     """Prune one normalised graph in place.
@@ -70,87 +50,163 @@ def prune(
     the merge in the graph.  Returns Pruned, Declined (why, where, what to try), Unchanged, or None
     when no vision tokens enter a decoder here (the graph is then unchanged).
     """
-    clock = PassTimer(module, observe)
+    run = PassRunner(module, observe)
     try:
-        return _prune(module, request, vision, clock)
+        return _prune(module, request, vision, run)
     except Exception as error:
-        return internal_error(clock.current, error)
+        return internal_error(run.current, error)
+
+
+class Located(NamedTuple):
+    """Where the stages cut: a site by each layer."""
+
+    sites: dict[int, Site]
+
+    @property
+    def site(self) -> Site:
+        """The first stage's."""
+        return next(iter(self.sites.values()))
+
+
+class Plan(NamedTuple):
+    """region: what the first cut changes; cuts: those that drop tokens, at least one."""
+
+    region: CutRegion
+    cuts: list[PlannedCut]
+    layout: CacheLayout
+
+    @property
+    def site(self) -> Site:
+        """Where the first cut is made."""
+        return self.region.site
+
+    @property
+    def trimmed(self) -> dict[Node, int]:
+        """The caches that are as long as the pruned sequence in every layer, by layer."""
+        return self.layout.caches if self.layout.layout == "uniform" else {}
+
+    def checks(self, cut: PlannedCut, request: Request) -> RuntimeChecks:
+        """What decode needs checked at run time of one cut."""
+        even_rows = bool(self.trimmed) and not request.gathers_decode_mask
+        return RuntimeChecks(
+            even_rows=even_rows and cut is self.cuts[0],
+            window=self.layout.window if cut is self.cuts[-1] else None,
+        )
+
+
+class CutResult(NamedTuple):
+    """What was cut, the vision tokens that enter the next cut, and the caches as they are now."""
+
+    cut: Cut
+    vision: Vision
+    caches: dict[Node, int]
 
 
 def _prune(
-    module: GraphModule,
-    request: Request,
-    vision: Callable[[GraphModule], Vision] | None,
-    clock: PassTimer,
+    module: GraphModule, request: Request, vision: FindVision | None, run: PassRunner
 ) -> Outcome | None:
-    graph = module.graph
-    with clock("locate"):
-        entered = _entered(module, vision)
-        if entered is None:
-            return None
-        sites = {s.layer: locate.locate(graph, s.layer, *entered) for s in request.stages}
-        clock.site = sites[request.stages[0].layer]
-    with clock("axes"):
-        region = CutRegion(graph, clock.site)
-        tokens, planned = insert_selection.plan_budgets(region.emitter(), clock.site, request)
-        if not planned:
-            return _all_retained(value_of(tokens), request)
-        (stage, budget), *later = planned
-        if stage is not request.stages[0]:
-            clock.site = sites[stage.layer]
-            region = CutRegion(graph, clock.site)
-        left = _tokens_left(region.site, budget, planned[-1][1])
-        leaves = trim_kv_cache.plan_cache_layout(
-            region.site, region.output, region.axes, left, request
-        )
-        region.recompute()
-    site, batch = region.site, sizes(region.site.hidden)[0]
-    before = flops(site.stack.layer_of), bytes_of(leaves.caches)
-    caches = leaves.caches if leaves.layout == "uniform" else {}
-    needs = insert_selection.RuntimeChecks(
-        bool(caches) and not request.gathers_decode_mask, None if later else leaves.window
-    )
-    made = [cut(module, region, stage, budget, needs, caches, clock)]
-    for number, (stage, budget) in enumerate(later, 2):
-        clock.round = number
-        with clock("locate"):
-            clock.site = locate.locate(graph, stage.layer, made[-1].left, site.stack)
-        with clock("axes"):
-            region = CutRegion(graph, clock.site)
-        needs = insert_selection.RuntimeChecks(
-            False, leaves.window if stage is planned[-1][0] else None
-        )
-        made.append(cut(module, region, stage, budget, needs, made[-1].uniform, clock))
+    # Where vision tokens enter a decoder stack, and what each cut reads there.
+    located = run("locate", _locate_cuts, module, request, vision)
+    if located is None:
+        return None
+    # Where the token axis runs, which cuts drop tokens, and which KV layout decode can read.
+    plan = run("axes", _plan_cuts, located, request)
+    if isinstance(plan, Unchanged):
+        return plan
+    layer_of, flops_before = plan.site.stack.layer_of, flops(plan.site.stack.layer_of)
+    kv_bytes_before = bytes_of(plan.layout.caches)
+    # N and R of every cut as arguments; windows that pruning leaves unfilled are returned whole.
+    budgets = emit_budgets(plan.region, plan.cuts)
+    return_whole(plan.region, plan.layout.return_whole)
+    results: list[CutResult] = []
+    region, caches = plan.region, plan.trimmed
+    for planned, budget in zip(plan.cuts, budgets, strict=True):
+        if results:
+            # A later cut starts from the tokens that the one before left.
+            entering, caches = results[-1].vision, results[-1].caches
+            site = run("locate", locate, planned.stage.layer, entering, plan.site.stack)
+            region = run("axes", CutRegion, site)
+        checks = plan.checks(planned, request)
+        results.append(_apply_cut(region, planned.stage.select, budget, checks, caches, run))
+    module.recompile()
     return Pruned(
-        stack=site.stack.path,
-        how=site.vision.how,
-        batch=hint(batch),
-        cuts=tuple(m.cut for m in made),
-        kv_layout=leaves.layout if leaves.caches else "none returned",
-        flops=(before[0], flops(site.stack.layer_of)),
-        kv_bytes=(before[1], bytes_of(made[-1].uniform or leaves.caches)),
-        seconds=clock.seconds,
+        stack=plan.site.stack.path,
+        how=plan.site.vision.how,
+        batch=hint(sizes(plan.site.hidden)[0]),
+        cuts=tuple(result.cut for result in results),
+        kv_layout=plan.layout.layout if plan.layout.caches else "none returned",
+        flops=(flops_before, flops(layer_of)),
+        kv_bytes=(kv_bytes_before, bytes_of(results[-1].caches or plan.layout.caches)),
+        seconds=run.timer.seconds,
     )
 
 
-def _entered(
-    module: GraphModule, vision: Callable[[GraphModule], Vision] | None
-) -> tuple[Vision, Stack] | None:
-    """Where the vision tokens are, and the decoder stack that they enter; None for neither."""
-    stacks = locate.find_stacks(module.graph)
+def _apply_cut(
+    region: CutRegion,
+    select: Select,
+    budget: Budget,
+    checks: RuntimeChecks,
+    caches: dict[Node, int],
+    run: PassRunner,
+) -> CutResult:
+    before, site = sizes(region.site.hidden)[1], region.site
+    # keep_idx [B, S'] in front of layer K, the same on every rank.
+    chosen = run("insert", insert_selection, region, select, budget, checks)
+    # Every token-axis value that enters the region, gathered once by keep_idx.
+    gather = run("gather", gather_frontier, region, chosen.keep_idx)
+    crossings = tuple(_crossing(value, region.axes) for value in gather.crossed())
+    # Size arguments in the region that mean S become S'.
+    run("shrink", shrink_sizes, region, chosen.length)
+    # Under the uniform layout: caches of layers before K, as they leave the graph.
+    caches = run("trim cache", trim_caches, region, caches, gather)
+    # Every shape in the region is the one that axis inference predicts.
+    run("check", check_shapes, region, chosen.length)
+    counts = hint(value_of(budget.vision_tokens)), hint(value_of(budget.retain))
+    sequence = hint(before), hint(value_of(chosen.length))
+    cut = Cut(site.layer, *counts, sequence, crossings, chosen.across)
+    entering = gather.crossed()[site.hidden]
+    return CutResult(cut, Vision(entering, (chosen.vision_mask,), (), site.vision.how), caches)
+
+
+def _locate_cuts(
+    module: GraphModule, request: Request, vision: FindVision | None
+) -> Located | None:
+    """The stages' sites in the decoder stack that vision tokens enter; None where they enter none.
+
+    Raises Refusal where any of the stages could not cut.
+    """
+    stacks = find_stacks(module.graph)
     if vision is None:
-        return locate.find_vision(module.graph, stacks)
-    entering = vision(module)
-    return entering, locate.entered_stack(module.graph, stacks, entering.embeds)
+        found = find_vision(module.graph, stacks)
+        if found is None:
+            return None
+        entering, stack = found
+    else:
+        entering = vision(module)
+        stack = entered_stack(module.graph, stacks, entering.embeds)
+    layers = [stage.layer for stage in request.stages]
+    return Located({layer: locate(layer, entering, stack) for layer in layers})
 
 
-def _tokens_left(site: Site, first: insert_selection.Budget, last: insert_selection.Budget) -> Size:
-    """S' = S - N + R of the last cut, where R < N."""
-    left: Size = sizes(site.hidden)[1] - value_of(first.vision_tokens) + value_of(last.retain)
-    return left
+def _plan_cuts(located: Located, request: Request) -> Plan | Unchanged:
+    """What the cuts will do, before anything is changed.
+
+    Raises Refusal for a graph that cannot be pruned, whatever its sizes.
+    """
+    region = CutRegion(located.site)
+    tokens = vision_tokens(located.site.vision)
+    cuts = plan_budgets(tokens, request)
+    if not cuts:
+        wanted = hint(request.stages[-1].retain(tokens))
+        text = f"nothing to drop: {wanted} tokens to retain of {hint(tokens)}"
+        return Unchanged(text, all_retained=True)
+    first, last = cuts[0], cuts[-1]
+    if first.stage is not request.stages[0]:
+        region = CutRegion(located.sites[first.stage.layer])
+    # S' = S - N + R of the last cut, where R < N.
+    length = sizes(region.site.hidden)[1] - first.vision_tokens + last.retain
+    return Plan(region, cuts, plan_cache_layout(region, length, request))
 
 
-def _all_retained(tokens: Size, request: Request) -> Unchanged:
-    asked = hint(request.stages[-1].retain(tokens))
-    text = f"nothing to drop: {asked} tokens to retain of {hint(tokens)}"
-    return Unchanged(text, all_retained=True)
+def _crossing(node: Node, axes: TokenAxes) -> Crossing:
+    return Crossing(node.name, tuple(map(str, sizes(node))), axes.dims(node), source_line(node))

@@ -9,9 +9,9 @@ from dartfx.backend.rewrite import Rewritten, rewrite
 from dartfx.passes.analysis import locate
 from dartfx.passes.analysis.attention import attends_causally
 from dartfx.passes.frontend.normalise import example_values, fresh_size, independent, normalise
-from dartfx.passes.pipeline import Observer
 from dartfx.passes.refusal import NoDecoder
 from dartfx.passes.request import Request
+from dartfx.passes.runner import Observer
 from dartfx.passes.site import Vision
 from dartfx.runtime.mask_dispatch import IncomingMask
 from dartfx.runtime.rank_agreement import Ranks

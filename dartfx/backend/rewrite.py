@@ -14,8 +14,9 @@ from torch.fx import GraphModule
 
 from dartfx.passes.internal_error import internal_error
 from dartfx.passes.outcome import Outcome, ReturnsMask
-from dartfx.passes.pipeline import Observer, prune
+from dartfx.passes.pipeline import prune
 from dartfx.passes.request import Request
+from dartfx.passes.runner import Observer
 from dartfx.passes.site import Vision
 from dartfx.passes.transform.return_mask import return_vision_mask
 

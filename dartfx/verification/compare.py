@@ -16,11 +16,11 @@ from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
 from dartfx.passes.analysis import locate
 from dartfx.passes.analysis.axes import Axes, TokenAxes
+from dartfx.passes.analysis.kv_caches import sliding_caches
 from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.request import Request
 from dartfx.passes.site import Site
-from dartfx.passes.transform import trim_kv_cache
 from dartfx.verification.masked_reference import (
     Watched,
     hiding,
@@ -120,7 +120,7 @@ def _sites(original: GraphModule, outcome: Pruned) -> list[Site]:
     """Where the graph was cut, in a copy of it that was not."""
     found = locate.find_vision(original.graph, locate.find_stacks(original.graph))
     assert found is not None
-    return [locate.locate(original.graph, cut.layer, *found) for cut in outcome.cuts]
+    return [locate.locate(cut.layer, *found) for cut in outcome.cuts]
 
 
 def _returned(
@@ -128,7 +128,7 @@ def _returned(
 ) -> list[Watched | None]:
     """What the graph returns, as something to compare."""
     (output,) = original.graph.find_nodes(op="output")
-    tails = trim_kv_cache.tails(sites[0], output, axes)
+    tails = sliding_caches(sites[0], output.all_input_nodes, axes)
     return [
         None if not isinstance(n, Node)
         else watched_tail(n, sites, axes) if n in tails

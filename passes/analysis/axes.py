@@ -114,7 +114,7 @@ class Axes:
 
     def _unify_factors(self, one: tuple[Factor, ...], other: tuple[Factor, ...]) -> None:
         """One product split twice the same way; split another way, the parts have no relation."""
-        lengths = [[length(f) for f in factors] for factors in (one, other)]
+        lengths = [[factor_length(f) for f in factors] for factors in (one, other)]
         if len(one) == len(other) and all(map(same_size, *lengths)):
             for left, right in zip(one, other, strict=True):
                 if isinstance(left, tuple) and isinstance(right, tuple):
@@ -204,7 +204,7 @@ def _positive(var: Var) -> Var:
     return (node, dim % len(sizes(node))) if dim < 0 else var
 
 
-def length(factor: Factor) -> Size:
+def factor_length(factor: Factor) -> Size:
     """The size of a product's factor."""
     return sizes(factor[0])[factor[1]] if isinstance(factor, tuple) else factor
 

@@ -206,13 +206,14 @@ def entry(graph: Graph, stack: Stack) -> Node:
     return found.pop()
 
 
-def locate(graph: Graph, layer: int, vision: Vision, stack: Stack) -> Site:
+def locate(layer: int, vision: Vision, stack: Stack) -> Site:
     """The cut before decoder layer ``layer`` of ``stack``.  Raises Refusal with the reason."""
     if layer >= stack.layers:
         raise Refusal(
             f"layer={layer}, but the decoder stack {stack.path} has {stack.layers} layers here",
             advice=f"a layer from 1 to {stack.layers - 1}",
         )
+    graph = vision.embeds.graph
     hidden = _entering(graph, stack, layer, vision)
     last = _leaving(stack, stack.layers - 1, vision)
     keys, mask = keys_and_mask(stack, layer - 1)

@@ -1,4 +1,4 @@
-"""Postconditions: recompute every pruned value's shape and hold it against the token axes."""
+"""Postconditions: the recomputed shape of every pruned value is what the token axes predict."""
 
 from __future__ import annotations
 
@@ -8,37 +8,47 @@ from collections.abc import Sequence
 import sympy
 from torch.fx import Graph, Node
 
-from dartfx.passes.analysis.axes import TokenAxes, length
-from dartfx.passes.graph import Size, evaluate, expr, fake_mode, sizes, tensor
+from dartfx.passes.analysis.axes import TokenAxes, factor_length
+from dartfx.passes.analysis.cut_region import CutRegion
+from dartfx.passes.graph import Size, evaluate, expr, fake_mode, sizes, tensor, value_of
 from dartfx.passes.refusal import Refusal
 
+Shapes = dict[Node, list[sympy.Expr]]
 
-def expected(region: Sequence[Node], axes: TokenAxes, kept: Size) -> dict[Node, list[sympy.Expr]]:
-    """The shape each value of ``region`` must have once its token axis is S' long."""
+
+def check_shapes(region: CutRegion, length: int | Node) -> None:
+    """Recompute the region's fake values; each shape must be the one that the axes predict.
+
+    length: S' as an argument.  Raises Refusal naming the node and the user's source line.
+    """
+    # All of them before any value is recomputed: they are read off the old ones.
+    shapes = _expected(region.nodes, region.axes, value_of(length))
+    _recompute(region.output.graph, region.nodes, shapes)
+
+
+def _expected(nodes: Sequence[Node], axes: TokenAxes, new_length: Size) -> Shapes:
+    """The shape that each value must have once its token axis is S' long."""
     return {
-        node: [_length(node, dim, axes, kept) for dim in range(len(sizes(node)))]
-        for node in region
+        node: [_length(node, dim, axes, new_length) for dim in range(len(sizes(node)))]
+        for node in nodes
         if tensor(node) is not None
     }
 
 
-def _length(node: Node, dim: int, axes: TokenAxes, kept: Size) -> sympy.Expr:
+def _length(node: Node, dim: int, axes: TokenAxes, new_length: Size) -> sympy.Expr:
     if axes.is_token(node, dim):
-        return expr(kept)
+        return expr(new_length)
     product = sympy.Integer(1)
     factors = axes.factors(node, dim)
     for factor in factors:
-        product = product * expr(kept if axes.is_token_factor(factor) else length(factor))
+        size = new_length if axes.is_token_factor(factor) else factor_length(factor)
+        product = product * expr(size)
     return product if factors else expr(sizes(node)[dim])
 
 
-def check(graph: Graph, region: Sequence[Node], shapes: dict[Node, list[sympy.Expr]]) -> None:
-    """Re-propagate fake values through the pruned region; each shape must be the expected one.
-
-    Raises Refusal naming the node and the user's source line, so that the caller rolls back.
-    """
+def _recompute(graph: Graph, nodes: Sequence[Node], shapes: Shapes) -> None:
     graph.lint()
-    inside = set(region)
+    inside = set(nodes)
     mode = fake_mode(graph)
     fresh = (
         mode.shape_env.ignore_fresh_unbacked_symbols()

@@ -6,6 +6,7 @@ import torch
 from torch.fx import Node
 
 from dartfx.passes.analysis.axes import TokenAxes
+from dartfx.passes.analysis.cut_region import CutRegion
 from dartfx.passes.graph import (
     Emitter,
     aten,
@@ -135,16 +136,14 @@ def _device(node: Node) -> torch.device:
     return device
 
 
-def gather_frontier(region: list[Node], gather: Gatherer) -> None:
-    """Gather every operand that enters ``region`` (in graph order) from outside it.
+def gather_frontier(region: CutRegion, keep_idx: Node) -> Gatherer:
+    """Gather every operand that enters the region from outside it; what was gathered.
 
     Each gather stands at a use, after any in-place write the value received before.
     Raises Refusal when the region itself writes to a token-axis value from outside.
     """
-    inside = set(region)
-    for node in region:
-        if node.op == "output":
-            continue
+    gather, inside = Gatherer(region.axes, keep_idx), set(region.nodes)
+    for node in region.nodes:
         for written in mutated_operands(node):
             if any(b not in inside and gather.crosses(b) for b in bases(written)):
                 raise Refusal(
@@ -158,3 +157,4 @@ def gather_frontier(region: list[Node], gather: Gatherer) -> None:
                 replacement = gather(operand, node)
                 if replacement is not operand:
                     node.replace_input_with(operand, replacement)
+    return gather

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,10 +14,12 @@ from torch.fx import Node
 
 from dartfx.passes.analysis.attention import HIDING, queries_of
 from dartfx.passes.analysis.axes import TokenAxes
+from dartfx.passes.analysis.budgets import PlannedCut, rows_of
+from dartfx.passes.analysis.cut_region import CutRegion
+from dartfx.passes.distributed.sync_selection import sync_selection
 from dartfx.passes.graph import (
     Emitter,
     aten,
-    depends_on_data,
     downstream,
     is_one,
     mutated_operands,
@@ -25,8 +28,8 @@ from dartfx.passes.graph import (
     tensor,
     value_of,
 )
+from dartfx.passes.outcome import Across
 from dartfx.passes.refusal import Refusal
-from dartfx.passes.request import Request, Stage
 from dartfx.passes.selection import Select, SelectionInputs
 from dartfx.passes.site import Site, Vision
 
@@ -59,42 +62,17 @@ def vision_rows(emit: Emitter, vision: Vision) -> int | Node:
     """How many vision feature rows enter the embeddings, from shapes alone."""
     if vision.row_count is not None:
         return emit.size(vision.row_count, 0)
-    width = emit.size(vision.embeds, 2)
-    total: int | Node = 0
-    for features in vision.features:
-        values: int | Node = 1
-        for dim in range(len(sizes(features))):
-            values = emit.arithmetic(operator.mul, values, emit.size(features, dim))
-        rows = emit.arithmetic(operator.floordiv, values, width)
-        total = emit.arithmetic(operator.add, total, rows)
-    return total
+    shapes = [emit.shape(features) for features in vision.features]
+    return emit.arithmetic(rows_of, emit.size(vision.embeds, 2), shapes)
 
 
-def plan_budgets(
-    emit: Emitter, site: Site, request: Request
-) -> tuple[int | Node, list[tuple[Stage, Budget]]]:
-    """N per sample (feature rows / batch), and the cuts that drop some of what the last one left.
-
-    On symbolic sizes whether a cut drops anything asks for a guard, because the graph differs.
-    Raises Refusal where N depends on data.
-    """
-    rows = vision_rows(emit, site.vision)
-    tokens = emit.arithmetic(operator.floordiv, rows, emit.size(site.vision.embeds, 0))
-    if depends_on_data(value_of(tokens)):
-        raise Refusal(
-            "the number of vision tokens is not known before this graph runs",
-            site.vision.features[0] if site.vision.features else site.vision.embeds,
-            advice="model.generate, which computes image features outside the decoder's graph, or "
-            "torch.compile without fullgraph",
-            may_retry_with_graph_breaks=True,
-        )
-    planned, left = [], tokens
-    for stage in request.stages:
-        retain = emit.arithmetic(stage.retain, tokens)
-        if request.always or not bool(value_of(retain) >= value_of(left)):
-            planned.append((stage, Budget(left, retain)))
-            left = retain
-    return tokens, planned
+def emit_budgets(region: CutRegion, cuts: Sequence[PlannedCut]) -> list[Budget]:
+    """The sizes of all planned cuts as graph arguments, in front of the first."""
+    emit, vision = Emitter(region.anchor()), region.site.vision
+    batch = emit.size(vision.embeds, 0)
+    tokens = emit.arithmetic(operator.floordiv, vision_rows(emit, vision), batch)
+    retained = [emit.arithmetic(cut.stage.retain, tokens) for cut in cuts]
+    return [Budget(n, r) for n, r in zip([tokens, *retained], retained, strict=False)]
 
 
 _PADS_DROPPED = (
@@ -110,13 +88,37 @@ _PADS_IN_WINDOW = (
 )
 
 
+class Selection(NamedTuple):
+    """A selection that every rank shares.
+
+    keep_idx: int64 [B, S']; vision_mask: bool [B, S'] of the tokens that are left; length: S' as an
+    argument; across: what ranks exchange for it, None in a graph of one process.
+    """
+
+    keep_idx: Node
+    vision_mask: Node
+    length: int | Node
+    across: Across | None
+
+
+def insert_selection(
+    region: CutRegion, select: Select, budget: Budget, checks: RuntimeChecks
+) -> Selection:
+    """Select tokens in front of the region."""
+    emit = Emitter(region.anchor())
+    selected, mask = insert(emit, region.site, region.axes, select, budget, checks)
+    keep_idx, across = sync_selection(selected, select)
+    left = Emitter(keep_idx.next)(aten.gather.default, mask, 1, keep_idx)
+    return Selection(keep_idx, left, emit.size(keep_idx, 1), across)
+
+
 def insert(
     emit: Emitter,
     site: Site,
     axes: TokenAxes,
     select: Select,
     budget: Budget,
-    caches: RuntimeChecks,
+    checks: RuntimeChecks,
 ) -> Selected:
     """Emit mask, validity, final norm, selection and what the caches need checked at run time."""
     _require_order(site, axes)
@@ -136,12 +138,12 @@ def insert(
             normed, site.keys, mask, valid, budget.vision_tokens, budget.retain, queries
         ),
     )
-    if caches.even_rows and not is_one(sizes(site.hidden)[0]):
+    if checks.even_rows and not is_one(sizes(site.hidden)[0]):
         alike = emit(aten.eq.Scalar, emit(aten.sum.dim_IntList, mask, [1]), budget.vision_tokens)
         keep = emit(torch.ops.dartfx.require_rows.default, keep, alike, _PADS_DROPPED)
-    if caches.window is not None and valid is not None:
+    if checks.window is not None and valid is not None:
         left = emit(aten.sum.dim_IntList, emit(aten.gather.default, valid, 1, keep), [1])
-        enough = emit(aten.ge.Scalar, left, caches.window)
+        enough = emit(aten.ge.Scalar, left, checks.window)
         keep = emit(torch.ops.dartfx.require_rows.default, keep, enough, _PADS_IN_WINDOW)
     return Selected(keep, mask)
 

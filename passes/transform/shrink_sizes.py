@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 from torch.fx import Node
 
 from dartfx.passes.analysis.axes import Factor, TokenAxes
+from dartfx.passes.analysis.cut_region import CutRegion
 from dartfx.passes.graph import Emitter, argument, aten, packet, set_argument, sizes, tensor
 
 # Operators whose size argument lists the output's dims one by one, and that argument's name.
@@ -23,46 +25,52 @@ _SIZED = {
 }
 
 
-def shrink(region: list[Node], axes: TokenAxes, kept: int | Node) -> None:
+def shrink_sizes(region: CutRegion, length: int | Node) -> None:
+    """Let the region's sizes mean the new length; length: S' as an argument."""
+    reroute_sizes(region.nodes, region.axes, region.site.hidden)
+    shrink(region.nodes, region.axes, length)
+
+
+def shrink(region: Sequence[Node], axes: TokenAxes, new_length: int | Node) -> None:
     """Give every size argument in ``region`` whose output dim is the token axis the new length.
 
-    kept: S' as an argument.  Product dims (``B * S``) are recomputed from their factors; ``-1``
-    stays; a size equal to S that stands for something else is never touched.
+    new_length: S' as an argument.  Product dims (``B * S``) are recomputed from their factors;
+    ``-1`` stays; a size equal to S that stands for something else is never touched.
     """
     for node in region:
         name: str | None = _SIZED.get(packet(node))
         if name is not None and tensor(node) is not None:
             old = argument(node, name)
-            new = [_argument(node, d, size, axes, kept) for d, size in enumerate(old)]
+            new = [_argument(node, d, size, axes, new_length) for d, size in enumerate(old)]
             if new != list(old):
                 set_argument(node, name, new)
         elif packet(node) is aten.unflatten:
-            _unflatten(node, axes, kept)
+            _unflatten(node, axes, new_length)
         elif packet(node) is aten.slice:
             _open_end(node, axes)
 
 
-def _unflatten(node: Node, axes: TokenAxes, kept: int | Node) -> None:
+def _unflatten(node: Node, axes: TokenAxes, new_length: int | Node) -> None:
     first = argument(node, "dim") % len(sizes(argument(node, "self")))
     old = argument(node, "sizes")
-    new = [_argument(node, first + d, size, axes, kept) for d, size in enumerate(old)]
+    new = [_argument(node, first + d, size, axes, new_length) for d, size in enumerate(old)]
     set_argument(node, "sizes", new)
 
 
 def _argument(
-    node: Node, dim: int, size: int | Node, axes: TokenAxes, kept: int | Node
+    node: Node, dim: int, size: int | Node, axes: TokenAxes, new_length: int | Node
 ) -> int | Node:
     if type(size) is int and size == -1:
         return size
     if axes.is_token(node, dim):
-        return kept
+        return new_length
     factors = axes.factors(node, dim)
     if not factors:
         return size
     emit = Emitter(node)
     product: int | Node = 1
     for factor in factors:
-        part = kept if axes.is_token_factor(factor) else _size(emit, factor, axes)
+        part = new_length if axes.is_token_factor(factor) else _size(emit, factor, axes)
         product = emit.arithmetic(operator.mul, product, part)
     return product
 
@@ -83,7 +91,7 @@ def _open_end(node: Node, axes: TokenAxes) -> None:
         set_argument(node, "end", None)
 
 
-def reroute_sizes(region: list[Node], axes: TokenAxes, hidden: Node) -> None:
+def reroute_sizes(region: Sequence[Node], axes: TokenAxes, hidden: Node) -> None:
     """Sizes read off pruned values mean the original length: read them off ``hidden`` instead."""
     for node in region:
         for user in list(node.users):

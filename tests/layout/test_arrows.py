@@ -91,7 +91,7 @@ USES_PRIVATE_NAMES = {
     "passes/frontend/normalise.py",
     "passes/graph.py",
     "passes/selection.py",
-    "passes/transform/apply_cut.py",
+    "passes/analysis/cut_region.py",
     "passes/transform/inline_ops.py",
 }
 

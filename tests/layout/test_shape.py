@@ -43,7 +43,6 @@ LARGE_FUNCTIONS = {
     "dartfx/verification/verify.py verify",
     "examples/bench_prefill.py measure",
     "examples/seeing.py show",
-    "passes/pipeline.py _prune",
     "tests/support/cuda_codegen.py pretend",
     "tests/support/decoders.py pruned_by_hand",
     "tests/support/random_decoders.py plan_of",

@@ -10,11 +10,13 @@ import torch
 from torch.fx import Node
 
 import dartfx
+from dartfx.passes import pipeline
+from dartfx.passes.analysis.cut_region import CutRegion
 from dartfx.passes.graph import aten, sizes
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
 from dartfx.passes.rules import RULES
-from dartfx.passes.transform import apply_cut, check_shapes
+from dartfx.passes.transform import check_shapes, shrink_sizes
 from dartfx.passes.transform.gather_frontier import Gatherer
 from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, pruned_by_hand, run
 
@@ -23,7 +25,7 @@ STYLE = Style(rope="one_row", split="view", join="view")
 
 
 def no_shrink(patch: Patch) -> None:
-    patch.setattr(apply_cut, "shrink", lambda *_: None)
+    patch.setattr(shrink_sizes, "shrink", lambda *_: None)
 
 
 def no_rope_gather(patch: Patch) -> None:
@@ -51,16 +53,16 @@ def failing_pass(patch: Patch) -> None:
     def gather(*_: object) -> None:
         raise KeyError("lost")
 
-    patch.setattr(apply_cut.gather_frontier, "gather_frontier", gather)
+    patch.setattr(pipeline, "gather_frontier", gather)
 
 
 def silent_pass(patch: Patch) -> None:
-    def gather(region: list[Node], _: object) -> None:
-        for node in region:
+    def gather(region: CutRegion, _: object) -> None:
+        for node in region.nodes:
             if node.op == "call_function":
                 raise AssertionError  # pytest would give ``assert`` a text
 
-    patch.setattr(apply_cut.gather_frontier, "gather_frontier", gather)
+    patch.setattr(pipeline, "gather_frontier", gather)
 
 
 BROKEN: dict[str, tuple[Callable[[Patch], None], str]] = {

@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers.distributed import DistributedConfig
 
 import dartfx
+from dartfx.passes import pipeline
 from dartfx.passes.distributed import to_local_tensors
 from dartfx.passes.outcome import Pruned
-from dartfx.passes.transform import gather_frontier, return_mask
+from dartfx.passes.transform import return_mask
 from dartfx.runtime import rank_agreement, vision_mask
 
 NEW_TOKENS = 3
@@ -131,7 +132,7 @@ def failing(module: Any, name: str, rank: int) -> Iterator[None]:
 
 
 def one_rank_fails(model: Any, inputs: Result, given: Result) -> Result:
-    with failing(gather_frontier, "gather_frontier", given.pop("rank")):
+    with failing(pipeline, "gather_frontier", given.pop("rank")):
         return generate(model, inputs, given)
 
 
@@ -141,7 +142,7 @@ def one_rank_cannot_localise(model: Any, inputs: Result, given: Result) -> Resul
 
 
 def one_rank_fails_in_several_graphs(model: Any, inputs: Result, given: Result) -> Result:
-    with failing(gather_frontier, "gather_frontier", given.pop("rank")):
+    with failing(pipeline, "gather_frontier", given.pop("rank")):
         return in_several_graphs(model, inputs, given)
 
 

@@ -15,11 +15,11 @@ from dartfx.observe.html.structure import Part, main_path, most_common, parts, q
 from dartfx.observe.html.values import Value, outputs, values
 from dartfx.observe.report import Report
 from dartfx.passes.analysis.axes import TokenAxes
+from dartfx.passes.analysis.kv_caches import kv_caches
 from dartfx.passes.analysis.locate import find_stacks
 from dartfx.passes.outcome import Crossing, Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.site import Site
-from dartfx.passes.transform import trim_kv_cache
 
 __all__ = ["Page"]
 
@@ -51,7 +51,7 @@ class Page:
             self._hidden, self._stack = site.hidden.name, site.stack.path
             returned = outputs(module)
             (output,) = (n for n in module.graph.nodes if n.op == "output")
-            layers = trim_kv_cache.cached(site, output, TokenAxes(axes, site))
+            layers = kv_caches(site, output.all_input_nodes, TokenAxes(axes, site))
             self._cached = {i: layers[n] for i, n in enumerate(returned) if n in layers}
         elif name.startswith("check"):  # once for every cut; the last one counts
             self._after = values(module)

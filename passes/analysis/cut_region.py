@@ -1,0 +1,73 @@
+"""What a cut changes: everything that the hidden states entering layer K reach.  Read-only."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from dartfx.passes.analysis.axes import Axes, TokenAxes
+from dartfx.passes.graph import bases, downstream, mutated_operands, without_gradient
+from dartfx.passes.refusal import Refusal
+from dartfx.passes.site import Site
+
+
+class CutRegion:
+    """Everything after a cut, in graph order, and where the token axis runs in it.
+
+    Raises Refusal where an operator reads the token axis in a way that no rule accounts for.
+    """
+
+    def __init__(self, site: Site) -> None:
+        graph = site.hidden.graph
+        self.site = site
+        self.axes = TokenAxes(Axes(graph), site)
+        self.output = next(n for n in graph.nodes if n.op == "output")
+        self.recompute()
+        _refuse_opaque(self.nodes, self.axes)
+
+    def recompute(self) -> None:
+        """Read the region off the graph again, after its outputs changed."""
+        # All that the hidden states at K reach.
+        starts = [u for u in self.site.hidden.users if u.op != "output"]
+        reached = downstream(self.site.hidden.graph, starts)
+        self.nodes = [n for n in reached if n.op != "output"]
+
+    def anchor(self) -> Node:
+        """The node that a selection is inserted before."""
+        return _anchor(self.site, self.nodes[0])
+
+
+def _anchor(site: Site, first: Node) -> Node:
+    """Where to select: before ``first``, outside of what it turned on or off for itself."""
+    off: Node | None = None
+    casting: dict[object, Node] = {}
+    node = site.hidden
+    while node is not first:
+        off = without_gradient(node, off)
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            casting[node] = node
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            casting.pop(node.args[0], None)
+        node = node.next
+    order = {n: i for i, n in enumerate(first.graph.nodes)}
+    return min([first, *casting.values(), *([off] if off else [])], key=order.__getitem__)
+
+
+def _refuse_opaque(nodes: list[Node], axes: TokenAxes) -> None:
+    # A dict keeps the order and answers what is inside quickly.
+    found = axes.opaque(dict.fromkeys(nodes))
+    if found is not None:
+        node, operand = found
+        if any(base not in nodes for w in mutated_operands(node) for base in bases(w)):
+            raise Refusal(
+                "a decoder layer after the cut writes its keys and values into a cache made "
+                "beforehand: the cache is static",
+                node,
+                advice="the default DynamicCache",
+            )
+        raise Refusal(
+            f"{node.target} reads the token axis of {operand} in a way that dropping tokens "
+            "would change, or that no rule describes",
+            node,
+            advice="please report the operator; meanwhile this model runs unpruned",
+        )
