@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from torch.fx import GraphModule, Node
 
-from dartfx.passes.analysis.axes import TokenAxes
 from dartfx.passes.analysis.budgets import PlannedCut, plan_budgets, vision_tokens
 from dartfx.passes.analysis.cost import bytes_of, flops
 from dartfx.passes.analysis.cut_region import CutRegion
 from dartfx.passes.analysis.kv_caches import CacheLayout, plan_cache_layout
 from dartfx.passes.analysis.locate import entered_stack, find_stacks, find_vision, locate
+from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.graph import hint, sizes, source_line, value_of
 from dartfx.passes.internal_error import internal_error
 from dartfx.passes.outcome import Crossing, Cut, Outcome, Pruned, Unchanged

@@ -15,8 +15,8 @@ from dartfx.backend.request import CallerCapabilities, request_of
 from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
 from dartfx.passes.analysis import locate
-from dartfx.passes.analysis.axes import Axes, TokenAxes
 from dartfx.passes.analysis.kv_caches import sliding_caches
+from dartfx.passes.analysis.token_axes import TokenAxes, infer_axes
 from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.request import Request
@@ -68,7 +68,7 @@ class Graphs:
         _, self.whole = _pruned(module, unshortened)
         original = normalise(module)
         sites = _sites(original, self.outcome)
-        axes = TokenAxes(Axes(original.graph), sites[0])
+        axes = TokenAxes(infer_axes(original.graph), sites[0])
         self.masked = hiding(original, sites, axes)
         self._watch = {i: watched(n, axes) for i, n in layer_values(sites[0], axes).items()}
         self._returned = _returned(original, sites, axes)

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from dartfx.passes.analysis.attention import is_attention
-from dartfx.passes.analysis.axes import TokenAxes
+from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.graph import argument, aten, downstream, hint, packet, sizes, tensor
 from dartfx.passes.site import Site
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from dartfx.passes.analysis.axes import Axes, TokenAxes
+from dartfx.passes.analysis.token_axes import TokenAxes, infer_axes
 from dartfx.passes.graph import bases, downstream, mutated_operands, without_gradient
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.site import Site
@@ -20,7 +20,7 @@ class CutRegion:
     def __init__(self, site: Site) -> None:
         graph = site.hidden.graph
         self.site = site
-        self.axes = TokenAxes(Axes(graph), site)
+        self.axes = TokenAxes(infer_axes(graph), site)
         self.output = next(n for n in graph.nodes if n.op == "output")
         self.recompute()
         _refuse_opaque(self.nodes, self.axes)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from dartfx.passes.analysis.axes import TokenAxes
 from dartfx.passes.analysis.cut_region import CutRegion
+from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.graph import Size, argument, aten, hint, is_one, packet, sizes
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.request import Request

@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from dartfx.passes.analysis.axes import Axes, Factor, Var
+from dartfx.passes.analysis.axis_classes import Axes, Factor, Var, positive
 from dartfx.passes.distributed.to_local_tensors import PLACED
 from dartfx.passes.graph import (
     Shards,
@@ -207,7 +207,7 @@ class _Ties:
         self.unify(a, b)
 
     def unify(self, a: Var, b: Var) -> None:
-        self.pairs.append((_positive(a), _positive(b)))
+        self.pairs.append((positive(a), positive(b)))
 
     def of(self, var: Var) -> list[Var]:
         """Dims that are this one."""
@@ -226,11 +226,6 @@ class _Ties:
 
     def require_recomputed(self, user: Node, *operands: Node) -> None:
         """Positions are counted."""
-
-
-def _positive(var: Var) -> Var:
-    node, dim = var
-    return node, dim % len(sizes(node))
 
 
 def _carried(node: Node, operands: dict[Node, Shard]) -> RankPlacement:

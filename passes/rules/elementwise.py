@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch.fx import Node
 
+from dartfx.passes.analysis.axis_classes import Axes
 from dartfx.passes.graph import (
     argument,
     sizes,
 )
 from dartfx.passes.rules.table import align, named, reads_metadata_only, rule
-
-if TYPE_CHECKING:
-    from dartfx.passes.analysis.axes import Axes
 
 
 @rule(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.fx import Node
 
+from dartfx.passes.analysis.axis_classes import Axes
 from dartfx.passes.frontend.canonicalise import is_sort_order
 from dartfx.passes.graph import (
     argument,
@@ -16,9 +15,6 @@ from dartfx.passes.graph import (
     tensor,
 )
 from dartfx.passes.rules.table import align, named, rule
-
-if TYPE_CHECKING:
-    from dartfx.passes.analysis.axes import Axes
 
 
 @rule(*named("masked_scatter", "masked_scatter_"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
+from dartfx.passes.analysis.axis_classes import Axes
 from dartfx.passes.graph import (
     argument,
     aten,
@@ -14,9 +14,6 @@ from dartfx.passes.graph import (
     sizes,
 )
 from dartfx.passes.rules.table import named, rule
-
-if TYPE_CHECKING:
-    from dartfx.passes.analysis.axes import Axes
 
 
 @rule(*named("cumsum", "cumprod", "cummax", "logcumsumexp", "flip", "roll"))

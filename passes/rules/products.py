@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
+from dartfx.passes.analysis.axis_classes import Axes
 from dartfx.passes.graph import (
     argument,
     aten,
@@ -16,9 +16,6 @@ from dartfx.passes.graph import (
 )
 from dartfx.passes.rules.elementwise import broadcast
 from dartfx.passes.rules.table import align, named, reads_metadata_only, rule
-
-if TYPE_CHECKING:
-    from dartfx.passes.analysis.axes import Axes
 
 
 @rule(*named("mean", "sum", "amax", "amin", "any", "all", "var", "std", "logsumexp", "norm",

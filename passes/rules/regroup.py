@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Node
 
+from dartfx.passes.analysis.axis_classes import Axes
 from dartfx.passes.graph import (
     argument,
     aten,
@@ -19,9 +20,6 @@ from dartfx.passes.graph import (
     sizes,
 )
 from dartfx.passes.rules.table import align, named, reads_metadata_only, rule
-
-if TYPE_CHECKING:
-    from dartfx.passes.analysis.axes import Axes
 
 _END = torch.iinfo(torch.int64).max
 _LARGE = 4099

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
 
+from dartfx.passes.analysis.axis_classes import Axes
 from dartfx.passes.graph import aten, packet, sizes, tensor
 
-if TYPE_CHECKING:
-    from dartfx.passes.analysis.axes import Axes
-
-Rule = Callable[["Axes", Node, Node], None]
+Rule = Callable[[Axes, Node, Node], None]
 RULES: dict[object, Rule] = {}
 
 

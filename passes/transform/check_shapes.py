@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import sympy
 from torch.fx import Graph, Node
 
-from dartfx.passes.analysis.axes import TokenAxes, factor_length
+from dartfx.passes.analysis.axis_classes import factor_length
 from dartfx.passes.analysis.cut_region import CutRegion
+from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.graph import Size, evaluate, expr, fake_mode, sizes, tensor, value_of
 from dartfx.passes.refusal import Refusal
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from dartfx.passes.analysis.axes import TokenAxes
 from dartfx.passes.analysis.cut_region import CutRegion
+from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.graph import (
     Emitter,
     aten,

@@ -13,9 +13,9 @@ import torch
 from torch.fx import Node
 
 from dartfx.passes.analysis.attention import HIDING, queries_of
-from dartfx.passes.analysis.axes import TokenAxes
 from dartfx.passes.analysis.budgets import PlannedCut, rows_of
 from dartfx.passes.analysis.cut_region import CutRegion
+from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.distributed.sync_selection import sync_selection
 from dartfx.passes.graph import (
     Emitter,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Graph, GraphModule, Node
 
-from dartfx.passes.analysis.axes import Axes
 from dartfx.passes.analysis.locate import find_merges
+from dartfx.passes.analysis.token_axes import infer_axes
 from dartfx.passes.graph import Emitter, aten, downstream, tensor, written_after
 from dartfx.passes.site import Vision
 from dartfx.passes.transform.insert_selection import vision_mask, vision_rows
@@ -39,7 +39,7 @@ def _merged_output(graph: Graph, output: Node) -> tuple[int, Vision] | None:
     merges = [m for m in find_merges(graph) if not written_after(m.node, m.mask)]
     if not merges or not isinstance(returned, list | tuple):
         return None
-    axes = Axes(graph)
+    axes = infer_axes(graph)
     reached = {m: set(downstream(graph, [m.node])) for m in merges}
     for place, node in enumerate(returned):
         value = tensor(node)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from dartfx.passes.analysis.axes import Factor, TokenAxes
+from dartfx.passes.analysis.axis_classes import Factor
 from dartfx.passes.analysis.cut_region import CutRegion
+from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.graph import Emitter, argument, aten, packet, set_argument, sizes, tensor
 
 # Operators whose size argument lists the output's dims one by one, and that argument's name.

@@ -53,14 +53,6 @@ UPWARD_IMPORTS = {
 IN_CIRCLES = {
     "dartfx.observe.html",
     "dartfx.observe.html.page",
-    "dartfx.passes.analysis.axes",
-    "dartfx.passes.rules",
-    "dartfx.passes.rules.elementwise",
-    "dartfx.passes.rules.indexing",
-    "dartfx.passes.rules.order",
-    "dartfx.passes.rules.products",
-    "dartfx.passes.rules.regroup",
-    "dartfx.passes.rules.table",
 }
 
 # Where torch and transformers may be reached behind their public names.

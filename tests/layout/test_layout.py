@@ -192,14 +192,14 @@ def test_the_file_lists_above_are_not_empty() -> None:
     ],
 )
 def test_the_import_rule_sees(line: str, name: str) -> None:
-    ((_, found),) = imported(line, "dartfx.passes.analysis.axes")
+    ((_, found),) = imported(line, "dartfx.passes.analysis.token_axes")
     assert within(found, {name})
     assert not within(found, PASSES_MAY_IMPORT) or within(found, PASSES_MUST_NOT_IMPORT)
 
 
 @pytest.mark.parametrize("line", ["from ..site import Site", "from dartfx.passes import site"])
 def test_the_import_rule_allows(line: str) -> None:
-    ((_, found),) = imported(line, "dartfx.passes.analysis.axes")
+    ((_, found),) = imported(line, "dartfx.passes.analysis.token_axes")
     assert within(found, {"dartfx.passes.site"})
     assert within(found, PASSES_MAY_IMPORT)
 

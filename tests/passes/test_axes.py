@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dartfx.passes.analysis.axes import Axes
+from dartfx.passes.analysis.token_axes import infer_axes
 from dartfx.passes.graph import sizes
 
 Pairs = set[tuple[int, int]]
@@ -24,7 +24,7 @@ class Traced:
         mode = "symbolic" if symbolic else "fake"
         inputs = [torch.rand(s) for s in shapes]
         graph = make_fx(function, tracing_mode=mode, pre_dispatch=True)(*inputs).graph
-        self.axes = Axes(graph)
+        self.axes = infer_axes(graph)
         self.inputs = [n for n in graph.nodes if n.op == "placeholder"]
         returned = next(n for n in graph.nodes if n.op == "output").args[0]
         self.outputs: list[Node] = list(returned) if isinstance(returned, tuple) else [returned]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import networkx as nx
 from torch.fx import Graph, Node
 
-from dartfx.passes.analysis.axes import Axes, TokenAxes, Var
+from dartfx.passes.analysis.axis_classes import Axes, Var, positive
+from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.site import Site
 
 __all__ = ["Link", "Recorded", "lineage"]
@@ -17,10 +18,10 @@ Link = tuple[int, str, int, str]
 class Recorded(Axes):
     """Axis inference that remembers which operator made which dims one."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self) -> None:
         self.ties: list[tuple[Var, Var, str]] = []
         self._user = ""
-        super().__init__(graph)
+        super().__init__()
 
     def preserve(self, user: Node, a: Var, b: Var) -> None:
         """As Axes does, on behalf of ``user``."""
@@ -31,12 +32,7 @@ class Recorded(Axes):
     def unify(self, a: Var, b: Var) -> None:
         """As Axes does, remembered."""
         super().unify(a, b)
-        self.ties.append((_positive(a), _positive(b), self._user))
-
-
-def _positive(var: Var) -> Var:
-    node, dim = var
-    return (node, dim % node.meta["val"].ndim) if dim < 0 else var
+        self.ties.append((positive(a), positive(b), self._user))
 
 
 def lineage(graph: Graph, site: Site, axes: Recorded) -> dict[str, list[Link]]:

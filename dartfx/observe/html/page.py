@@ -14,9 +14,9 @@ from dartfx.observe.html.lineage import Link, Recorded, lineage
 from dartfx.observe.html.structure import Part, main_path, most_common, parts, quotient
 from dartfx.observe.html.values import Value, outputs, values
 from dartfx.observe.report import Report
-from dartfx.passes.analysis.axes import TokenAxes
 from dartfx.passes.analysis.kv_caches import kv_caches
 from dartfx.passes.analysis.locate import find_stacks
+from dartfx.passes.analysis.token_axes import TokenAxes, infer_axes
 from dartfx.passes.outcome import Crossing, Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.site import Site
@@ -46,7 +46,8 @@ class Page:
             self._parts = parts(self._before, find_stacks(module.graph))
             self._sizes = [[_size(self._before, n) for n in outputs(module)]]
         elif name == "locate" and site is not None:
-            axes = Recorded(module.graph)
+            axes = Recorded()
+            infer_axes(module.graph, axes)
             self._links = lineage(module.graph, site, axes)
             self._hidden, self._stack = site.hidden.name, site.stack.path
             returned = outputs(module)

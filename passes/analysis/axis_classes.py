@@ -1,4 +1,4 @@
-"""Which dimensions are the token axis: type inference by unification.  Read-only.
+"""Which dims are one axis: type inference by unification.
 
 Every dimension of every value is a variable; each operator's rule (rules/) unifies those that
 must be equal.  Sizes are never compared to decide what is a token axis, so a model whose hidden
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
-from functools import cached_property
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from dartfx.passes.graph import (
     Size,
@@ -26,7 +25,6 @@ from dartfx.passes.graph import (
     sizes,
     tensor,
 )
-from dartfx.passes.site import Site
 
 Var = tuple[Node, int]
 Factor = Var | int
@@ -39,11 +37,9 @@ class Axes:
     ``[1, S, D]`` table is the batch.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self) -> None:
         # networkx is 285 modules that no one needs before a graph is pruned.
         from networkx.utils import UnionFind
-
-        from dartfx.passes.rules import relate
 
         self._value: UnionFind = UnionFind()
         self._place: UnionFind = UnionFind()
@@ -51,10 +47,6 @@ class Axes:
         self._prunable: set[tuple[Node, Var]] = set()
         self._counted: dict[Node, tuple[Node, ...]] = {}
         self._onward: dict[Var, set[Var]] = defaultdict(set)
-        for node in graph.nodes:
-            relate(self, node)
-        for node in graph.nodes:
-            self._follow_write(node)
 
     def preserve(self, user: Node, a: Var, b: Var) -> None:
         """Two dims that ``user`` makes one; its operands' dims among them count as handled."""
@@ -64,7 +56,7 @@ class Axes:
 
     def preserve_opaque(self, user: Node, a: Var, b: Var) -> None:
         """Two dims that are equal position by position, though ``user`` may read positions."""
-        a, b = _positive(a), _positive(b)
+        a, b = positive(a), positive(b)
         self.unify(a, b)
         for source, result in ((a, b), (b, a)):
             # a part of a call with several results hangs on the call
@@ -73,7 +65,7 @@ class Axes:
 
     def unify(self, a: Var, b: Var) -> None:
         """Two dims that are equal, without saying that the operator treats them token by token."""
-        a, b = _positive(a), _positive(b)
+        a, b = positive(a), positive(b)
         self._place.union(a, b)
         size, other_size = sizes(a[0])[a[1]], sizes(b[0])[b[1]]
         if is_one(size) or is_one(other_size):
@@ -88,7 +80,7 @@ class Axes:
 
     def allow_pruning(self, user: Node, var: Var) -> None:
         """``user`` treats this operand dim in a way that survives dropping tokens."""
-        self._prunable.add((user, _positive(var)))
+        self._prunable.add((user, positive(var)))
 
     def require_recomputed(self, user: Node, *operands: Node) -> None:
         """``operands`` name or count positions for ``user``: right only if made after the cut."""
@@ -104,8 +96,8 @@ class Axes:
 
     def product(self, var: Var, factors: tuple[Factor, ...]) -> None:
         """The dim is the product of these dims and numbers, in memory order (``B * S``)."""
-        known, var = self.factors(var), _positive(var)
-        for part in (_positive(f) for f in factors if isinstance(f, tuple)):
+        known, var = self.factors(var), positive(var)
+        for part in (positive(f) for f in factors if isinstance(f, tuple)):
             self._onward[part].add(var)
             self._onward[var].add(part)
         self._unify_factors(known, factors)
@@ -124,10 +116,10 @@ class Axes:
         """The factors of a product dim, which are no products themselves, or ()."""
         if not isinstance(var, tuple):
             return ()
-        known = self._factors.get(self._value[_positive(var)], ())
+        known = self._factors.get(self._value[positive(var)], ())
         return tuple(f for factor in known for f in self.factors(factor) or (factor,))
 
-    def _follow_write(self, node: Node) -> None:
+    def follow_write(self, node: Node) -> None:
         """What an in-place call writes is found in its operand, and in what that is a view of."""
         for base in (b for written in mutated_operands(node) for b in bases(written)):
             for dim in range(len(sizes(node)) if tensor(node) is not None else 0):
@@ -151,17 +143,17 @@ class Axes:
 
     def same(self, a: Var, b: Var) -> bool:
         """Whether two dims are one axis."""
-        return bool(self._value[_positive(a)] == self._value[_positive(b)])
+        return bool(self._value[positive(a)] == self._value[positive(b)])
 
     def earliest(self, var: Var) -> Var:
         """The first dim in graph order of those that are one axis with this one."""
-        axis = self._value[_positive(var)]
+        axis = self._value[positive(var)]
         found: Var = min(v for v in list(self._value) if self._value[v] == axis)
         return found
 
     def aligned(self, a: Var, b: Var) -> bool:
         """Whether two dims stand in one place, size-1 broadcasts included."""
-        return bool(self._place[_positive(a)] == self._place[_positive(b)])
+        return bool(self._place[positive(a)] == self._place[positive(b)])
 
     def is_unambiguous(self, var: Var) -> bool:
         """Whether no other axis stands anywhere in the place of this dim.
@@ -199,7 +191,8 @@ def _rank(node: Node) -> int:
     return len(sizes(node)) if tensor(node) is not None else 0
 
 
-def _positive(var: Var) -> Var:
+def positive(var: Var) -> Var:
+    """The same dim, counted from the left."""
     node, dim = var
     return (node, dim % len(sizes(node))) if dim < 0 else var
 
@@ -207,69 +200,3 @@ def _positive(var: Var) -> Var:
 def factor_length(factor: Factor) -> Size:
     """The size of a product's factor."""
     return sizes(factor[0])[factor[1]] if isinstance(factor, tuple) else factor
-
-
-class TokenAxes:
-    """Where the token axis of one :class:`Site` runs."""
-
-    def __init__(self, axes: Axes, site: Site) -> None:
-        self.axes = axes
-        self.token: Var = (site.hidden, 1)
-        self.batch: Var = (site.hidden, 0)
-
-    @cached_property
-    def _batch_is_unambiguous(self) -> bool:
-        return self.axes.is_unambiguous(self.batch)
-
-    def is_token(self, node: Node, dim: int) -> bool:
-        """Whether this dim is the token axis (of size S)."""
-        return not is_one(sizes(node)[dim]) and self.axes.same((node, dim), self.token)
-
-    def dims(self, node: object) -> tuple[int, ...]:
-        """The token dims of a value; () for anything that is no tensor."""
-        if not isinstance(node, Node) or tensor(node) is None:
-            return ()
-        return tuple(d for d in range(len(sizes(node))) if self.is_token(node, d))
-
-    def is_token_factor(self, factor: Factor) -> bool:
-        """Whether a product's factor is the token axis."""
-        return isinstance(factor, tuple) and self.is_token(*factor)
-
-    def is_batch_factor(self, factor: Factor) -> bool:
-        """Whether a product's factor is the batch."""
-        return isinstance(factor, tuple) and self.axes.same(factor, self.batch)
-
-    def factors(self, node: Node, dim: int) -> tuple[Factor, ...]:
-        """The factors of a product dim that has the token axis among them, else ()."""
-        factors = self.axes.factors((node, dim))
-        return factors if any(map(self.is_token_factor, factors)) else ()
-
-    def flat_dims(self, node: object) -> tuple[int, ...]:
-        """The product dims (``B * S``) of a value that hold the token axis."""
-        if not isinstance(node, Node) or tensor(node) is None:
-            return ()
-        found = range(len(sizes(node)))
-        return tuple(d for d in found if not self.is_token(node, d) and self.factors(node, d))
-
-    def batch_dim(self, node: Node) -> int | None:
-        """The dim that is, or broadcasts against, the batch; None when there is none."""
-        tokens = self.dims(node)
-        for dim in range(len(sizes(node))):
-            if dim in tokens:
-                continue
-            # Only a size-1 dim needs its place to tell.
-            if not is_one(sizes(node)[dim]):
-                if self.axes.same((node, dim), self.batch):
-                    return dim
-            elif self.axes.aligned((node, dim), self.batch) and self._batch_is_unambiguous:
-                return dim
-        return None
-
-    def opaque(self, nodes: Collection[Node]) -> tuple[Node, Node] | None:
-        """The first (user, operand) whose token axis the user's rule does not account for."""
-        for node in nodes:
-            for operand in node.all_input_nodes:
-                dims = (*self.dims(operand), *self.flat_dims(operand))
-                if any(not self.axes.allows_pruning(node, (operand, d)) for d in dims):
-                    return node, operand
-        return self.axes.stale(nodes)
