@@ -1,63 +1,207 @@
-"""Private names of torch that dartfx reads, each once, with the versions it was seen in.
+"""Every private name of torch and transformers that dartfx reads, each once.
 
-A name that a later torch lacks costs the one thing it serves, never ``import dartfx`` or
-``backend="dart"``: what needs it calls :func:`load`, and ``python -m dartfx doctor`` lists
-:func:`missing`.  Names that dartfx still imports directly are to move here.
+``compat.FakeTensor`` looks the name up when it is used, never while dartfx is imported.  Where a
+later version lacks a name, what needs it is refused with :class:`Unavailable`, which says so, or
+does without (:func:`find`, :func:`errors`).  ``python -m dartfx doctor`` lists :func:`missing`.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["DYNAMO_STRINGS", "PrivateName", "Unavailable", "load", "missing"]
+from dartfx.errors import DartfxError
+
+if TYPE_CHECKING:  # for annotations
+    from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+
+__all__ = ["NAMES", "STATIC_INPUT", "PrivateName", "Unavailable", "errors", "find", "missing"]
+
+# Looked for in the sources of the first and the last of these.
+TORCH, TRANSFORMERS = "torch 2.11 to 2.13", "transformers 5.17 to 5.23"
+
+# Dynamo's note in ``meta["tensor_dict"]`` of inputs that are parameters or buffers.
+STATIC_INPUT = "_dynamo_static_input_type"
 
 
-class Unavailable(Exception):
+class Unavailable(DartfxError, RuntimeError):
     """A private name is not where it was in the versions it was seen in."""
 
 
 @dataclass(frozen=True)
 class PrivateName:
-    """One private name: where it stands, in which versions it was seen, what needs it."""
+    """One private name: its module, its attribute ("" for the module itself) and what needs it."""
 
     module: str
     attribute: str
-    seen: str
     use: str
+    seen: str = TORCH
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.attribute}"
+        return f"{self.module}.{self.attribute}".removesuffix(".")
+
+    def load(self) -> Any:
+        """The object of this name.  Raises Unavailable, with the name and what needs it."""
+        try:
+            found = importlib.import_module(self.module)
+            return getattr(found, self.attribute) if self.attribute else found
+        except (ImportError, AttributeError) as error:
+            raise Unavailable(f"{self} (seen in {self.seen}) is missing; {self.use}") from error
 
 
-_SIZES = "error texts that show a size do not fix that size (dartfx.backend.dynamo_patch)"
+def _names(module: str, attributes: str, use: str, seen: str = TORCH) -> dict[str, PrivateName]:
+    """Entries for names of one module, each under its own name without leading underscores."""
+    return {a.lstrip("_"): PrivateName(module, a, use, seen) for a in attributes.split()}
 
-DYNAMO_STRINGS = {
-    name: PrivateName(f"torch._dynamo.{module}", name, "torch 2.11 to 2.13", _SIZES)
-    for name, module in {
-        "InstructionTranslatorBase": "symbolic_convert",
-        "LazySymNodeFormatString": "variables.lazy",
-        "LazyVariableTracker": "variables.lazy",
-        "StringFormatVariable": "variables.misc",
-    }.items()
+
+_SIZES = "error texts that show a size do not fix that size"
+_EXPORT = "exported programs are pruned"
+
+NAMES: dict[str, PrivateName] = {
+    # Dynamo
+    **_names(
+        "torch._dynamo.exc",
+        "BackendCompilerFailed FailOnRecompileLimitHit RestartAnalysis TorchDynamoException",
+        "calls that are not one graph are compiled as several, and errors come out unwrapped",
+    ),
+    **_names(
+        "torch._dynamo.symbolic_convert",
+        "InstructionTranslatorBase",
+        _SIZES,
+    ),
+    **_names("torch._dynamo.variables.lazy", "LazySymNodeFormatString LazyVariableTracker", _SIZES),
+    **_names("torch._dynamo.variables.misc", "StringFormatVariable", _SIZES),
+    **_names(
+        "torch._dynamo.source", "ConstantSource", "graphs with sizes of their own are re-traced"
+    ),
+    **_names(
+        "torch._dynamo.source",
+        "TensorPropertySource",
+        "sliding windows whose length dynamo holds symbolic are pruned",
+    ),
+    **_names(
+        "torch._dynamo.eval_frame",
+        "OptimizedModule",
+        "explain says that a wrapper's generate runs the original model",
+    ),
+    **_names(
+        "torch._dynamo.backends.debugging", "aot_eager", 'lowering="aot_eager" compiles graphs'
+    ),
+    "dynamo_config": PrivateName(
+        "torch._dynamo.config", "", "explain and bench compile the same code many times"
+    ),
+    # Inductor
+    **_names("torch._inductor.compile_fx", "compile_fx", 'lowering="inductor" compiles graphs'),
+    **_names("torch._inductor", "list_mode_options", "the option mode is checked and applied"),
+    **_names("torch._inductor", "list_options", "the option inductor is checked"),
+    "inductor_config": PrivateName("torch._inductor.config", "", "the option inductor is checked"),
+    **_names(
+        "torch._inductor.codecache", "PyCodeCache", "dumps and reports name the file of the code"
+    ),
+    **_names(
+        "torch._inductor.cudagraph_trees",
+        "reset_cudagraph_trees",
+        "torch.compiler.reset() frees CUDA graphs",
+    ),
+    **_names("torch._inductor.cpp_builder", "get_cpp_compiler", "doctor finds the C++ compiler"),
+    **_names("torch._inductor.exc", "InvalidCxxCompiler", "doctor finds the C++ compiler"),
+    # Tracing
+    **_names("torch._subclasses.fake_tensor", "FakeTensor FakeTensorMode", "graphs are re-traced"),
+    **_names(
+        "torch._subclasses.fake_tensor",
+        "DataDependentOutputException DynamicOutputShapeException",
+        "calls that are not one graph are compiled as several",
+    ),
+    **_names(
+        "torch._subclasses.functional_tensor",
+        "FunctionalTensorMode",
+        "Inductor fuses the selection instead of calling it",
+    ),
+    **_names("torch._dispatch.python", "enable_python_dispatcher", "new nodes get fake values"),
+    **_names(
+        "torch.utils._python_dispatch",
+        "is_traceable_wrapper_subclass",
+        "a dump leaves the shards of tensor-parallel inputs out",
+    ),
+    **_names("torch._C", "_set_grad_enabled", "regions without gradients are found"),
+    **_names(
+        "torch.amp.autocast_mode",
+        "_enter_autocast _exit_autocast",
+        "regions under autocast are found",
+    ),
+    **_names(
+        "torch._functorch.autograd_function",
+        "autograd_function_apply",
+        "functions with a backward of their own are found",
+    ),
+    **_names("torch.fx.node", "_get_qualified_name", "dumps hold a repro.py"),
+    **_names("torch._logging._internal", "trace_structured", "TORCH_TRACE shows what was done"),
+    # torch.export
+    **_names(
+        "torch._export.passes.replace_autocast_with_hop_pass",
+        "replace_autocast_with_hop_pass",
+        _EXPORT,
+    ),
+    **_names(
+        "torch._export.passes.replace_set_grad_with_hop_pass",
+        "replace_set_grad_with_hop_pass",
+        _EXPORT,
+    ),
+    **_names(
+        "torch._higher_order_ops.wrap", "wrap_with_autocast wrap_with_set_grad_enabled", _EXPORT
+    ),
+    **_names("torch.utils._sympy.functions", "Mod PythonMod", _EXPORT),
+    "pytree": PrivateName("torch.utils._pytree", "", _EXPORT),
+    # Tensor parallelism
+    **_names(
+        "torch.distributed.distributed_c10d",
+        "_get_default_store _resolve_process_group",
+        "the ranks of a tensor-parallel model agree on what is pruned",
+    ),
+    # transformers
+    **_names(
+        "transformers.utils.output_capturing",
+        "maybe_install_capturing_hooks",
+        "dartfx.compile installs hooks that would break the graph of the first call",
+        TRANSFORMERS,
+    ),
 }
 
 
-def load(name: PrivateName) -> Any:
-    """The object of this name.  Raises Unavailable, with the name and what needs it."""
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return NAMES[name].load()
+
+
+def find(name: str) -> Any:
+    """The object that ``compat.<name>`` is; None where this version lacks it."""
     try:
-        return getattr(importlib.import_module(name.module), name.attribute)
-    except (ImportError, AttributeError) as error:
-        raise Unavailable(f"{name} (seen in {name.seen}) is missing; {name.use}") from error
+        return NAMES[name].load()
+    except Unavailable:
+        return None
+
+
+def errors(*names: str) -> tuple[type[Exception], ...]:
+    """Those of the exception classes that this version has, for an ``except`` clause."""
+    return tuple(found for name in names if (found := find(name)) is not None)
 
 
 def missing() -> list[PrivateName]:
-    """Every private name listed here that this torch does not have."""
-    lacking = []
-    for name in DYNAMO_STRINGS.values():
-        try:
-            load(name)
-        except Unavailable:
-            lacking.append(name)
-    return lacking
+    """Every name listed here that this version lacks; those of a package that is not installed
+    do not count."""
+    packages = {name.module.partition(".")[0] for name in NAMES.values()}
+    installed = {package for package in packages if importlib.util.find_spec(package)}
+    listed = [n for n in NAMES.values() if n.module.partition(".")[0] in installed]
+    return [name for name in listed if not _is_present(name)]
+
+
+def _is_present(name: PrivateName) -> bool:
+    try:
+        name.load()
+    except Unavailable:
+        return False
+    return True

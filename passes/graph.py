@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, cast
 
 import sympy
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer, Proxy
+
+from dartfx import compat
 
 aten = torch.ops.aten
 
@@ -188,7 +188,7 @@ def written_after(start: Node, value: Node, end: Node | None = None) -> list[Nod
 
 def is_state(node: Node) -> bool:
     """Whether a dynamo input is a parameter or a buffer."""
-    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    return compat.STATIC_INPUT in node.meta.get("tensor_dict", {})
 
 
 def only_of_state(node: Node) -> bool:
@@ -228,25 +228,25 @@ def downstream(graph: Graph, starts: Iterable[Node]) -> list[Node]:
 
 def without_gradient(node: Node, before: Node | None) -> Node | None:
     """The call that turned gradients off for what follows ``node``, given that for ``node``."""
-    if node.target is not torch._C._set_grad_enabled:
+    if node.target is not compat.set_grad_enabled:
         return before
     return None if node.args[0] else before or node
 
 
-def fake_mode(graph: Graph) -> FakeTensorMode:
+def fake_mode(graph: Graph) -> compat.FakeTensorMode:
     """The fake mode of the graph's values.  Raises ValueError when it has none."""
     for node in graph.nodes:
         value = tensor(node)
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, compat.FakeTensor):
             return value.fake_mode
     raise ValueError("the graph holds no fake tensors; normalise it first")
 
 
-def evaluate(node: Node, mode: FakeTensorMode) -> Any:
+def evaluate(node: Node, mode: compat.FakeTensorMode) -> Any:
     """The node's fake value computed from its operands' recorded ones."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     # Composite operators read sizes in C++, which knows no symbols, unless Python takes them apart.
-    with mode, torch.no_grad(), enable_python_dispatcher():
+    with mode, torch.no_grad(), compat.enable_python_dispatcher():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

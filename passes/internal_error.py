@@ -8,6 +8,7 @@ from types import TracebackType
 
 from torch.fx import Node
 
+from dartfx import compat
 from dartfx.passes.graph import source_line
 from dartfx.passes.outcome import Unchanged
 from dartfx.passes.refusal import Declined, NoDecoder, Refusal
@@ -30,6 +31,8 @@ def internal_error(name: str, error: Exception) -> Declined | Unchanged:
         return Unchanged(error.declined.because)
     if isinstance(error, Refusal):
         return error.declined
+    if isinstance(error, compat.Unavailable):
+        return Declined(str(error), advice="another version; python -m dartfx doctor lists these")
     log.debug("pass %r failed", name, exc_info=True)
     *_, frame = traceback.extract_tb(error.__traceback__) or [None]
     raised = f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" if frame else ""

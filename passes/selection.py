@@ -47,7 +47,7 @@ class ByOperator:
     checks_ranks: compare the ranks' selections at run time.  Both matter under tensor parallelism.
     """
 
-    operator: torch._ops.OpOverload
+    operator: Callable[..., torch.Tensor]
     args: tuple[object, ...] = ()
     queries: bool = False
     reads: str = "heads"

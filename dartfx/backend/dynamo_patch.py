@@ -21,7 +21,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from dartfx.compat import DYNAMO_STRINGS, Unavailable, load
+from dartfx import compat
+from dartfx.compat import Unavailable
 
 __all__ = ["install", "uninstall"]
 
@@ -77,11 +78,9 @@ def uninstall() -> None:
 
 def _expected() -> tuple[int, _Types, list[Any]]:
     """The opcode, the classes and the dispatch tables.  Raises Unavailable where torch differs."""
-    translator = load(DYNAMO_STRINGS["InstructionTranslatorBase"])
+    translator = compat.InstructionTranslatorBase
     types = _Types(
-        load(DYNAMO_STRINGS["StringFormatVariable"]),
-        load(DYNAMO_STRINGS["LazyVariableTracker"]),
-        load(DYNAMO_STRINGS["LazySymNodeFormatString"]),
+        compat.StringFormatVariable, compat.LazyVariableTracker, compat.LazySymNodeFormatString
     )
     opcode = dis.opmap.get("BUILD_STRING")
     if opcode is None:

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule
 
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
+from dartfx import compat
 from dartfx.backend import dynamo_patch
 from dartfx.backend.masked_graph import rewrite_with_mask
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
@@ -58,10 +58,8 @@ def dart(
 
 def _reset() -> None:
     # torch._dynamo.reset() calls this: Inductor's CUDA-graph trees outlive what it compiled.
-    if torch.cuda.is_available():
-        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
-
-        reset_cudagraph_trees()
+    if torch.cuda.is_available() and (reset := compat.find("reset_cudagraph_trees")) is not None:
+        reset()
 
 
 dart.reset = _reset  # type: ignore[attr-defined]
@@ -92,7 +90,7 @@ def compile_graph(
             if compiled is not None:
                 return compiled
         return graph.compile_without_merge(inputs)
-    except RestartAnalysis:
+    except compat.errors("RestartAnalysis"):
         # Dynamo traces the frame again and comes back with the graph that counts.
         graph.discard_reports()
         raise

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from dartfx import compat
 from dartfx.config.options import DartConfig
 
 __all__ = ["lower"]
@@ -22,14 +23,11 @@ def lower(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Cal
     if config.lowering == "eager":
         return module.forward
     if config.lowering == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
-        eager: Callable[..., Any] = aot_eager(module, list(inputs))
+        eager: Callable[..., Any] = compat.aot_eager(module, list(inputs))
         return eager
-    from torch._inductor.compile_fx import compile_fx
-
+    compile_fx, patches = compat.compile_fx, config.inductor_patches()
     settings = torch.compiler.config
     tag = f"{settings.cache_key_tag}dartfx-{config.fingerprint()}"
     with settings.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        compiled: Any = compile_fx(module, list(inputs), config_patches=config.inductor_patches())
+        compiled: Any = compile_fx(module, list(inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]

@@ -129,7 +129,7 @@ def _entry_point() -> Finding:
     if values != ["dartfx.backend:dart"]:
         told = f"the entry point dart means {', '.join(values)}"
         return Finding("bad", told, "uninstall the other package that registers a backend dart")
-    if "dart" not in torch._dynamo.list_backends():
+    if "dart" not in torch.compiler.list_backends():
         return Finding("bad", "torch does not list the backend dart", "restart Python")
     return Finding("ok", f'backend="dart" is {values[0]} of {dartfx.__file__}')
 
@@ -139,17 +139,15 @@ def _private_names() -> Finding:
     if not missing:
         return Finding("ok", "torch has the private names that dartfx was written for")
     names = "; ".join(map(str, missing))
-    return Finding("note", f"other than in the torch that dartfx was tested with: {names}")
+    return Finding("note", f"names that the versions dartfx was tested with have: {names}")
 
 
 def _compiler(lowering: str) -> Finding:
     if lowering != "inductor":
         return Finding("note", f"Inductor is not checked with --lowering {lowering}")
-    from torch._inductor import cpp_builder, exc
-
     try:
-        return Finding("ok", f"C++ compiler: {cpp_builder.get_cpp_compiler()}")
-    except exc.InvalidCxxCompiler:
+        return Finding("ok", f"C++ compiler: {compat.get_cpp_compiler()}")
+    except compat.errors("InvalidCxxCompiler"):
         state = "note" if torch.cuda.is_available() else "bad"
         told = "no C++ compiler, which Inductor needs for the CPU"
         return Finding(state, told, "apt-get install g++, or set CXX")

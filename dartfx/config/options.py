@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import torch
 
+from dartfx import compat
 from dartfx.config.fingerprint import digest
 from dartfx.config.validators import CHECKS, check_stages, choices, describe, require_kernel
 from dartfx.errors import ConfigError
@@ -158,9 +159,7 @@ class DartConfig:
         """Inductor's config patches: those of ``mode``, overlaid by ``inductor``."""
         patches: dict[str, object] = {}
         if self.mode not in (None, "default"):
-            from torch._inductor import list_mode_options
-
-            patches.update(list_mode_options(self.mode))
+            patches.update(compat.list_mode_options(self.mode))
         patches.update(self.inductor)
         return patches
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
+from dartfx import compat
 from dartfx.errors import ConfigError
 
 __all__ = ["CHECKS", "check_stages", "choices", "describe", "require_kernel"]
@@ -131,9 +132,7 @@ def require_kernel(kernel: str) -> None:
 
 
 def _modes() -> Iterable[str]:
-    from torch._inductor import list_mode_options
-
-    return {"default", *list_mode_options()}
+    return {"default", *compat.list_mode_options()}
 
 
 def _inductor(name: str, value: object) -> object:
@@ -143,9 +142,7 @@ def _inductor(name: str, value: object) -> object:
     patches: dict[str, object] = {}
     if not value:
         return patches
-    from torch._inductor import config, list_options
-
-    valid = list_options()
+    valid, types = compat.list_options(), compat.inductor_config
     for key, setting in value.items():
         spelled = key.replace("-", "_") if isinstance(key, str) else key
         if spelled not in valid:
@@ -155,7 +152,7 @@ def _inductor(name: str, value: object) -> object:
             )
         if spelled in patches:
             raise ConfigError(f"{name} gives {spelled!r} twice, with '-' and with '_'")
-        wanted = config.get_type(spelled)  # type: ignore[attr-defined]
+        wanted = types.get_type(spelled)
         if isinstance(wanted, type) and not isinstance(setting, wanted):
             raise ConfigError(
                 f"{name}[{key!r}] must be of type {wanted.__name__}, got {describe(setting)}"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from dartfx import compat
 from dartfx.config.options import DartConfig
 from dartfx.passes.graph import expr
 from dartfx.passes.outcome import Pruned
@@ -132,8 +132,8 @@ def _shape(value: object) -> tuple[str, ...]:
 def _names(program: ExportedProgram, count: int) -> list[str]:
     """Each flat output's path in what the program returns."""
     try:
-        result = pytree.tree_unflatten(list(range(count)), program.call_spec.out_spec)
-        paths, _ = pytree.tree_flatten_with_path(result)
-        return [pytree.keystr(path) for path, _ in paths]
+        result = compat.pytree.tree_unflatten(list(range(count)), program.call_spec.out_spec)
+        paths, _ = compat.pytree.tree_flatten_with_path(result)
+        return [compat.pytree.keystr(path) for path, _ in paths]
     except Exception:  # a type that was registered without names, or whose library is not imported
         return [f"[{place}]" for place in range(count)]

@@ -7,7 +7,6 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch.export import ExportedProgram, ExportGraphSignature
 from torch.export.graph_signature import (
     InputKind,
@@ -17,6 +16,7 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Graph, GraphModule, Node
 
+from dartfx import compat
 from dartfx.export.decompositions import PLAIN
 from dartfx.passes.frontend.exported import free_symbols, restore_regions, shape_env
 from dartfx.passes.refusal import Refusal
@@ -89,9 +89,9 @@ def _return_kept(module: GraphModule) -> None:
     output.args = ((*output.args[0], keep_idx_in_prompt(module.graph)[-1]),)
 
 
-def _with_one_more(result: pytree.TreeSpec) -> pytree.TreeSpec:
+def _with_one_more(result: Any) -> Any:
     """(what the result was, one tensor)"""
-    return pytree.TreeSpec(tuple, None, [result, pytree.tree_structure(0)])
+    return compat.pytree.TreeSpec(tuple, None, [result, compat.pytree.tree_structure(0)])
 
 
 def _place_in_modules(module: GraphModule, original: Graph) -> None:

@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
+from dartfx import compat
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.model.compiled_model import CompiledModel
@@ -70,14 +71,15 @@ def _install_capturing_hooks(model: nn.Module) -> None:
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return
-    from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
+    install = compat.find("maybe_install_capturing_hooks")
+    if install is None:  # then the first call has a graph break, and is compiled as several graphs
+        return
     # Installing on a model installs on every model inside, once more where that was done before.
     for module in model.modules():
         if isinstance(module, transformers.PreTrainedModel) and not any(
             getattr(inner, "_output_capturing_hooks_installed", False) for inner in module.modules()
         ):
-            maybe_install_capturing_hooks(module)
+            install(module)
 
 
 def reset() -> None:

@@ -11,17 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import (
-    BackendCompilerFailed,
-    FailOnRecompileLimitHit,
-    TorchDynamoException,
-)
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from dartfx import compat
 from dartfx.backend.graph_compiler import (
     NeedsGraphBreaks,
     compile_graph,
@@ -39,20 +31,21 @@ from dartfx.passes.outcome import Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import keep_idx, vision_mask
 
-__all__ = ["NOT_ONE_GRAPH", "CompiledModel"]
+__all__ = ["CompiledModel", "not_one_graph"]
 
 log = logging.getLogger(__name__)
 
 Call = Callable[..., Any]
 
-# What dynamo raises when fullgraph=True fails; some are errors of the tracer that it lets out.
-NOT_ONE_GRAPH = (
-    TorchDynamoException,
-    FailOnRecompileLimitHit,
-    GuardOnDataDependentSymNode,
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
+
+def not_one_graph() -> tuple[type[Exception], ...]:
+    """What dynamo raises when fullgraph=True fails; some are the tracer's, which it lets out."""
+    return GuardOnDataDependentSymNode, *compat.errors(
+        "TorchDynamoException",
+        "FailOnRecompileLimitHit",
+        "DataDependentOutputException",
+        "DynamicOutputShapeException",
+    )
 
 
 class CompiledModel:
@@ -170,13 +163,13 @@ class CompiledModel:
         if names not in self._breaks:
             try:
                 return self._one_graph(*args, **kwargs)
-            except BackendCompilerFailed as failed:
+            except compat.errors("BackendCompilerFailed") as failed:
                 _raise_dartfx_error(failed)
-                if not isinstance(failed.inner_exception, NeedsGraphBreaks):
+                if not isinstance(needs := _inner(failed), NeedsGraphBreaks):
                     raise
-                log.info("%s", failed.inner_exception)
+                log.info("%s", needs)
                 self._breaks.add(names)
-            except NOT_ONE_GRAPH as error:
+            except not_one_graph() as error:
                 # Raised while tracing, before anything ran.
                 log.info("not one graph for a call with %s: %s", sorted(names), error)
                 self._breaks.add(names)
@@ -184,7 +177,7 @@ class CompiledModel:
             return self._with_breaks(*args, **kwargs)
         except DartfxError:
             raise
-        except BackendCompilerFailed as failed:
+        except compat.errors("BackendCompilerFailed") as failed:
             _raise_dartfx_error(failed)
             raise
         except Exception as error:
@@ -213,10 +206,15 @@ class CompiledModel:
             self.refuse(declined)
 
 
-def _raise_dartfx_error(failed: BackendCompilerFailed) -> None:
+def _inner(failed: Exception) -> Exception | None:
+    """What a backend raised, which dynamo wraps."""
+    return getattr(failed, "inner_exception", None)
+
+
+def _raise_dartfx_error(failed: Exception) -> None:
     """Raise an error of dartfx out of dynamo's wrapping."""
-    if isinstance(failed.inner_exception, DartfxError):
-        raise failed.inner_exception from failed
+    if isinstance(error := _inner(failed), DartfxError):
+        raise error from failed
 
 
 def _caused_by_cut(error: Exception, pruned: Sequence[Report]) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
+from dartfx import compat
 from dartfx.backend.graph_compiler import compile_graph, prepare_dynamo
 from dartfx.config.options import DartConfig
 from dartfx.model.compiled_model import CompiledModel
@@ -139,10 +139,10 @@ _BYPASSED = (
 
 def _is_bypassed(model: nn.Module, target: object) -> bool:
     """Whether target is a method of a model that is compiled only by a wrapper around it."""
-    if target is model:
+    if target is model or (wrapper := compat.find("OptimizedModule")) is None:
         return False
     return any(
-        type(candidate) is OptimizedModule and candidate._orig_mod is model
+        type(candidate) is wrapper and candidate._orig_mod is model
         for candidate in gc.get_objects()
     )
 
@@ -150,5 +150,5 @@ def _is_bypassed(model: nn.Module, target: object) -> bool:
 @contextmanager
 def _many_compilations() -> Iterator[None]:
     # Each explanation compiles the same code again; that is no storm of recompilations.
-    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+    with compat.dynamo_config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
         yield

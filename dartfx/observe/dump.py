@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
+from dartfx import compat
 from dartfx.backend.lowering import lower
 from dartfx.config.options import DartConfig
 from dartfx.observe import repro_inputs, repro_script
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from dartfx.observe.html import Page
 
 __all__ = ["Dump", "ExportDump"]
+
+log = logging.getLogger(__name__)
 
 # tlparse shows the graph before the first pass and after the last one (of each cut).
 _TRACED = {"normalise": "dartfx_graph_before", "check": "dartfx_graph_after"}
@@ -61,8 +64,12 @@ class Dump:
 
     def save_inputs(self, inputs: Sequence[Any]) -> None:
         """Save the integer and bool inputs of the call that is being compiled, for the repro."""
-        if self._folder is not None:
+        if self._folder is None:
+            return
+        try:
             repro_inputs.save(self._module, inputs, self._folder)
+        except compat.Unavailable as error:
+            log.warning("no %s in %s: %s", repro_inputs.FILE, self._folder, error)
 
     def finish(self, report: Report) -> None:
         """What became of the graph, for people (``report.txt``) and programs (``report.json``)."""
@@ -77,20 +84,23 @@ class Dump:
         self, config: DartConfig, module: GraphModule, inputs: Sequence[Any]
     ) -> Callable[..., Any]:
         """Lower, and add the path of Inductor's code to the report."""
-        if self._folder is None or config.lowering != "inductor":
+        cache = compat.find("PyCodeCache") if config.lowering == "inductor" else None
+        if self._folder is None or cache is None:
             return lower(config, module, inputs)
-        from torch._inductor.codecache import PyCodeCache
-
-        before = len(PyCodeCache.modules)
+        before = len(cache.modules)
         compiled = lower(config, module, inputs)
         # Kernels are modules of their own; the code that calls them has a function ``call``.
-        loaded = [m for m in PyCodeCache.modules[before:] if hasattr(m, "call")]
+        loaded = [m for m in cache.modules[before:] if hasattr(m, "call")]
         self._output_code += [str(m.__file__) for m in loaded]
         self._write_report()
         return compiled
 
     def _write_repro(self, folder: Path) -> None:
-        written = repro_script.script(self._config, self._module, self._caller, self._mask)
+        try:
+            written = repro_script.script(self._config, self._module, self._caller, self._mask)
+        except compat.Unavailable as error:
+            log.warning("no repro.py in %s: %s", folder, error)
+            return
         (folder / "repro.py").write_text(written)
 
     def _write_report(self) -> None:
@@ -115,6 +125,9 @@ class ExportDump(Dump):
 
 
 def _trace(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    trace_structured = compat.find("trace_structured")
+    if trace_structured is None:
+        return
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": encoding},

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_aggregate
 
+from dartfx import compat
 from dartfx.backend.graph_compiler import NeedsGraphBreaks, compile_graph
 from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
@@ -41,8 +40,8 @@ Origin = tuple[tuple[str, ...], tuple[str, int, str, str] | None]
 class Replay:
     """One graph, built in the order of the script: sizes, inputs, calls, output."""
 
-    def __init__(self, mode: FakeTensorMode | None = None) -> None:
-        self.mode = mode or FakeTensorMode(shape_env=ShapeEnv())
+    def __init__(self, mode: compat.FakeTensorMode | None = None) -> None:
+        self.mode = mode or compat.FakeTensorMode(shape_env=ShapeEnv())
         self.root = nn.Module()
         self.graph = Graph()
         self.missing: set[str] = set()  # kinds of devices that this machine lacks
@@ -90,7 +89,7 @@ class Replay:
     def scalar(self, value: float) -> Tensor:
         """A fake number [] with a known value: how dynamo passes dynamic Python numbers."""
         self._scalars += 1
-        source = ConstantSource(f"scalar_{self._scalars}")
+        source = compat.ConstantSource(f"scalar_{self._scalars}")
         dtype = torch.int64 if isinstance(value, int) else torch.float64
         return self.mode.from_tensor(torch.tensor(value, dtype=dtype), source=source)
 
@@ -99,7 +98,7 @@ class Replay:
         node = self.graph.placeholder(name)
         node.meta["example_value"] = value
         if state:
-            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            node.meta["tensor_dict"] = {compat.STATIC_INPUT: "unguarded"}
         return node
 
     def attribute(self, name: str, value: Tensor | Callable[[Replay], None]) -> Node:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dartfx import compat
 from dartfx.passes.graph import hint, is_state
 
 __all__ = ["FILE", "draw", "load", "save", "sized", "unrecorded"]
@@ -82,8 +82,8 @@ def _is_integral(value: Tensor) -> bool:
 
 def _holds_data(value: Tensor) -> bool:
     # Whoever compiles ahead of time has only fake tensors; those of DTensor are the rank's own.
-    fake = isinstance(value, torch._subclasses.FakeTensor) or value.is_meta
-    return not fake and not is_traceable_wrapper_subclass(value)
+    fake = isinstance(value, compat.FakeTensor) or value.is_meta
+    return not fake and not compat.is_traceable_wrapper_subclass(value)
 
 
 def _number(example: Tensor) -> float | None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_leaves
 
+from dartfx import compat
 from dartfx.observe.repro_inputs import FILE, draw, sized, unrecorded
 from dartfx.observe.repro_script import RecordedMask
 from dartfx.passes.graph import source_line
@@ -85,7 +85,7 @@ def mask_present(mask: RecordedMask | None, inputs: Sequence[Any]) -> Iterator[N
         with vision_mask.vision_tokens(_marked(torch.zeros(shape, dtype=torch.bool), mask.rows)):
             yield
         return
-    if isinstance(like, torch._subclasses.FakeTensor):
+    if isinstance(like, compat.FakeTensor):
         with like.fake_mode:
             value = torch.empty(like.shape[:2], dtype=torch.bool, device=like.device)
     else:
@@ -143,7 +143,7 @@ def _copies(values: Sequence[Any]) -> list[Any]:
 
 def _shown(outputs: Any) -> str:
     """Dtype and shape of all outputs, equal ones counted."""
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in compat.pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     forms = [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors]
     shown = [f"{n} x {form}" if n > 1 else form for form, n in Counter(forms).items()]
     finite = all(bool(t.isfinite().all()) for t in tensors)

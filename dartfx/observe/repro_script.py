@@ -15,8 +15,8 @@ import sympy
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import _get_qualified_name
 
+from dartfx import compat
 from dartfx._version import __version__
 from dartfx.config.options import DartConfig
 from dartfx.observe.repro_inputs import FILE
@@ -175,7 +175,7 @@ class _Writer:
             return f"replay.output({_literal(node.args[0])})"
         if node.op == "placeholder":
             value, state = self._value(node.meta.get("example_value")), ""
-            if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+            if compat.STATIC_INPUT in node.meta.get("tensor_dict", {}):
                 state = ", state=True"
             return f"{node.name} = replay.input({node.name!r}, {value}{state})"
         if node.op == "get_attr":
@@ -222,7 +222,7 @@ def _attribute(module: GraphModule, node: Node) -> Any:
 
 
 def _is_fake(value: Tensor) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor)
+    return isinstance(value, compat.FakeTensor)
 
 
 def _sizes(sizes: Any) -> str:
@@ -241,7 +241,9 @@ def _target(target: Callable[..., Any] | str) -> str:
     if isinstance(target, str):
         return repr(target)
     try:
-        return f"find({_get_qualified_name(target)!r})"
+        return f"find({compat.get_qualified_name(target)!r})"
+    except compat.Unavailable:
+        raise
     except RuntimeError:  # a function that no module holds
         return _missing(target)
 

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.library import custom_op
 
+from dartfx import compat
 from dartfx.errors import ConfigError, KernelUnavailableError, SelectionError
 from dartfx.ops import triton_launch, validation
 from dartfx.selection import registry
@@ -68,7 +68,7 @@ def require_rows(value: Tensor, ok: Tensor, message: str) -> Tensor:
             if not holds:
                 raise SelectionError(message.replace("{row}", str(row)))
     else:
-        torch._assert_async(ok if rows == 1 else ok.all(), assertion(message, rows))
+        torch.ops.aten._assert_async.msg(ok if rows == 1 else ok.all(), assertion(message, rows))
     return value.clone()
 
 
@@ -196,8 +196,8 @@ def _select_tokens_fake(
 
 
 def _decompose(
-    mode: FunctionalTensorMode,
-    op: torch._ops.OpOverload,
+    mode: Any,
+    op: Any,
     types: Sequence[type],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -206,4 +206,6 @@ def _decompose(
         return selection(*args, **kwargs, traced=True)
 
 
-_select_tokens.register_torch_dispatch(FunctionalTensorMode, _decompose)
+# Without it the selection stays one call in what Inductor makes of the graph.
+if (_tracing := compat.find("FunctionalTensorMode")) is not None:
+    _select_tokens.register_torch_dispatch(_tracing, _decompose)

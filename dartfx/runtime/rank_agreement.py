@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule
 
 import dartfx.ops.rank_hash  # noqa: F401  registers torch.ops.dartfx.hash_indices
+from dartfx import compat
 from dartfx.errors import ConfigError, RanksError
 from dartfx.passes.distributed.to_local_tensors import LocalGraph, dtensors, groups, localise
 from dartfx.passes.outcome import Outcome, Pruned, Unchanged
@@ -138,9 +139,8 @@ _exchanged_in: Any = None
 
 def _exchange(group: str, mine: object) -> list[Any]:
     """Plain data of every rank of a group, in rank order; each must call as often as the others."""
-    c10d: Any = torch.distributed.distributed_c10d
-    members = torch.distributed.get_process_group_ranks(c10d._resolve_process_group(group))
-    me, store = torch.distributed.get_rank(), c10d._get_default_store()
+    members = torch.distributed.get_process_group_ranks(compat.resolve_process_group(group))
+    me, store = torch.distributed.get_rank(), compat.get_default_store()
     number = _next(store, group)
 
     def key(rank: int, number: int) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
+from dartfx import compat
 from dartfx.config.options import DartConfig
 from dartfx.errors import UnsupportedGraphError
 from dartfx.passes.analysis.prefilter import may_merge_features
@@ -106,7 +106,7 @@ def verify(
     try:
         with torch.no_grad():
             target(*args, **kwargs)
-    except TorchDynamoException as error:
+    except compat.errors("TorchDynamoException") as error:
         advice = "dartfx.verify(model.generate, ...), which computes image features outside of it"
         raise UnsupportedGraphError(
             f"dynamo does not hold this call in one graph: {str(error).splitlines()[0]}",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
+from dartfx import compat
 from dartfx.passes.analysis.token_axes import TokenAxes, infer_axes
 from dartfx.passes.graph import bases, downstream, mutated_operands, without_gradient
 from dartfx.passes.refusal import Refusal
@@ -44,9 +44,9 @@ def _anchor(site: Site, first: Node) -> Node:
     node = site.hidden
     while node is not first:
         off = without_gradient(node, off)
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is compat.enter_autocast:
             casting[node] = node
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is compat.exit_autocast:
             casting.pop(node.args[0], None)
         node = node.next
     order = {n: i for i, n in enumerate(first.graph.nodes)}

@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from dartfx import compat
 from dartfx.passes.graph import Shards, aten
 from dartfx.passes.refusal import Refusal
 
@@ -286,6 +287,6 @@ def _shards(value: Any) -> Shards:
 
 def _fake_mode(examples: Sequence[Any]) -> Any:
     for value in examples:
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, compat.FakeTensor):
             return value.fake_mode
     raise Refusal("operators on distributed tensors carry no fake tensors")

@@ -14,16 +14,11 @@ from typing import Any
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
-from torch._export.passes.replace_autocast_with_hop_pass import replace_autocast_with_hop_pass
-from torch._export.passes.replace_set_grad_with_hop_pass import replace_set_grad_with_hop_pass
-from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportGraphSignature
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._sympy.functions import Mod, PythonMod
 
+from dartfx import compat
 from dartfx.passes.frontend.canonicalise import canonicalise
 from dartfx.passes.frontend.normalise import drop_aliases
 from dartfx.passes.graph import argument, aten, packet, set_argument, sizes
@@ -50,7 +45,7 @@ def opened(module: GraphModule, state: Collection[str]) -> GraphModule:
     _renew_values(graph)
     for node in graph.find_nodes(op="placeholder"):
         if node.name in state:
-            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "exported"}
+            node.meta["tensor_dict"] = {compat.STATIC_INPUT: "exported"}
     drop_aliases(graph)
     _return_without_copies(graph)
     _assert_no_sizes(graph)
@@ -65,17 +60,17 @@ def opened(module: GraphModule, state: Collection[str]) -> GraphModule:
 
 def _renew_values(graph: Graph) -> None:
     env = _twin(shape_env(graph))
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=env, static_shapes=False)
+    mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=env, static_shapes=False)
     for node in graph.nodes:
         if "val" in node.meta:
-            node.meta["val"] = pytree.tree_map(lambda v: _renewed(v, mode), node.meta["val"])
+            node.meta["val"] = compat.pytree.tree_map(lambda v: _renewed(v, mode), node.meta["val"])
 
 
 def shape_env(graph: Graph) -> ShapeEnv:
     """What is known of an exported graph's symbolic sizes.  Raises Refusal without fake values."""
     for node in graph.nodes:
-        for value in pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(value, torch._subclasses.FakeTensor):
+        for value in compat.pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, compat.FakeTensor):
                 return value.fake_mode.shape_env or ShapeEnv()
     raise Refusal("the exported graph holds no fake values")
 
@@ -84,7 +79,7 @@ def free_symbols(graph: Graph) -> set[sympy.Symbol]:
     """Every symbol in a shape or a number of the graph."""
     found: set[sympy.Symbol] = set()
     for node in graph.nodes:
-        for value in pytree.tree_leaves(node.meta.get("val")):
+        for value in compat.pytree.tree_leaves(node.meta.get("val")):
             sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
             for size in sizes:
                 if isinstance(size, _SYMBOLIC):
@@ -125,7 +120,10 @@ def _always_holds(guard: sympy.Basic) -> bool:
         whole, part = mod.args
         return sympy.Integer(0) if sympy.cancel(whole / part).is_Integer else mod
 
-    return bool(guard.replace(lambda e: isinstance(e, Mod | PythonMod), remainder) == sympy.true)
+    return bool(
+        guard.replace(lambda e: isinstance(e, compat.Mod | compat.PythonMod), remainder)
+        == sympy.true
+    )
 
 
 def _twin(env: ShapeEnv) -> ShapeEnv:
@@ -141,7 +139,7 @@ def _twin(env: ShapeEnv) -> ShapeEnv:
     return twin
 
 
-def _renewed(old: Any, mode: FakeTensorMode) -> Any:
+def _renewed(old: Any, mode: compat.FakeTensorMode) -> Any:
     if isinstance(old, _SYMBOLIC):
         node = copy.copy(old.node)
         node.shape_env = mode.shape_env
@@ -162,10 +160,10 @@ def _renewed(old: Any, mode: FakeTensorMode) -> Any:
 
 def _inline_regions(module: GraphModule) -> None:
     """Put the bodies of grad-mode and autocast regions into the graph, between their switches."""
-    graph = module.graph
-    while found := [n for n in graph.nodes if n.target in _REGIONS]:
+    graph, regions = module.graph, _regions()
+    while found := [n for n in graph.nodes if n.target in regions]:
         for node in found:
-            _inline_region(module, node, *_REGIONS[node.target](node))
+            _inline_region(module, node, *regions[node.target](node))
     graph.eliminate_dead_code(lambda n: n.op != "get_attr")
 
 
@@ -174,7 +172,7 @@ Switches = tuple[Callable[[Graph], Node], Callable[[Graph, Node], Node], Any, tu
 
 def _grad_mode(node: Node) -> Switches:
     enabled, body, *operands = node.args
-    switch = torch._C._set_grad_enabled
+    switch = compat.set_grad_enabled
     return (
         lambda graph: graph.call_function(switch, (enabled,)),
         lambda graph, _: graph.call_function(switch, (not enabled,)),
@@ -185,16 +183,16 @@ def _grad_mode(node: Node) -> Switches:
 
 def _autocast(node: Node) -> Switches:
     *settings, body = node.args[:5]
-    modes = torch.amp.autocast_mode
     return (
-        lambda graph: graph.call_function(modes._enter_autocast, tuple(settings)),
-        lambda graph, entered: graph.call_function(modes._exit_autocast, (entered,)),
+        lambda graph: graph.call_function(compat.enter_autocast, tuple(settings)),
+        lambda graph, entered: graph.call_function(compat.exit_autocast, (entered,)),
         body,
         node.args[5:],
     )
 
 
-_REGIONS = {wrap_with_set_grad_enabled: _grad_mode, wrap_with_autocast: _autocast}
+def _regions() -> dict[Any, Callable[[Node], Switches]]:
+    return {compat.wrap_with_set_grad_enabled: _grad_mode, compat.wrap_with_autocast: _autocast}
 
 
 def _inline_region(
@@ -235,12 +233,12 @@ def restore_regions(
 
     Returns the module and the signature with the outputs' new names.
     """
-    for node in module.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+    for node in module.graph.find_nodes(op="call_function", target=compat.set_grad_enabled):
         with torch.set_grad_enabled(not node.args[0]):  # what held before the first region
-            module, new = replace_set_grad_with_hop_pass(module, signature)
+            module, new = compat.replace_set_grad_with_hop_pass(module, signature)
         signature = new or signature
         break
-    module, new = replace_autocast_with_hop_pass(module, signature)
+    module, new = compat.replace_autocast_with_hop_pass(module, signature)
     return module, new or signature
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch._dynamo.source import TensorPropertySource
 from torch.fx import Graph, Node
 
+from dartfx import compat
 from dartfx.passes.graph import argument, depends_on_data, expr, hint, set_argument
 
 
@@ -46,6 +46,9 @@ def _from_sizes(value: torch.SymInt) -> bool:
 
     Asked of dynamo: a graph may take a tensor's size without the tensor.
     """
+    source = compat.find("TensorPropertySource")
+    if source is None:
+        return True  # then such a window stays symbolic, and is refused
     known = value.node.shape_env.var_to_sources
     given = [known.get(symbol) for symbol in expr(value).free_symbols]
-    return any(not s or any(isinstance(one, TensorPropertySource) for one in s) for s in given)
+    return any(not s or any(isinstance(one, source) for one in s) for s in given)

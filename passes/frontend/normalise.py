@@ -10,12 +10,11 @@ from typing import Any
 import sympy
 import torch
 import torch.fx.traceback
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from dartfx import compat
 from dartfx.passes.frontend.canonicalise import canonicalise
 from dartfx.passes.frontend.expand_vmap import expand_vmap
 from dartfx.passes.graph import argument, aten, expr, hint, packet, tensor
@@ -53,6 +52,8 @@ def normalise(
         _keep_what_inputs_are(module.graph, traced.graph, len(extra))
         drop_aliases(traced.graph)
         canonicalise(traced.graph)
+    except compat.Unavailable:
+        raise
     except Exception as error:  # any operator may fail here, each in its own way
         raise Refusal(
             f"the graph could not be re-traced to ATen: {describe(error)}", advice=REPORT_IT
@@ -62,8 +63,8 @@ def normalise(
     return traced
 
 
-def _fake(mode: FakeTensorMode, value: Any) -> Any:
-    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+def _fake(mode: compat.FakeTensorMode, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or isinstance(value, compat.FakeTensor):
         return value
     return mode.from_tensor(value, static_shapes=True)
 
@@ -81,7 +82,7 @@ def _require_own_gradients(graph: Graph) -> None:
     Dynamo leaves it as a call only where gradients are asked for.
     """
     for node in graph.nodes:
-        if node.target is torch._functorch.autograd_function.autograd_function_apply:
+        if node.target is compat.autograd_function_apply:
             raise Refusal(
                 "a torch.autograd.Function with its own backward is in a graph that computes "
                 "gradients",
@@ -122,7 +123,7 @@ def independent(examples: Sequence[Any]) -> list[Any]:
 
     What is decided on these installs no guard in the compilation they came from.
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    mode = compat.FakeTensorMode(shape_env=ShapeEnv())
     assert mode.shape_env is not None
     symbols: dict[sympy.Symbol, sympy.Expr] = {}
 
@@ -155,31 +156,33 @@ def independent(examples: Sequence[Any]) -> list[Any]:
     return [value(e) for e in examples]
 
 
-def fresh_size(mode: FakeTensorMode, example: int) -> torch.SymInt:
+def fresh_size(mode: compat.FakeTensorMode, example: int) -> torch.SymInt:
     """A new symbolic size with this example value."""
     shape_env = mode.shape_env
     assert shape_env is not None
-    source = ConstantSource(f"dartfx_size_{len(shape_env.var_to_range)}")
+    source = compat.ConstantSource(f"dartfx_size_{len(shape_env.var_to_range)}")
     symbol = shape_env.create_symbol(example, source, dynamic_dim=DimDynamic.DYNAMIC)
     return _sym_int(mode, symbol, example, source)
 
 
-def _sym_int(mode: FakeTensorMode, value: Any, example: int, source: Any = None) -> torch.SymInt:
+def _sym_int(
+    mode: compat.FakeTensorMode, value: Any, example: int, source: Any = None
+) -> torch.SymInt:
     assert mode.shape_env is not None
     made = mode.shape_env.create_symintnode(value, hint=example, source=source)
     assert isinstance(made, torch.SymInt)
     return made
 
 
-def _fake_mode(examples: Sequence[object]) -> FakeTensorMode:
+def _fake_mode(examples: Sequence[object]) -> compat.FakeTensorMode:
     for value in examples:
-        if isinstance(value, FakeTensor):
+        if isinstance(value, compat.FakeTensor):
             return value.fake_mode
     raise Refusal("the graph's inputs carry no fake tensors")
 
 
 @contextlib.contextmanager
-def _fresh_symbols_ignored(mode: FakeTensorMode) -> Iterator[None]:
+def _fresh_symbols_ignored(mode: compat.FakeTensorMode) -> Iterator[None]:
     # ``.item()`` in the graph makes new unbacked symbols at every trace; dynamo bound its own.
     if mode.shape_env is None:
         yield

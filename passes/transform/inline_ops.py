@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from dartfx import compat
 from dartfx.passes.graph import fake_mode
 from dartfx.passes.refusal import Refusal
 
@@ -64,7 +64,7 @@ def _traced(call: Node, body: Body, operands: list[Node]) -> Graph:
         return body(*args, **kwargs)
 
     mode = fake_mode(call.graph)
-    with mode, torch.no_grad(), enable_python_dispatcher():
+    with mode, torch.no_grad(), compat.enable_python_dispatcher():
         return make_fx(run, pre_dispatch=True)(*(n.meta["val"] for n in operands)).graph
 
 

@@ -56,36 +56,7 @@ IN_CIRCLES = {
 }
 
 # Where torch and transformers may be reached behind their public names.
-COMPAT = ("dartfx/compat.py", "passes/compat.py")
-USES_PRIVATE_NAMES = {
-    "dartfx/backend/graph_compiler.py",
-    "dartfx/backend/lowering.py",
-    "dartfx/cli/doctor.py",
-    "dartfx/config/options.py",
-    "dartfx/config/validators.py",
-    "dartfx/export/metadata.py",
-    "dartfx/export/program.py",
-    "dartfx/model/compile.py",
-    "dartfx/model/explain.py",
-    "dartfx/model/compiled_model.py",
-    "dartfx/observe/dump.py",
-    "dartfx/observe/replay.py",
-    "dartfx/observe/repro_script.py",
-    "dartfx/observe/repro_inputs.py",
-    "dartfx/observe/repro_run.py",
-    "dartfx/ops/registration.py",
-    "dartfx/tools/bench/generate.py",
-    "dartfx/tools/zoo/hooked.py",
-    "dartfx/verification/verify.py",
-    "passes/distributed/to_local_tensors.py",
-    "passes/frontend/exported.py",
-    "passes/frontend/fix_windows.py",
-    "passes/frontend/normalise.py",
-    "passes/graph.py",
-    "passes/selection.py",
-    "passes/analysis/cut_region.py",
-    "passes/transform/inline_ops.py",
-}
+COMPAT = "dartfx/compat.py"
 
 
 @cache
@@ -154,7 +125,7 @@ def private_names(source: str) -> set[str]:
 
 def test_no_private_names_of_torch_and_transformers() -> None:
     found = {path for path, source in product().items() if private_names(source)}
-    assert found - USES_PRIVATE_NAMES - set(COMPAT) == set()
+    assert found == {COMPAT}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dartfx
+from dartfx import compat
 from dartfx.config.options import DartConfig
 from dartfx.integrations.hf import read_image
 from dartfx.integrations.outputs import check_file
@@ -158,7 +159,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from dartfx.tools.bench.rows import Progress, prepare, rewarm, time_round
 
     load = os.getloadavg()[0]
-    patch = torch._dynamo.config.patch(
+    patch = compat.dynamo_config.patch(
         recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=_RECOMPILE_LIMIT
     )
     dartfx.reset()

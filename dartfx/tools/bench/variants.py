@@ -11,7 +11,7 @@ import torch
 from transformers import CompileConfig
 
 import dartfx
-from dartfx.model.compiled_model import NOT_ONE_GRAPH
+from dartfx.model.compiled_model import not_one_graph
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.bench.hooks import pruned_by_hooks
 from dartfx.tools.bench.timing import cache_bytes, twin
@@ -85,7 +85,7 @@ def _plain(work: Workload, settings: Settings, **more: Any) -> Ready:
     _compile(model, settings.lowering, fullgraph=True)
     try:
         generate(1)
-    except NOT_ONE_GRAPH:
+    except not_one_graph():
         _compile(model, settings.lowering, fullgraph=False)
         return _ready(generate, note="several graphs")
     return _ready(generate, note="one graph")

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from dartfx.tools.zoo.oracle import select_batch
 

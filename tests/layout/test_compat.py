@@ -1,0 +1,151 @@
+"""A torch or transformers without one of the private names: each is removed in turn."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dartfx
+from dartfx import compat
+from dartfx.cli import doctor
+from dartfx.cli.tiny_model import Tiny, prompt
+from dartfx.runtime import rank_agreement
+from tests.layout.test_layout import sources
+
+OPTIONS: dict[str, Any] = {"layer": 1, "retain_tokens": 4, "on_unsupported": "ignore"}
+EAGER = {**OPTIONS, "lowering": "eager"}
+
+# Imports every module with all private names out of reach, then compiles a graph.
+PROGRAM = """
+import importlib, pkgutil, sys
+real = importlib.import_module
+def without_torch(name, package=None):
+    if sys._getframe(1).f_globals["__name__"] == "dartfx.compat":
+        raise ImportError(f"no {name}")
+    return real(name, package)
+importlib.import_module = without_torch
+import dartfx
+for module in pkgutil.walk_packages(dartfx.__path__, "dartfx."):
+    if not module.name.startswith(("dartfx.tools", "dartfx.__main__", "dartfx.integrations.lmms")):
+        real(module.name)
+assert dartfx.compat.missing() == list(dartfx.compat.NAMES.values())
+import torch
+options = {"lowering": "eager"}
+assert torch.compile(lambda x: x * 2, backend="dart", options=options)(torch.ones(3)).sum() == 6
+"""
+
+
+def pruned(lowering: str = "eager", **options: object) -> str:
+    """What is reported of a tiny model; its output is right, pruned or not."""
+    dartfx.reset()
+    torch.manual_seed(0)
+    model, inputs = Tiny(), prompt("cpu")
+    options = {**OPTIONS, "lowering": lowering, **options}
+    with torch.no_grad():
+        output = torch.compile(model, backend="dart", options=options)(*inputs)
+        (report,) = dartfx.reports()
+        if not report.pruned:
+            torch.testing.assert_close(output, model(*inputs))
+    return str(report)
+
+
+def exported(tmp_path: Path) -> str:
+    program = torch.export.export(Tiny(), prompt("cpu"))
+    return str(dartfx.exported_pruning(dartfx.prune_exported(program, layer=1, retain_tokens=4)))
+
+
+def dumped(tmp_path: Path) -> str:
+    report = pruned(dump=tmp_path)
+    if "pruned before" in report:
+        assert (tmp_path / "graph_000" / "report.html").exists()
+    return report
+
+
+def explained(tmp_path: Path) -> str:
+    return str(dartfx.explain(Tiny(), *prompt("cpu"), options=OPTIONS))
+
+
+def replayed(tmp_path: Path) -> str:
+    from dartfx.observe.replay import Replay
+
+    replay = Replay()
+    replay.scalar(2)
+    return str(replay.size(3))
+
+
+def exchanged(tmp_path: Path) -> str:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return str(rank_agreement._exchange("0", {}))
+    finally:
+        dist.destroy_process_group()
+
+
+def reset_on_cuda(tmp_path: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        return str(torch.compiler.reset())
+
+
+USES: dict[str, Callable[[Path], object]] = {
+    "DataDependentOutputException DynamicOutputShapeException FailOnRecompileLimitHit "
+    "TorchDynamoException": lambda _: dartfx.compile(Tiny(), **EAGER)(*prompt("cpu")),
+    "BackendCompilerFailed RestartAnalysis InstructionTranslatorBase LazySymNodeFormatString "
+    "LazyVariableTracker StringFormatVariable FakeTensor FakeTensorMode enable_python_dispatcher "
+    "set_grad_enabled enter_autocast exit_autocast autograd_function_apply TensorPropertySource "
+    "FunctionalTensorMode": lambda _: pruned(),
+    "aot_eager": lambda _: pruned("aot_eager"),
+    "compile_fx": lambda _: pruned("inductor"),
+    "list_mode_options": lambda _: pruned("inductor", mode="max-autotune"),
+    "list_options inductor_config": lambda _: dartfx.DartConfig(inductor={"max_autotune": True}),
+    "get_qualified_name trace_structured PyCodeCache is_traceable_wrapper_subclass": dumped,
+    "Mod PythonMod pytree replace_autocast_with_hop_pass replace_set_grad_with_hop_pass "
+    "wrap_with_autocast wrap_with_set_grad_enabled": exported,
+    "OptimizedModule dynamo_config": explained,
+    "ConstantSource": replayed,
+    "get_cpp_compiler InvalidCxxCompiler": lambda _: next(
+        str(f) for f in doctor.examine("inductor", quick=True) if "C++" in str(f)
+    ),
+    "reset_cudagraph_trees": reset_on_cuda,
+    "get_default_store resolve_process_group": exchanged,
+    "maybe_install_capturing_hooks": lambda _: dartfx.compile(Tiny(), **EAGER),
+}
+USE = {name: use for names, use in USES.items() for name in names.split()}
+
+
+@pytest.mark.parametrize("name", compat.NAMES)
+def test_what_needs_a_missing_name_says_so_or_does_without(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    renamed = replace(compat.NAMES[name], attribute="renamed_by_a_later_version")
+    monkeypatch.setitem(compat.NAMES, name, renamed)
+    assert compat.missing() == [renamed]
+    assert "renamed_by_a_later_version" in str(doctor._private_names())
+    try:
+        told = str(USE[name](tmp_path))
+    except Exception as error:  # ours, or dynamo's around ours
+        told = f"NOT pruned: {error}"
+    assert "NOT pruned" not in told or str(renamed) in told
+
+
+def test_every_module_can_be_imported_without_any_of_them() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_name_is_used_and_every_use_is_listed() -> None:
+    text = "\n".join(path.read_text() for path in sources("dartfx", "passes"))
+    used = set(re.findall(r"\bcompat\.([A-Za-z_]+)", text))
+    used |= {n for call in re.findall(r"compat\.(?:find|errors)\(([^)]*)\)", text)
+             for n in re.findall(r'"(\w+)"', call)}  # fmt: skip
+    used -= {"NAMES", "STATIC_INPUT", "Unavailable", "errors", "find", "missing", "py"}
+    assert used == set(compat.NAMES)
