@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import sympy
 import torch
@@ -19,18 +19,6 @@ from dartfx import compat
 aten = torch.ops.aten
 
 Size = int | torch.SymInt
-
-
-class Shards(NamedTuple):
-    """How the ranks' tensors make up one parameter.
-
-    group: name of the process group, "" where all its ranks hold the same; dim: that their tensors
-    are laid end to end along, None where it is none; ranks: how many there are.
-    """
-
-    group: str
-    dim: int | None
-    ranks: int
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<fn>.+)\n\s*(?P<code>.*)')

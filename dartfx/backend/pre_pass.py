@@ -14,7 +14,7 @@ from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.passes.analysis.prefilter import may_merge_features
-from dartfx.passes.distributed.to_local_tensors import dtensors, groups
+from dartfx.passes.distributed.shards import dtensors, groups
 from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.outcome import Pruned, ReturnsMask
 from dartfx.passes.refusal import Declined

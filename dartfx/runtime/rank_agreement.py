@@ -24,7 +24,8 @@ from torch.fx import GraphModule
 import dartfx.ops.rank_hash  # noqa: F401  registers torch.ops.dartfx.hash_indices
 from dartfx import compat
 from dartfx.errors import ConfigError, RanksError
-from dartfx.passes.distributed.to_local_tensors import LocalGraph, dtensors, groups, localise
+from dartfx.passes.distributed.shards import dtensors, groups
+from dartfx.passes.distributed.to_local_tensors import LocalGraph, to_local_tensors
 from dartfx.passes.outcome import Outcome, Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 
@@ -48,7 +49,7 @@ class Ranks:
 
     @cached_property
     def _local(self) -> LocalGraph | None:
-        return localise(self._module) if dtensors(self._module.graph) else None
+        return to_local_tensors(self._module) if dtensors(self._module.graph) else None
 
     @property
     def module(self) -> GraphModule:

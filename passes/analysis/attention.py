@@ -10,18 +10,20 @@ import torch
 from torch.fx import Node
 
 from dartfx.passes.graph import argument, aten, is_one, packet, same_size, sizes, tensor
+from dartfx.passes.op_sets import (
+    SCORE_ELEMENTWISE,
+    SCORE_MASKING,
+    SCORE_PRODUCTS,
+    SCORE_SCALING,
+    SCORE_VIEWS,
+    SDPA,
+    SOFTMAX,
+)
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.site import Stack
 
 # An addend that takes a key from a query: e^-1000 is no weight at all in any dtype.
 HIDING = -1e3
-_SDPA = aten.scaled_dot_product_attention
-_SOFTMAX = {aten.softmax, aten._softmax, aten._safe_softmax}
-_PRODUCTS = {aten.matmul, aten.bmm, aten.einsum}
-_MASKING = {aten.add, aten.add_, aten.masked_fill, aten.masked_fill_, aten.where}
-_ELEMENTWISE = {*_MASKING, aten.to, aten._to_copy, aten.dropout, aten.mul_, aten.div_}
-_SCALINGS = {aten.mul, aten.mul_, aten.div, aten.div_}
-_VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.clone, aten.contiguous}
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,16 @@ class _Scores:
 
 def is_attention(node: Node) -> bool:
     """Whether the node weighs values by a softmax of products: fused, or the softmax itself."""
-    if packet(node) in _SOFTMAX:
+    if packet(node) in SOFTMAX:
         return _product_above(argument(node, "self")) is not None
-    return packet(node) is _SDPA
+    return packet(node) in SDPA
 
 
 def _product_above(node: Node, depth: int = 8) -> Node | None:
     """The matrix product that a value is an elementwise function of."""
-    if packet(node) in _PRODUCTS:
+    if packet(node) in SCORE_PRODUCTS:
         return node
-    if depth and packet(node) in _VIEWS:
+    if depth and packet(node) in SCORE_VIEWS:
         return _product_above(node.all_input_nodes[0], depth - 1)
     if depth == 0 or not _is_elementwise(node):
         return None
@@ -85,15 +87,15 @@ def _product_above(node: Node, depth: int = 8) -> Node | None:
 
 def _is_elementwise(node: Node) -> bool:
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return pointwise or packet(node) in _ELEMENTWISE
+    return pointwise or packet(node) in SCORE_ELEMENTWISE
 
 
 def attends_causally(stack: Stack) -> bool:
     """Whether the first layer masks its attention, as a decoder's prefill does."""
     for node in stack.nodes(0):
-        if packet(node) is _SDPA:
+        if packet(node) in SDPA:
             return bool(argument(node, "is_causal")) or argument(node, "attn_mask") is not None
-        if packet(node) in _SOFTMAX and is_attention(node):
+        if packet(node) in SOFTMAX and is_attention(node):
             return _eager_attention(node).mask.node is not None
     return False
 
@@ -101,7 +103,7 @@ def attends_causally(stack: Stack) -> bool:
 def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Mask]:
     """Post-RoPE keys [B, H, S, Dh] of one layer and the mask it attends with."""
     core = _core(stack, index)
-    if packet(core) is _SDPA:
+    if packet(core) in SDPA:
         keys, mask = argument(core, "key"), Mask(argument(core, "attn_mask"))
     else:
         scores = _eager_attention(core)
@@ -116,7 +118,7 @@ def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Mask]:
 def queries_of(stack: Stack, index: int) -> Queries:
     """The queries of one layer's attention.  Raises Refusal where they cannot be told."""
     core = _core(stack, index)
-    if packet(core) is _SDPA:
+    if packet(core) in SDPA:
         node, scale = argument(core, "query"), argument(core, "scale")
         scale = sizes(node)[-1] ** -0.5 if scale is None else scale
     else:
@@ -150,14 +152,14 @@ def _eager_attention(softmax: Node) -> _Scores:
     """The parts of ``softmax(mask(q @ k.T * scale))``."""
     node, mask = argument(softmax, "self"), Mask()
     scale: float | None = 1.0
-    while packet(node) not in _PRODUCTS:
+    while packet(node) not in SCORE_PRODUCTS:
         operands = [n for n in node.all_input_nodes if tensor(n) is not None]
         scores = next(n for n in operands if _product_above(n) is not None)
         scale = _scaled(scale, node)
         for other in operands:
             if other is scores or all(map(is_one, sizes(other))):
                 continue
-            unknown = packet(node) not in _MASKING or argument(node, "alpha", 1) != 1
+            unknown = packet(node) not in SCORE_MASKING or argument(node, "alpha", 1) != 1
             if mask.node is not None or unknown or _product_above(other) is not None:
                 raise Refusal("attention scores meet a tensor that is no mask we know", node)
             if not _fills_with_a_score(node):
@@ -168,7 +170,7 @@ def _eager_attention(softmax: Node) -> _Scores:
 
 def _scaled(scale: float | None, node: Node) -> float | None:
     """``scale`` times what this call multiplies scores by; None where that is a tensor."""
-    if scale is None or packet(node) not in _SCALINGS:
+    if scale is None or packet(node) not in SCORE_SCALING:
         return scale
     factors = [a for a in node.args if isinstance(a, int | float)]
     if len(factors) != 1:
@@ -185,7 +187,7 @@ def _fills_with_a_score(node: Node) -> bool:
 def _require_whole_weights(weights: Node) -> None:
     """Raise Refusal where keys are hidden after the softmax: then no mask tells which."""
     for user in weights.users:
-        if packet(user) in {*_VIEWS, aten.to, aten._to_copy, aten.dropout}:
+        if packet(user) in {*SCORE_VIEWS, aten.to, aten._to_copy, aten.dropout}:
             _require_whole_weights(user)
         elif _is_elementwise(user):
             others = [n for n in user.all_input_nodes if n is not weights and tensor(n) is not None]
@@ -199,7 +201,7 @@ def _queries(product: Node) -> Node:
         found = argument(product, "tensors")[0] if _einsum_keys(product) is not None else None
     else:
         found = argument(product, "self")
-    queries = found if found is None or len(sizes(found)) == 4 else _through(found, _VIEWS)
+    queries = found if found is None or len(sizes(found)) == 4 else _through(found, SCORE_VIEWS)
     if queries is None or found is None or not _ends_alike(queries, found):
         raise Refusal(
             "the queries of the query-key product are not [B, Hq, S, Dh]",
@@ -214,9 +216,9 @@ def _keys(product: Node) -> Node:
     if packet(product) is aten.einsum:
         found = _einsum_keys(product)
     else:
-        transposed = _through(product.all_input_nodes[-1], _VIEWS)
+        transposed = _through(product.all_input_nodes[-1], SCORE_VIEWS)
         found = transposed.all_input_nodes[0] if _swaps_last(transposed) else None
-    keys = found if found is None or len(sizes(found)) == 4 else _through(found, _VIEWS)
+    keys = found if found is None or len(sizes(found)) == 4 else _through(found, SCORE_VIEWS)
     if keys is None or found is None or not _ends_alike(keys, found):
         raise Refusal(
             "the keys of the query-key product are not a transposed [B, H, S, Dh]", product
@@ -260,7 +262,7 @@ def _swaps_last(node: Node) -> bool:
 
 def _unrepeated(keys: Node) -> Node:
     """Grouped-query keys before their heads were repeated: the ranking is the same, and cheaper."""
-    expanded = _through(keys, _VIEWS)
+    expanded = _through(keys, SCORE_VIEWS)
     if packet(expanded) is not aten.expand:
         return keys
     grouped = _through(expanded.all_input_nodes[0], {aten.slice})

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
-from dartfx.passes.graph import aten, downstream, module_paths, packet, same_size, sizes, tensor
+from dartfx.passes.graph import downstream, module_paths, packet, same_size, sizes, tensor
+from dartfx.passes.op_sets import PROJECTIONS, VALUE_BY_VALUE
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.site import Stack
-
-_PROJECTIONS = {aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum}
-_BY_VALUE = {aten.dropout, aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias}
 
 
 def final_norm(graph: Graph, stack: Stack, last: Node) -> tuple[Node, ...]:
@@ -50,7 +48,7 @@ def _normalises(nodes: Sequence[Node]) -> bool:
     """Whether this work on hidden states may be a norm: no projection, nor value by value."""
     calls = [n for n in nodes if tensor(n) is not None]
     by_value = (
-        torch.Tag.pointwise in getattr(n.target, "tags", ()) or packet(n) in _BY_VALUE
+        torch.Tag.pointwise in getattr(n.target, "tags", ()) or packet(n) in VALUE_BY_VALUE
         for n in calls
     )
-    return _PROJECTIONS.isdisjoint(map(packet, calls)) and not all(by_value)
+    return PROJECTIONS.isdisjoint(map(packet, calls)) and not all(by_value)

@@ -29,11 +29,11 @@ from dartfx.passes.graph import (
     tensor,
     written_after,
 )
+from dartfx.passes.op_sets import INDEX_PUT, MASKED_SCATTER, REGROUPS, named
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.site import Merge, Site, Stack, Vision
 
-_SCATTERS = {aten.masked_scatter, aten.masked_scatter_}
-_REGROUPS = {aten.view, aten.reshape, aten._unsafe_view, aten.unflatten, aten.view_as}
+_ROW_VIEWS = REGROUPS | named("view_as")
 
 
 def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
@@ -46,9 +46,9 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
     merges = []
     for node in graph.nodes:
         kind = packet(node)
-        if kind in _SCATTERS:
+        if kind in MASKED_SCATTER:
             mask, features = argument(node, "mask"), argument(node, "source")
-        elif kind in (aten.index_put, aten.index_put_):
+        elif kind in INDEX_PUT:
             indices = [i for i in argument(node, "indices") if i is not None]
             mask, features = (indices[0] if len(indices) == 1 else None), argument(node, "values")
         else:
@@ -62,7 +62,7 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
             continue  # a learned prompt
         embeds = _as_embeddings(node)
         onto_zeros = packet(argument(node, "self")) is aten.new_zeros
-        if embeds is not None and onto_zeros == spread and (whole or kind in _SCATTERS):
+        if embeds is not None and onto_zeros == spread and (whole or kind in MASKED_SCATTER):
             merges.append(Merge(embeds, mask, features))
     return merges
 
@@ -74,7 +74,7 @@ def _as_embeddings(node: Node) -> Node | None:
         return None
     if value.ndim == 3:
         return node
-    views = [u for u in node.users if packet(u) in _REGROUPS and len(sizes(u)) == 3]
+    views = [u for u in node.users if packet(u) in _ROW_VIEWS and len(sizes(u)) == 3]
     same = len(views) == 1 and same_size(sizes(views[0])[-1], value.shape[-1])
     return views[0] if value.ndim == 2 and same else None
 

@@ -1,7 +1,7 @@
 """Which values of a tensor-parallel graph are the same on every rank.  Read-only.
 
 A rank is one process of a group that runs this same graph on its own shards of the parameters.
-Where a parameter is sharded is known from its DTensor (:mod:`.localise`); what a call brings is the
+Where a parameter is sharded is known from its DTensor (:mod:`.shards`); what a call brings is the
 same on every rank, which is what running tensor parallel means.  From there the operators' rules
 tell how a shard travels, and a collective makes values the same again.
 """
@@ -19,9 +19,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from dartfx.passes.analysis.axis_classes import Axes, Factor, Var, positive
-from dartfx.passes.distributed.to_local_tensors import PLACED
+from dartfx.passes.distributed.shards import SHARDS_KEY, Shards
 from dartfx.passes.graph import (
-    Shards,
     Size,
     argument,
     aten,
@@ -33,6 +32,7 @@ from dartfx.passes.graph import (
     sizes,
     tensor,
 )
+from dartfx.passes.op_sets import REGROUPS
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.rules.table import relate
 
@@ -55,7 +55,6 @@ class Unknown:
 
 
 RankPlacement = Shard | Unknown | None
-_VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.unflatten}
 _GATHERS = {"all_reduce", "all_gather_into_tensor", "broadcast"}
 
 
@@ -71,7 +70,7 @@ def is_collective(node: Node) -> bool:
 
 
 def _shards(node: Node) -> Shards:
-    known = node.meta.get("tensor_dict", {}).get(PLACED)
+    known = node.meta.get("tensor_dict", {}).get(SHARDS_KEY)
     return Shards("", None, 1) if known is None else cast(Shards, known)
 
 
@@ -242,7 +241,7 @@ def _carried(node: Node, operands: dict[Node, Shard]) -> RankPlacement:
     (dim, *more) = ends[0] or {-1}
     if more or any(end != {dim} for end in ends):
         return Unknown(node)
-    if packet(node) in _VIEWS:
+    if packet(node) in REGROUPS:
         ((source, split),) = operands.items()
         dim -= _outer_one(sizes(source)[: split.dim], sizes(node)[:dim])
     return Shard(dim)

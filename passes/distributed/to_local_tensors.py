@@ -18,11 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from dartfx import compat
-from dartfx.passes.graph import Shards, aten
+from dartfx.passes.distributed.shards import SHARDS_KEY, dtensors, example, is_dtensor, shards_of
+from dartfx.passes.graph import aten
 from dartfx.passes.refusal import Refusal
-
-PLACED = "dartfx_shards"
-"""Where a placeholder's ``tensor_dict`` says how the ranks' tensors make up one: a Shards."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +38,7 @@ class LocalGraph:
         return [getattr(given[place], "_local_tensor", given[place]) for place in self.taken]
 
 
-def dtensors(graph: Graph) -> list[Any]:
-    """The DTensors among a dynamo graph's inputs, as dynamo's fake values."""
-    inputs = (_example(n) for n in graph.nodes if n.op == "placeholder")
-    return [value for value in inputs if _is_dtensor(value)]
-
-
-def groups(graph: Graph) -> set[str]:
-    """Names of the process groups that a dynamo graph's DTensors and collectives run over."""
-    found = {_shards(value).group for value in dtensors(graph)} - {""}
-    for node in graph.nodes:
-        name = getattr(
-            getattr(node.target, "overloadpacket", node.target), "_qualified_op_name", ""
-        )
-        if str(name).startswith("_c10d_functional::") and isinstance(node.args[-1], str):
-            found.add(node.args[-1])
-    return found
-
-
-def localise(module: GraphModule) -> LocalGraph:
+def to_local_tensors(module: GraphModule) -> LocalGraph:
     """Rewrite a dynamo graph that has DTensors among its inputs; the graph itself is not changed.
 
     Raises Refusal where gradients are computed, a DTensor leaves the graph, or the operators on
@@ -82,17 +62,8 @@ def localise(module: GraphModule) -> LocalGraph:
         ) from error
 
 
-def _example(node: object) -> Any:
-    return node.meta.get("example_value") if isinstance(node, Node) else None
-
-
-def _is_dtensor(value: object) -> bool:
-    # By its parts: importing the class would import torch.distributed where nothing uses it.
-    return isinstance(value, torch.Tensor) and hasattr(value, "_local_tensor")
-
-
 def _is_mesh(node: Node) -> bool:
-    return node.op == "placeholder" and _mesh(_example(node)) is not None
+    return node.op == "placeholder" and _mesh(example(node)) is not None
 
 
 def _mesh(value: Any) -> Any:
@@ -141,15 +112,15 @@ class _Rewriting:
     def _placeholder(self, node: Node) -> None:
         copied = self.made[node] = self.new.node_copy(node)
         copied.meta = dict(node.meta)
-        value = _example(node)
-        if _is_dtensor(value):
+        value = example(node)
+        if is_dtensor(value):
             copied.meta["example_value"] = value._local_tensor
-            known = {**node.meta.get("tensor_dict", {}), PLACED: _shards(value)}
+            known = {**node.meta.get("tensor_dict", {}), SHARDS_KEY: shards_of(value)}
             copied.meta["tensor_dict"] = known
 
     def _copy(self, node: Node) -> None:
         for operand in node.all_input_nodes:
-            if operand not in self.made or (node.op == "output" and _is_dtensor(_example(operand))):
+            if operand not in self.made or (node.op == "output" and is_dtensor(example(operand))):
                 raise Refusal(
                     "a tensor that is distributed over the ranks, or their device mesh, is used "
                     "by an operator that is no tensor operator",
@@ -164,8 +135,8 @@ class _Rewriting:
         for node in self.module.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
-            from_dtensor = [i for i in node.all_input_nodes if _is_dtensor(_example(i))]
-            if not from_dtensor and not _is_dtensor(_example(node)):
+            from_dtensor = [i for i in node.all_input_nodes if is_dtensor(example(i))]
+            if not from_dtensor and not is_dtensor(example(node)):
                 continue
             part = _Part()
             joined = [part_of[i] for i in from_dtensor if i in part_of]
@@ -184,9 +155,9 @@ class _Rewriting:
         operands = dict.fromkeys(i for n in part.calls for i in n.all_input_nodes)
         given = [i for i in operands if i not in inside and not _is_mesh(i)]
         results = [n for n in part.calls if any(u not in inside for u in n.users)]
-        if any(i not in self.made for i in given) or any(_is_dtensor(_example(n)) for n in results):
+        if any(i not in self.made for i in given) or any(is_dtensor(example(n)) for n in results):
             raise Refusal("operators on distributed tensors cannot be told apart", part.calls[-1])
-        examples = [getattr(_example(i), "_local_tensor", _example(i)) for i in given]
+        examples = [getattr(example(i), "_local_tensor", example(i)) for i in given]
         with _fake_mode(examples), torch.no_grad():
             traced = make_fx(self._runner(part, given, results))(*examples)
         _constants_as_calls(traced)
@@ -218,10 +189,10 @@ class _Rewriting:
         part: _Part, given: Sequence[Node], results: Sequence[Node]
     ) -> Callable[..., tuple[Any, ...]]:
         def run(*local: Any) -> tuple[Any, ...]:
-            values = {n: _wrapped(_example(n), v) for n, v in zip(given, local, strict=True)}
+            values = {n: _wrapped(example(n), v) for n, v in zip(given, local, strict=True)}
 
             def value(node: Node) -> Any:
-                return values[node] if node in values else _mesh(_example(node))
+                return values[node] if node in values else _mesh(example(node))
 
             for node in part.calls:
                 args, kwargs = map_arg((node.args, node.kwargs), value)
@@ -261,7 +232,7 @@ def _call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def _wrapped(example: Any, local: Any) -> Any:
     """``local`` as the DTensor that dynamo saw there; itself where that was none."""
-    if not _is_dtensor(example):
+    if not is_dtensor(example):
         return local
     return type(example).from_local(
         local,
@@ -271,18 +242,6 @@ def _wrapped(example: Any, local: Any) -> Any:
         shape=example.shape,
         stride=example.stride(),
     )
-
-
-def _shards(value: Any) -> Shards:
-    """How the ranks' local tensors make up a DTensor."""
-    mesh = value.device_mesh
-    spread = [(i, p) for i, p in enumerate(value.placements) if not p.is_replicate()]
-    if not spread:
-        return Shards("", None, 1)
-    places = [p for _, p in spread]
-    plain = len(spread) == 1 and type(places[0]).__name__ == "Shard"
-    group = mesh.get_group(spread[0][0])
-    return Shards(group.group_name, places[0].dim if plain else None, group.size())
 
 
 def _fake_mode(examples: Sequence[Any]) -> Any:

@@ -26,23 +26,13 @@ from dartfx.passes.graph import (
     tensor,
     written_after,
 )
-
-_ASSERTS = {
-    aten._assert_scalar,
-    aten._assert_async,
-    aten.sym_constrain_range,
-    aten.sym_constrain_range_for_size,
-}
-# Of all that is row by row, what gives no NaN for any row, nor in its gradient.
-_PER_ROW = {aten.to, aten._to_copy, aten.clone, aten.add, aten.sub, aten.mul, aten.neg}
-_SCATTERS = {aten.masked_scatter, aten.masked_scatter_}
-_BROADCASTS = {aten.squeeze, aten.unsqueeze, aten.expand, aten.expand_as}
+from dartfx.passes.op_sets import ASSERTIONS, BROADCASTS, INDEX_PUT, MASKED_SCATTER, ROW_BY_ROW
 
 
 def canonicalise(graph: Graph) -> None:
     """Rewrite what can be; leave everything else as it is."""
     for node in list(graph.nodes):
-        if packet(node) in (aten.index_put, aten.index_put_):
+        if packet(node) in INDEX_PUT:
             _inverse_permutation(node)
     for node in list(graph.nodes):
         if packet(node) is aten.index:
@@ -127,10 +117,10 @@ def _unpack(index: Node) -> None:
 
 def _write_mask(node: Node, packed: Container[Node]) -> Node | None:
     """The mask by which a call writes packed rows somewhere; None for any other call."""
-    if packet(node) in (aten.index_put, aten.index_put_) and argument(node, "values") in packed:
+    if packet(node) in INDEX_PUT and argument(node, "values") in packed:
         chosen = [i for i in argument(node, "indices") if i is not None]
         return chosen[0] if len(chosen) == 1 and not argument(node, "accumulate") else None
-    if packet(node) in _SCATTERS and argument(node, "source") in packed:
+    if packet(node) in MASKED_SCATTER and argument(node, "source") in packed:
         mask: Node = argument(node, "mask")
         return mask
     return None
@@ -158,20 +148,20 @@ def _packed(index: Node) -> dict[Node, None]:
 def _row_by_row(node: Node, packed: Container[Node]) -> bool:
     value = tensor(node)
     by_number = any(i in packed and tensor(i) is None for i in node.all_input_nodes)
-    return value is not None and value.ndim == 2 and packet(node) in _PER_ROW and not by_number
+    return value is not None and value.ndim == 2 and packet(node) in ROW_BY_ROW and not by_number
 
 
 def _flattened(node: Node) -> bool:
     """Whether packed rows are laid out as one run of values, as a masked scatter reads them."""
     value = tensor(node)
     flat = value is not None and value.ndim == 1 and packet(node) in (aten.view, aten.reshape)
-    return flat and all(packet(u) in _SCATTERS for u in node.users)
+    return flat and all(packet(u) in MASKED_SCATTER for u in node.users)
 
 
 def _about_sizes(node: Node) -> bool:
     """Whether a node is a size, computes with sizes, or asserts something of them."""
     is_size = isinstance(node.meta.get("val"), int | torch.SymInt | torch.SymBool | bool)
-    return is_size or packet(node) in _ASSERTS
+    return is_size or packet(node) in ASSERTIONS
 
 
 def _puts_back(node: Node, mask: Node, packed: Container[Node]) -> bool:
@@ -187,7 +177,7 @@ def _puts_back(node: Node, mask: Node, packed: Container[Node]) -> bool:
 
 def _positions(mask: Node) -> Node:
     """The mask itself, whatever dims it was given to broadcast."""
-    while packet(mask) in _BROADCASTS:
+    while packet(mask) in BROADCASTS:
         mask = mask.all_input_nodes[0]
     return mask
 
@@ -211,7 +201,9 @@ def _rewrite(index: Node, mask: Node, packed: dict[Node, None]) -> None:
         if node is index or _about_sizes(node):
             continue
         if _write_mask(node, packed) is not None:
-            rows = dense(argument(node, "source" if packet(node) in _SCATTERS else "values"), node)
+            rows = dense(
+                argument(node, "source" if packet(node) in MASKED_SCATTER else "values"), node
+            )
             emit = Emitter(node)
             node.replace_all_uses_with(emit(aten.where.self, chosen, rows, argument(node, "self")))
         elif _flattened(node):

@@ -9,7 +9,8 @@ from dartfx.passes.graph import (
     argument,
     sizes,
 )
-from dartfx.passes.rules.table import align, named, reads_metadata_only, rule
+from dartfx.passes.op_sets import named
+from dartfx.passes.rules.table import align, reads_metadata_only, rule
 
 
 @rule(

@@ -14,7 +14,8 @@ from dartfx.passes.graph import (
     sizes,
     tensor,
 )
-from dartfx.passes.rules.table import align, named, rule
+from dartfx.passes.op_sets import KEEPS_ORDER, named
+from dartfx.passes.rules.table import align, rule
 
 
 @rule(*named("masked_scatter", "masked_scatter_"))
@@ -64,7 +65,7 @@ def _permute_rows(axes: Axes, node: Node, first: Node, indices: Node, out: Node)
     for dim in range(1, len(sizes(first))):
         axes.preserve(node, (first, dim), (out, dim))
     order, repeats = indices, 1
-    while packet(order) in _SAME_POSITIONS:
+    while packet(order) in KEEPS_ORDER:
         divisor = argument(order, "other", 1)
         if type(divisor) is not int:
             return
@@ -74,9 +75,6 @@ def _permute_rows(axes: Axes, node: Node, first: Node, indices: Node, out: Node)
         axes.allow_pruning(node, (first, 0))
         # Rows from before the cut would be picked by their rank among the tokens that are left.
         axes.require_recomputed(node, order, first)
-
-
-_SAME_POSITIONS = set(named("floor_divide", "to", "_to_copy", "clone", "contiguous"))
 
 
 @rule(*named("index_select"))

@@ -13,7 +13,8 @@ from dartfx.passes.graph import (
     packet,
     sizes,
 )
-from dartfx.passes.rules.table import named, rule
+from dartfx.passes.op_sets import COUNTS, KEEPS_ORDER, named
+from dartfx.passes.rules.table import rule
 
 
 @rule(*named("cumsum", "cumprod", "cummax", "logcumsumexp", "flip", "roll"))
@@ -41,10 +42,6 @@ def sort(axes: Axes, node: Node, out: Node) -> None:
             axes.preserve(node, (first, dim), (out, dim))
 
 
-_PASSED_ON = {operator.getitem, *named("to", "_to_copy", "clone", "contiguous", "floor_divide")}
-_COUNTED = set(named("histc", "bincount"))
-
-
 def _only_routes(node: Node) -> bool:
     """Whether values and positions of a sort are only counted, or index rows, as routing does.
 
@@ -53,11 +50,12 @@ def _only_routes(node: Node) -> bool:
     """
     for user in node.users:
         kind = packet(user)
-        if kind in _COUNTED or user.target is aten.sym_size.int:
+        if kind in COUNTS or user.target is aten.sym_size.int:
             continue
         if kind is aten.index and node is not argument(user, "self"):
             continue
-        if (kind is aten.argsort or kind in _PASSED_ON) and _only_routes(user):
+        same_order = kind in KEEPS_ORDER or kind in (aten.argsort, operator.getitem)
+        if same_order and _only_routes(user):
             continue
         return False
     return True

@@ -14,8 +14,9 @@ from dartfx.passes.graph import (
     packet,
     sizes,
 )
+from dartfx.passes.op_sets import named
 from dartfx.passes.rules.elementwise import broadcast
-from dartfx.passes.rules.table import align, named, reads_metadata_only, rule
+from dartfx.passes.rules.table import align, reads_metadata_only, rule
 
 
 @rule(*named("mean", "sum", "amax", "amin", "any", "all", "var", "std", "logsumexp", "norm",

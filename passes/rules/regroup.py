@@ -19,7 +19,8 @@ from dartfx.passes.graph import (
     same_size,
     sizes,
 )
-from dartfx.passes.rules.table import align, named, reads_metadata_only, rule
+from dartfx.passes.op_sets import named
+from dartfx.passes.rules.table import align, reads_metadata_only, rule
 
 _END = torch.iinfo(torch.int64).max
 _LARGE = 4099

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from dartfx.passes.analysis.axis_classes import Axes
 from dartfx.passes.graph import aten, packet, sizes, tensor
+from dartfx.passes.op_sets import MULTI_OUTPUT
 
 Rule = Callable[[Axes, Node, Node], None]
 RULES: dict[object, Rule] = {}
@@ -31,26 +32,13 @@ def rule(*operators: object) -> Callable[[Rule], Rule]:
     return register
 
 
-def named(*names: str) -> tuple[object, ...]:
-    """ATen packets by name; those this torch does not have are left out."""
-    return tuple(getattr(aten, n) for n in names if hasattr(aten, n))
-
-
-_MANY = set(
-    named(
-        "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "topk", "max", "min",
-        "sort", "cummax", "native_layer_norm",
-    )
-)  # fmt: skip
-
-
 def relate(axes: Axes, node: Node) -> None:
     """Apply the rule of ``node``'s operator, if there is one."""
     if node.op != "call_function" or not node.all_input_nodes:
         return
     if node.target is operator.getitem:
         source = node.args[0]
-        if isinstance(source, Node) and tensor(node) is not None and packet(source) in _MANY:
+        if isinstance(source, Node) and tensor(node) is not None and packet(source) in MULTI_OUTPUT:
             _apply(axes, source, node)
     elif tensor(node) is not None or packet(node) is aten._assert_tensor_metadata:
         _apply(axes, node, node)

@@ -17,9 +17,9 @@ from dartfx.passes.graph import (
     sizes,
     without_gradient,
 )
+from dartfx.passes.op_sets import REPEATED_VIEWS
 from dartfx.passes.refusal import Refusal
 
-_REPLAYED = {aten.unsqueeze, aten.transpose}
 State = tuple[Node | None, Node | None]
 
 
@@ -57,7 +57,7 @@ class Gatherer:
 
     def crossed(self) -> dict[Node, Node]:
         """Every value that was gathered, and what came of it; views made anew are left out."""
-        return {v: done for (v, _), done in self.done.items() if packet(done) not in _REPLAYED}
+        return {v: done for (v, _), done in self.done.items() if packet(done) not in REPEATED_VIEWS}
 
     def crosses(self, value: Node) -> bool:
         """Whether the value has a token axis, in a dim of its own or not."""
@@ -75,7 +75,7 @@ class Gatherer:
         emit = Emitter(anchor)
         if flat:
             return self._by_flat_index(emit, value, flat)
-        if packet(value) in _REPLAYED:
+        if packet(value) in REPEATED_VIEWS:
             # One table (cos, sin) viewed anew by every layer: gather the table, repeat the view.
             source = value.all_input_nodes[0]
             return emit.copy(value, {source: self(source, anchor)})

@@ -11,19 +11,7 @@ from dartfx.passes.analysis.axis_classes import Factor
 from dartfx.passes.analysis.cut_region import CutRegion
 from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.graph import Emitter, argument, aten, packet, set_argument, sizes, tensor
-
-# Operators whose size argument lists the output's dims one by one, and that argument's name.
-_SIZED = {
-    aten.view: "size",
-    aten.reshape: "shape",
-    aten._unsafe_view: "size",
-    aten.expand: "size",
-    aten.broadcast_to: "size",
-    aten.new_zeros: "size",
-    aten.new_ones: "size",
-    aten.new_empty: "size",
-    aten.new_full: "size",
-}
+from dartfx.passes.op_sets import SIZED
 
 
 def shrink_sizes(region: CutRegion, length: int | Node) -> None:
@@ -39,7 +27,7 @@ def shrink(region: Sequence[Node], axes: TokenAxes, new_length: int | Node) -> N
     ``-1`` stays; a size equal to S that stands for something else is never touched.
     """
     for node in region:
-        name: str | None = _SIZED.get(packet(node))
+        name: str | None = SIZED.get(packet(node))
         if name is not None and tensor(node) is not None:
             old = argument(node, name)
             new = [_argument(node, d, size, axes, new_length) for d, size in enumerate(old)]

@@ -102,7 +102,7 @@ IN_TWO = [
     case("with_gradients"),
     case("one_rank_fails", name="fails on 0", rank=0),
     case("one_rank_fails", "pad2", name="fails on 1", rank=1),
-    case("one_rank_cannot_localise", name="does not localise on 1", rank=1),
+    case("one_rank_cannot_trace_local_tensors", name="local trace fails on 1", rank=1),
     case("one_rank_fails_in_several_graphs", rank=1),
     case("one_rank_does_not_hand_on", rank=1),
     {"name": "no answer", "do": "no_answer"},
@@ -192,7 +192,7 @@ def test_gradients_are_refused(llava: Family, two: Callable[[str], list[Result]]
 
 @pytest.mark.parametrize(
     ("name", "failed", "variant"),
-    [("fails on 0", 0, "one"), ("fails on 1", 1, "pad2"), ("does not localise on 1", 1, "one")],
+    [("fails on 0", 0, "one"), ("fails on 1", 1, "pad2"), ("local trace fails on 1", 1, "one")],
 )
 def test_a_failure_on_one_rank_declines_on_all(
     llava: Family, two: Callable[[str], list[Result]], name: str, failed: int, variant: str

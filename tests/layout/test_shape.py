@@ -19,7 +19,6 @@ TRITON_KERNELS = "dartfx/ops/triton_kernels.py"  # a kernel is one function, how
 LARGE_FILES = {
     "dartfx/tools/zoo/hooked.py",
     "dartfx/tools/zoo/projected.py",
-    "passes/graph.py",
     "tests/backend/test_backend.py",
     "tests/backend/test_shapes.py",
     "tests/export/test_export.py",

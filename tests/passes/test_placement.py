@@ -20,8 +20,7 @@ from dartfx.passes.distributed.rank_placement import (
     Shard,
     Unknown,
 )
-from dartfx.passes.distributed.to_local_tensors import PLACED
-from dartfx.passes.graph import Shards
+from dartfx.passes.distributed.shards import SHARDS_KEY, Shards
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.selection import ByOperator
 
@@ -40,7 +39,7 @@ def traced(function: Callable[..., Any], *inputs: tuple[tuple[int, ...], Shards 
             graph = make_fx(function, pre_dispatch=True)(*values).graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for node, (_, shards) in zip(placeholders, inputs, strict=True):
-        node.meta["tensor_dict"] = {} if shards is None else {PLACED: shards}
+        node.meta["tensor_dict"] = {} if shards is None else {SHARDS_KEY: shards}
     return graph
 
 

@@ -136,7 +136,7 @@ def one_rank_fails(model: Any, inputs: Result, given: Result) -> Result:
         return generate(model, inputs, given)
 
 
-def one_rank_cannot_localise(model: Any, inputs: Result, given: Result) -> Result:
+def one_rank_cannot_trace_local_tensors(model: Any, inputs: Result, given: Result) -> Result:
     with failing(to_local_tensors, "make_fx", given.pop("rank")):
         return generate(model, inputs, given)
 
@@ -201,7 +201,7 @@ CASES: dict[str, Callable[[Any, Result, Result], Result]] = {
         in_several_graphs,
         with_gradients,
         one_rank_fails,
-        one_rank_cannot_localise,
+        one_rank_cannot_trace_local_tensors,
         one_rank_fails_in_several_graphs,
         one_rank_does_not_hand_on,
         other_prompt_on_rank_1,
