@@ -1,7 +1,7 @@
-"""Hooks that accelerate puts on a model's layers for ``device_map`` and offloading.
+"""Hooks on a decoder's layers: accelerate's for ``device_map`` and offloading, and FSDP2's.
 
-They move weights or activations around each module's forward, in code that dynamo leaves to Python:
-the decoder comes in a graph for every layer, or for every projection.
+They move or gather weights around each module's forward, in code that dynamo leaves to Python: the
+decoder comes in a graph for every layer, or for every projection.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from dartfx.passes.refusal import Declined
 
@@ -21,12 +22,22 @@ _INDEXED = re.compile(r"(^|\.)\d+(\.|$)")
 def hooks_in_decoder(call: Any) -> Declined | None:
     """Why no graph of a model's ``call`` (a bound method) holds a whole decoder, or None."""
     model = getattr(call, "__self__", None)
-    # accelerate marks the model itself as well, so that decode steps need not look at all modules.
-    if not (hasattr(model, "_hf_hook") or hasattr(model, "hf_device_map")):
+    # Both mark the model itself as well, so that decode steps need not look at all modules.
+    sharded = isinstance(model, FSDPModule)
+    if not (sharded or hasattr(model, "_hf_hook") or hasattr(model, "hf_device_map")):
         return None
     assert isinstance(model, nn.Module)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else model
     for path, module in decoder.named_modules():
+        if sharded and path and isinstance(module, FSDPModule):
+            return Declined(
+                f"FSDP2 shards the decoder's layers one by one, {path} first: dynamo breaks the "
+                "graph where each of them gathers its weights, so no graph holds the decoder, and "
+                "the model runs uncompiled",
+                advice="fully_shard(model) for the whole model, which gathers all weights at once; "
+                "or tensor parallelism (see docs/parallel.md)",
+            )
         hook = getattr(module, "_hf_hook", None)
         if hook is None or not _INDEXED.search(path):
             continue
