@@ -137,6 +137,7 @@ NAMES: dict[str, PrivateName] = {
         "autograd_function_apply",
         "functions with a backward of their own are found",
     ),
+    **_names("torch._ops", "HigherOrderOperator", "regions that are calls are looked into"),
     **_names("torch.fx.node", "_get_qualified_name", "dumps hold a repro.py"),
     **_names("torch._logging._internal", "trace_structured", "TORCH_TRACE shows what was done"),
     # torch.export

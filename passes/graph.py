@@ -151,6 +151,11 @@ def _viewed(node: Node) -> Node | None:
     return first if isinstance(first, Node) else None
 
 
+def is_higher_order(node: Node) -> bool:
+    """Whether a node calls a graph or another function, as ``torch.cond`` does."""
+    return isinstance(node.target, compat.HigherOrderOperator)
+
+
 def is_view(node: Node) -> bool:
     """Whether the node's result shares memory with an operand."""
     return _viewed(node) is not None
@@ -257,6 +262,7 @@ class Emitter:
         with self.graph.inserting_before(self.anchor):
             twin = self.graph.node_copy(node, lambda n: renamed.get(n, n))
         twin.meta = {**node.meta, "val": evaluate(twin, self.mode)}
+        twin.meta.pop("custom", None)  # which region it was part of
         return twin
 
     def size(self, node: Node, dim: int) -> int | Node:

@@ -24,6 +24,7 @@ from dartfx.observe.dump import Dump
 from dartfx.observe.report import Report, discard, record
 from dartfx.passes.analysis.prefilter import has_indexed_layers, may_merge_features
 from dartfx.passes.frontend.fix_windows import fix_windows
+from dartfx.passes.frontend.inline_higher_order import inline_higher_order
 from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask, Unchanged
 from dartfx.passes.refusal import Declined
@@ -85,7 +86,7 @@ def compile_graph(
     graph = GraphCompiler(config, module, caller)
     graph.dump.save_inputs(inputs)
     try:
-        if may_merge_features(module.graph):
+        if may_merge_features(graph.flat.graph):
             compiled = graph.compile_merge(inputs)
             if compiled is not None:
                 return compiled
@@ -113,6 +114,8 @@ class GraphCompiler:
 
     def __init__(self, config: DartConfig, module: GraphModule, caller: CallerCapabilities) -> None:
         self.config, self.module, self.caller = config, module, caller
+        # What is compiled where nothing is pruned is dynamo's own module, regions and all.
+        self.flat = module = inline_higher_order(module)
         self.nodes = len(module.graph.nodes)
         self.reported: list[Report] = []
         fix_windows(module.graph)  # now, since a guard counts only while dynamo compiles
@@ -124,7 +127,7 @@ class GraphCompiler:
         request = request_of(self.config, self.caller)
         outcome, rewritten, place = rewrite(
             lambda: normalise(self.ranks.module),
-            self.module,
+            self.flat,
             request,
             observe=self.dump,
             returns_mask=True,
@@ -146,16 +149,23 @@ class GraphCompiler:
 
     def dispatcher(self, request: Request) -> MaskDispatcher:
         """What runs this graph where its vision mask comes from outside of it."""
-        rewrite = partial(rewrite_with_mask, self.module, self.ranks, request, self.dump)
+        rewrite = partial(rewrite_with_mask, self.flat, self.ranks, request, self.dump)
         return MaskDispatcher(
-            self.config, self.module, request, self.announce, rewrite, self.dump.lower, self.ranks
+            self.config,
+            self.flat,
+            request,
+            self.announce,
+            rewrite,
+            self.dump.lower,
+            self.ranks,
+            original=self.module,
         )
 
     def compile_without_merge(self, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph whose vision tokens, if any, were merged elsewhere."""
         dispatcher = self.dispatcher(request_of(self.config, self.caller))
         incoming = dispatcher.incoming(inputs)
-        could_come = has_indexed_layers(self.module.graph) and dispatcher.may_receive_masks
+        could_come = has_indexed_layers(self.flat.graph) and dispatcher.may_receive_masks
         if incoming is not None and not could_come and self.ranks.group:
             # Whether masks came is asked of all ranks, so only where all of them would ask.
             self.announce(Declined(_NO_LAYERS, advice=LOST_ADVICE))

@@ -13,11 +13,12 @@ from typing import NamedTuple
 from torch.fx import GraphModule
 
 from dartfx.passes.internal_error import internal_error
-from dartfx.passes.outcome import Outcome, ReturnsMask
+from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask
 from dartfx.passes.pipeline import prune
 from dartfx.passes.request import Request
 from dartfx.passes.runner import Observer
 from dartfx.passes.site import Vision
+from dartfx.passes.transform.restore_checkpoints import restore_checkpoints
 from dartfx.passes.transform.return_mask import return_vision_mask
 
 __all__ = ["Rewritten", "rewrite"]
@@ -47,18 +48,22 @@ def rewrite(
     vision: as in :func:`dartfx.passes.pipeline.prune`; returns_mask: where vision tokens are only
     merged here, let the graph return their mask for a later one.
     """
-    step = "normalise"
+    step, embeds = "normalise", None
     try:
         module = trace()
         if observe is not None:
             observe("normalise", module)
         outcome = prune(module, request, vision, observe)
-        if outcome is not None or not returns_mask:
-            return Rewritten(outcome, module)
-        step = "return mask"
-        embeds = return_vision_mask(module)
+        if outcome is None and returns_mask:
+            step = "return mask"
+            embeds = return_vision_mask(module)
+        if isinstance(outcome, Pruned) or embeds is not None:
+            step = "restore checkpoints"
+            restore_checkpoints(module)
     except Exception as error:
         return Rewritten(internal_error(step, error), original)
+    if outcome is not None or not returns_mask:
+        return Rewritten(outcome, module)
     if embeds is None:
         return Rewritten(None, original)
     merges = ReturnsMask("merges vision tokens and hands their mask on to a later graph")

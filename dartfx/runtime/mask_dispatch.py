@@ -54,7 +54,7 @@ class MaskDispatcher:
 
     Which of the two a call needs is known only at run time, and dynamo guards on neither, so each
     is built when first needed.  rewrite: the graph pruned for such a mask; announce: reports every
-    outcome; lower: compiles a graph.
+    outcome; lower: compiles a graph; original: what runs unpruned, where it is not ``module``.
     """
 
     def __init__(
@@ -66,8 +66,10 @@ class MaskDispatcher:
         rewrite: Callable[[IncomingMask], tuple[Outcome | None, GraphModule, int | None]],
         lower: Lower,
         ranks: Ranks | None = None,
+        original: GraphModule | None = None,
     ) -> None:
         self._config, self._module, self._request = config, module, request
+        self._original = module if original is None else original
         self._announce, self._rewrite, self._lower = announce, rewrite, lower
         self._ranks = Ranks(module) if ranks is None else ranks
         self._embeds, self._ids = prompts(module)
@@ -107,7 +109,7 @@ class MaskDispatcher:
         """
         incoming = self._incoming(inputs)
         if incoming is None or self._pruned_for(incoming) is None:
-            self._unpruned = self._lower(self._config, self._module, inputs)
+            self._unpruned = self._lower(self._config, self._original, inputs)
 
     def __call__(self, *args: Any) -> Any:
         incoming = self._incoming(args)
@@ -117,7 +119,7 @@ class MaskDispatcher:
             return pruned(mask, mask.new_empty((rows, 0)), *self._ranks.inputs(args))
         if self._unpruned is None:
             with self._lock:
-                self._unpruned = self._unpruned or self._compile(self._module)
+                self._unpruned = self._unpruned or self._compile(self._original)
         return self._unpruned(*args)
 
     def _incoming(self, inputs: Sequence[Any]) -> IncomingMask | None:

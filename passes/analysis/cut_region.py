@@ -6,7 +6,13 @@ from torch.fx import Node
 
 from dartfx import compat
 from dartfx.passes.analysis.token_axes import TokenAxes, infer_axes
-from dartfx.passes.graph import bases, downstream, mutated_operands, without_gradient
+from dartfx.passes.graph import (
+    bases,
+    downstream,
+    is_higher_order,
+    mutated_operands,
+    without_gradient,
+)
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.site import Site
 
@@ -64,6 +70,13 @@ def _refuse_opaque(nodes: list[Node], axes: TokenAxes) -> None:
                 "beforehand: the cache is static",
                 node,
                 advice="the default DynamicCache",
+            )
+        if is_higher_order(node):
+            raise Refusal(
+                f"torch.{node.target} is called with {operand}, which has the token axis, and what "
+                "its subgraphs do with it is not looked into",
+                node,
+                advice="the same without that call behind the cut",
             )
         raise Refusal(
             f"{node.target} reads the token axis of {operand} in a way that dropping tokens "

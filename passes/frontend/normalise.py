@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from dartfx import compat
 from dartfx.passes.frontend.canonicalise import canonicalise
 from dartfx.passes.frontend.expand_vmap import expand_vmap
+from dartfx.passes.frontend.inline_higher_order import CHECKPOINTS, inline_higher_order
 from dartfx.passes.graph import argument, aten, expr, hint, packet, tensor
 from dartfx.passes.internal_error import REPORT_IT, describe
 from dartfx.passes.refusal import Refusal
@@ -34,8 +35,8 @@ def normalise(
     source line.  Raises Refusal when the graph cannot be re-traced (an operator without a fake
     implementation).
     """
-    if examples is None:
-        examples = example_values(module)
+    module = inline_higher_order(module)
+    examples = example_values(module) if examples is None else examples
     mode = _fake_mode(examples)
     extra = [_fake(mode, value) for value in extra]
     _require_own_gradients(module.graph)
@@ -59,7 +60,8 @@ def normalise(
             f"the graph could not be re-traced to ATen: {describe(error)}", advice=REPORT_IT
         ) from error
     traced.recompile()
-    traced.meta["seconds"] = time.perf_counter() - start
+    noted = {CHECKPOINTS: module.meta.get(CHECKPOINTS, [])}
+    traced.meta |= {"seconds": time.perf_counter() - start, **noted}
     return traced
 
 
