@@ -44,7 +44,7 @@ def rewrite_with_mask(
 
 def _entering(incoming: IncomingMask, module: GraphModule) -> Vision:
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    mask, carrier = placeholders[:2]
+    mask, row_count = placeholders[:2]
     if incoming.embeds is not None:
         embeds = placeholders[2 + incoming.embeds]
     else:
@@ -55,4 +55,4 @@ def _entering(incoming: IncomingMask, module: GraphModule) -> Vision:
         if not attends_causally(stacks[-1]):
             raise NoDecoder(f"{stacks[-1].path} attends without a mask, so it is no decoder")
         embeds = locate.entry(module.graph, stacks[-1])
-    return Vision(embeds, (mask,), (), incoming.record.how, carrier)
+    return Vision(embeds, (mask,), (), incoming.record.how, row_count)

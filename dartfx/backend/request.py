@@ -11,7 +11,7 @@ import dartfx.ops  # noqa: F401  registers torch.ops.dartfx.select_tokens
 from dartfx.config.options import DartConfig
 from dartfx.passes.request import Request, Stage
 from dartfx.passes.selection import ByOperator
-from dartfx.selection.registry import asks_for, draws, reads_norms
+from dartfx.selection.registry import is_random, optional_inputs, uses_key_norms_only
 
 __all__ = ["TORCH_COMPILE", "CallerCapabilities", "request_of"]
 
@@ -40,9 +40,9 @@ def request_of(config: DartConfig, caller: CallerCapabilities) -> Request:
     select = ByOperator(
         operator,
         (*pivots, config.selector, config.kernel),
-        queries="queries" in asks_for(config.selector),
-        reads="norms" if reads_norms(config.selector) else "heads",
-        checks_ranks=config.check_ranks or draws(config.selector),
+        queries="queries" in optional_inputs(config.selector),
+        reads="norms" if uses_key_norms_only(config.selector) else "heads",
+        checks_ranks=config.check_ranks or is_random(config.selector),
     )
     return Request(
         stages=tuple(

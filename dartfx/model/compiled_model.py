@@ -92,8 +92,8 @@ class CompiledModel:
         caller = CallerCapabilities(
             fixes_sliding_lengths=True, gathers_decode_mask=gathers_decode_mask
         )
-        may_break = replace(caller, can_retry_with_graph_breaks=True)
-        in_one = partial(compile_graph, config, caller=may_break)
+        retrying = replace(caller, can_retry_with_graph_breaks=True)
+        in_one = partial(compile_graph, config, caller=retrying)
         in_several = partial(compile_graph, config, caller=caller)
         call = model._call_impl
         one_graph = torch.compile(call, backend=in_one, dynamic=dynamic, fullgraph=True)

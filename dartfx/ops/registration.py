@@ -143,7 +143,7 @@ def selection(
 def _asked_for(selector: str, **optional: Tensor | None) -> dict[str, Tensor]:
     """Those of the optional inputs that the selector asks for by name."""
     asked = {}
-    for name in registry.asks_for(selector):
+    for name in registry.optional_inputs(selector):
         value = optional[name]
         if value is None:
             raise validation.fail(name, f"must be given: selector {selector!r} asks for them")

@@ -29,14 +29,14 @@ Lower = Callable[[DartConfig, GraphModule, Sequence[Any]], Compiled]
 
 
 class MaskProducer:
-    """Runs a graph that returns ``(*outputs, mask, carrier)`` and notes the mask for one output."""
+    """Runs a graph that returns ``(*outputs, mask, row_count)``; records the mask of one output."""
 
     def __init__(self, compiled: Compiled, place: int) -> None:
         self._compiled, self._place = compiled, place
 
     def __call__(self, *args: Any) -> Any:
-        *outputs, mask, carrier = self._compiled(*args)
-        vision_mask.record(outputs[self._place], mask, carrier.shape[0])
+        *outputs, mask, row_count = self._compiled(*args)
+        vision_mask.record(outputs[self._place], mask, row_count.shape[0])
         return tuple(outputs)
 
 

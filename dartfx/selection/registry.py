@@ -25,14 +25,14 @@ __all__ = [
     "BUILT_IN",
     "OPTIONAL",
     "Selector",
-    "asks_for",
-    "draws",
     "get_selector",
     "is_exact",
-    "reads_norms",
+    "is_random",
+    "optional_inputs",
     "register_selector",
     "selector_fingerprint",
     "selector_names",
+    "uses_key_norms_only",
 ]
 
 
@@ -79,9 +79,9 @@ class _Entry:
     selector: Selector
     fingerprint: str
     exact: bool
-    asks_for: tuple[str, ...]
-    reads_norms: bool
-    draws: bool
+    optional_inputs: tuple[str, ...]
+    uses_key_norms_only: bool
+    is_random: bool
 
 
 _ENTRIES: dict[str, _Entry] = {}
@@ -94,7 +94,7 @@ def register_selector(name: str) -> Callable[[_F], _F]:
     function with the signature of ``Selector``.
     """
     # Nothing is known of it: it may read keys in any way, and draw numbers.
-    return _register(name, exact=False, reads_norms=False, draws=True)
+    return _register(name, exact=False, uses_key_norms_only=False, is_random=True)
 
 
 def selector_names() -> tuple[str, ...]:
@@ -122,23 +122,23 @@ def is_exact(name: str) -> bool:
     return _entry(name).exact
 
 
-def asks_for(name: str) -> tuple[str, ...]:
+def optional_inputs(name: str) -> tuple[str, ...]:
     """Which of ``OPTIONAL`` the selector takes; raises ConfigError for an unknown name."""
-    return _entry(name).asks_for
+    return _entry(name).optional_inputs
 
 
-def reads_norms(name: str) -> bool:
+def uses_key_norms_only(name: str) -> bool:
     """Whether the selector is known to read no more of keys than their L1 norms."""
-    return _entry(name).reads_norms
+    return _entry(name).uses_key_norms_only
 
 
-def draws(name: str) -> bool:
+def is_random(name: str) -> bool:
     """Whether the selector may draw numbers, so that equal inputs may be selected from unlike."""
-    return _entry(name).draws
+    return _entry(name).is_random
 
 
 def _register(
-    name: str, *, exact: bool = True, reads_norms: bool = True, draws: bool = False
+    name: str, *, exact: bool = True, uses_key_norms_only: bool = True, is_random: bool = False
 ) -> Callable[[_F], _F]:
     if not isinstance(name, str) or not name or " @ " in name:
         raise ConfigError(
@@ -154,7 +154,9 @@ def _register(
         if not isinstance(plain, FunctionType):
             raise ConfigError(f"selector {name!r} must be a Python function, got {function!r}")
         asked = _asked(name, function)
-        _ENTRIES[name] = _Entry(function, _fingerprint(plain), exact, asked, reads_norms, draws)
+        _ENTRIES[name] = _Entry(
+            function, _fingerprint(plain), exact, asked, uses_key_norms_only, is_random
+        )
         return function
 
     return add
@@ -216,8 +218,8 @@ def _code(code: CodeType) -> Iterator[bytes]:
 
 
 _register("dart")(dart)
-_register("fastv", reads_norms=False)(fastv.fastv)
-_register("random", draws=True)(simple.random)
+_register("fastv", uses_key_norms_only=False)(fastv.fastv)
+_register("random", is_random=True)(simple.random)
 _register("spread")(spread.spread)
 _register("tiled")(spread.tiled)
 _register("uniform")(simple.uniform)

@@ -175,14 +175,14 @@ def _anyres(shape: Sequence[int], sizes: list[Size], runs: Sequence[int]) -> lis
         if shape[1] == 1 and side * side + 1 == run:  # an overview alone, and one newline
             found.append(Layout(((side, side),), (*Layout.grid(side, side).cells, None)))
             continue
-        fitting = sorted(
+        candidates = sorted(
             (-used, base, fine)
             for base in range(1, isqrt(run) + 1)
             if _is_grid_of(base, shape[-1])
             for used, fine in _fine_grids(run - base * base, base, size, (least, shape[1]))
         )
-        best = {(base, fine) for used, base, fine in fitting if used == fitting[0][0]}
-        bases = len({base for _, base, _ in fitting})
+        best = {(base, fine) for used, base, fine in candidates if used == candidates[0][0]}
+        bases = len({base for _, base, _ in candidates})
         if bases != 1 or len(best) != 1:
             count = f"{bases} sizes of overviews" if bases > 1 else f"{len(best)} AnyRes grids"
             raise _unknown(f"{count} explain {run} tokens of an image of {size}")

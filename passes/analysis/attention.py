@@ -129,7 +129,7 @@ def queries_of(stack: Stack, index: int) -> Queries:
             "the scale of attention scores is no number of the graph, so the selector cannot be "
             "given queries",
             core,
-            advice="a selector that asks for no queries",
+            advice="a selector that takes no queries",
         )
     if len(sizes(node)) != 4:
         raise Refusal("attention queries are not [B, Hq, S, Dh]", core)
@@ -206,7 +206,7 @@ def _queries(product: Node) -> Node:
         raise Refusal(
             "the queries of the query-key product are not [B, Hq, S, Dh]",
             product,
-            advice="a selector that asks for no queries",
+            advice="a selector that takes no queries",
         )
     return queries
 

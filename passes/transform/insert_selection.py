@@ -224,7 +224,7 @@ def _queries(emit: Emitter, site: Site, axes: TokenAxes) -> Node:
         raise Refusal(
             f"the queries of layer {site.layer - 1} are not one per token of this call",
             found.node,
-            advice="a selector that asks for no queries",
+            advice="a selector that takes no queries",
         )
     factor = found.scale * math.sqrt(sizes(found.node)[-1])
     if math.isclose(factor, 1, rel_tol=1e-6):

@@ -81,7 +81,7 @@ def test_own_selection(example: Any) -> None:
     vision = inputs["input_ids"] == module.IMAGE
     stays = torch.arange(vision.shape[1])[(~vision | kept)[0]][None]
     oracle = hooked.pruned_forward(
-        model, inputs, layer=module.LAYER, retain=0, selector=lambda evidence, retain: stays
+        model, inputs, layer=module.LAYER, retain=0, selector=lambda selection_inputs, retain: stays
     )
     torch.testing.assert_close(logits, oracle.logits, **CLOSE)
     assert pruned.sequence == (vision.shape[1], stays.shape[1])

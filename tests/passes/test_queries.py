@@ -176,7 +176,7 @@ def declined(model: Decoder, text: str) -> None:
     outputs, outcome = run(model, inputs, retain_tokens=RETAIN, selector="fastv", layer=1)
     assert isinstance(outcome, Declined), outcome
     assert text in outcome.because
-    assert "asks for no queries" in outcome.advice
+    assert "takes no queries" in outcome.advice
     with torch.no_grad():
         assert_same(outputs, model(**inputs), rtol=0, atol=0)
     dartfx.reset()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dartfx.tools.evaluate.selectors  # noqa: F401  (registers one more)
 from dartfx.ops import select_tokens
-from dartfx.selection.registry import BUILT_IN, asks_for, get_selector
+from dartfx.selection.registry import BUILT_IN, get_selector, optional_inputs
 from dartfx.tools.zoo import oracle
 from tests.support.selection_cases import draw, ragged
 
@@ -40,7 +40,7 @@ def chosen(name: str, case: dict[str, Any], budget: Tensor, pivots: int = 4) -> 
     vision, valid = case["vision_mask"], case["valid_mask"]
     position = torch.arange(vision.shape[1])
     last = torch.where(vision, position, -1).amax(1, keepdim=True)
-    asked = {n: {"queries": case["queries"], "valid_mask": valid}[n] for n in asks_for(name)}
+    asked = {n: {"queries": case["queries"], "valid_mask": valid}[n] for n in optional_inputs(name)}
     return get_selector(name)(
         case["hidden"],
         case["keys"],

@@ -19,8 +19,8 @@ from dartfx.selection import registry
 from dartfx.selection.batch_rule import enforce_budget
 from dartfx.selection.registry import (
     BUILT_IN,
-    asks_for,
     get_selector,
+    optional_inputs,
     register_selector,
     selector_fingerprint,
     selector_names,
@@ -165,15 +165,15 @@ def test_bad_registrations_are_refused() -> None:
     assert not {"", "short", "object"} & set(selector_names())
 
 
-def test_what_a_selector_asks_for_is_read_off_its_signature() -> None:
-    assert {name: asks_for(name) for name in ("dart", "random", "uniform", "fastv")} == {
+def test_the_optional_inputs_of_a_selector_are_read_off_its_signature() -> None:
+    assert {name: optional_inputs(name) for name in ("dart", "random", "uniform", "fastv")} == {
         "dart": (),
         "random": (),
         "uniform": (),
         "fastv": ("queries", "valid_mask"),
     }
     register_selector("positional")(lambda h, k, v, t, queries, /, **valid_mask: v)
-    assert asks_for("positional") == ()
+    assert optional_inputs("positional") == ()
     with pytest.raises(ConfigError, match=r"missing a required argument: 'values'.* any of quer"):
         register_selector("more")(lambda h, k, v, t, b, *, queries, values, **pivots: v)
 

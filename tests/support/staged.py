@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 
 from dartfx.tools.zoo.hooked import (
     _CACHE_UPDATE,
-    Evidence,
     Inputs,
+    SelectionInputs,
     Selector,
     _Hooks,
     float64_selector,
@@ -34,12 +34,14 @@ def selector(vision_tokens: int | None) -> Selector:
     A row that had to keep more at an earlier cut holds more; S' does not depend on it.
     """
 
-    def select(evidence: Evidence, retain: int) -> Tensor:
+    def select(selection_inputs: SelectionInputs, retain: int) -> Tensor:
         if vision_tokens is None:
-            return float64_selector(evidence, retain)
-        hidden, keys = as_float64(evidence.hidden), as_float64(evidence.keys)
+            return float64_selector(selection_inputs, retain)
+        hidden, keys = as_float64(selection_inputs.hidden), as_float64(selection_inputs.keys)
         rows, length = [], hidden.shape[1] - vision_tokens + retain
-        for row, (vision, valid) in enumerate(zip(evidence.vision, evidence.valid, strict=True)):
+        for row, (vision, valid) in enumerate(
+            zip(selection_inputs.vision, selection_inputs.valid, strict=True)
+        ):
             pool, words, pads = (
                 marks.nonzero()[:, 0].tolist()
                 for marks in (vision, valid & ~vision, ~valid & ~vision)
@@ -93,7 +95,7 @@ class Stages:
 
     def update(self, cache: Cache, keys: Tensor, values: Tensor, index: int, *more: Any) -> Any:
         for hooks in self.hooks:
-            if index < hooks.layer and hooks.evidence is None:
+            if index < hooks.layer and hooks.selection_inputs is None:
                 hooks.stored[index] = keys, values
         return _CACHE_UPDATE(cache, keys, values, index, *more)
 

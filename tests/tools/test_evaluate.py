@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dartfx.integrations.hf import load_model
 from dartfx.ops import select_tokens
-from dartfx.selection.registry import asks_for, get_selector
+from dartfx.selection.registry import get_selector, optional_inputs
 from dartfx.tools import evaluate
 from dartfx.tools.evaluate import switch
 from dartfx.tools.evaluate.answers import Answers, Choice, PrunedModel, encode_once
@@ -204,7 +204,7 @@ def test_one_selector_stands_for_others_while_they_are_asked_for() -> None:
             with switch.selecting(name):
                 kept = select_tokens(**case, selector=standing)
             assert torch.equal(kept, select_tokens(**case, selector=name))
-    assert "queries" not in asks_for(switch.name_for(("dart", "spread")))
+    assert "queries" not in optional_inputs(switch.name_for(("dart", "spread")))
 
 
 def halves(write: bool = False, retain: int = 2) -> torch.fx.GraphModule:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dartfx.tools.zoo.family import VARIANTS, Family
 from dartfx.tools.zoo.hooked import (
-    Evidence,
     Inputs,
     KvLayout,
     Pruned,
+    SelectionInputs,
     float64_selector,
     pruned_forward,
     pruned_generate,
@@ -112,8 +112,8 @@ def layer_by_hand(
 
 def prune_by_hand(
     fam: Family, inputs: Inputs, prompt: int, *, layer: int, kv_layout: KvLayout
-) -> tuple[Tensor, Tensor, Evidence]:
-    """Logits [B, S' + T, V], keep_idx [B, S'] and its evidence; S prompt and T decoded tokens.
+) -> tuple[Tensor, Tensor, SelectionInputs]:
+    """Logits [B, S' + T, V], keep_idx [B, S'] and what it was selected from; S prompt and T tokens.
 
     No cache: the whole sequence runs through the first ``layer`` layers, is sliced, and runs
     through the rest. Decoded tokens are never dropped. Under uniform caches they see only the
@@ -135,8 +135,10 @@ def prune_by_hand(
     with torch.no_grad():
         cut, keys = first_layers(hidden, causal)
         normed = decoder.norm(cut)[:, :prompt]
-        evidence = Evidence(normed, keys[:, :, :prompt], vision[:, :prompt], valid[:, :prompt])
-        keep = float64_selector(evidence, RETAIN)
+        selection_inputs = SelectionInputs(
+            normed, keys[:, :, :prompt], vision[:, :prompt], valid[:, :prompt]
+        )
+        keep = float64_selector(selection_inputs, RETAIN)
         keep_all = torch.cat([keep, torch.arange(prompt, total).expand(rows, -1)], 1)
         if kv_layout == "uniform":
             left = torch.zeros_like(valid).scatter(1, keep_all, True)
@@ -146,7 +148,7 @@ def prune_by_hand(
         causal = take(take(causal, keep_all, 1), keep_all, 2)
         for block in decoder.layers[layer:]:
             hidden, _ = layer_by_hand(block, hidden, cos, sin, causal)
-        return model.lm_head(decoder.norm(hidden)), keep, evidence
+        return model.lm_head(decoder.norm(hidden)), keep, selection_inputs
 
 
 def assert_same(ours: Pruned, theirs: Pruned) -> None:
@@ -209,13 +211,17 @@ def test_forward_matches_layers_run_by_hand(name: str, variant: str, layer: int)
     inputs = with_positions(fam.make_inputs(variant))
     ours = pruned_forward(fam.model, inputs, layer=layer, retain=RETAIN)
     prompt = inputs["input_ids"].shape[1]
-    logits, keep, evidence = prune_by_hand(fam, inputs, prompt, layer=layer, kv_layout="layered")
+    logits, keep, selection_inputs = prune_by_hand(
+        fam, inputs, prompt, layer=layer, kv_layout="layered"
+    )
     assert torch.equal(ours.keep_idx, keep)
     real = inputs["attention_mask"].bool().gather(1, keep)
     assert_close(ours.logits[real], logits[real])
-    assert_close(ours.hidden[evidence.valid], evidence.hidden[evidence.valid])
-    columns = evidence.valid[:, None].expand(ours.score_keys.shape[:3])
-    assert_close(ours.score_keys[columns], evidence.keys[columns])
+    assert_close(
+        ours.hidden[selection_inputs.valid], selection_inputs.hidden[selection_inputs.valid]
+    )
+    columns = selection_inputs.valid[:, None].expand(ours.score_keys.shape[:3])
+    assert_close(ours.score_keys[columns], selection_inputs.keys[columns])
     plain = unpruned_forward(fam.model, inputs, layer=layer)
     assert torch.equal(ours.hidden, plain.hidden)
     assert (ours.logits - take(plain.logits, keep, 1))[real].abs().max() > 0.05
@@ -360,7 +366,7 @@ def test_hooks_are_gone_after_a_failure() -> None:
     inputs = fam.make_inputs("one")
     before = unpruned_forward(fam.model, inputs)
 
-    def broken(evidence: Evidence, retain: int) -> Tensor:
+    def broken(selection_inputs: SelectionInputs, retain: int) -> Tensor:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dartfx.selection.registry import asks_for, get_selector, register_selector
+from dartfx.selection.registry import get_selector, optional_inputs, register_selector
 
 __all__ = ["name_for", "selecting"]
 
@@ -32,7 +32,7 @@ def selecting(name: str) -> Iterator[None]:
 
 def name_for(selectors: Collection[str]) -> str:
     """The selector that can stand for all of these: with queries only if one asks for them."""
-    return _ASKING if any("queries" in asks_for(name) for name in selectors) else _PLAIN
+    return _ASKING if any("queries" in optional_inputs(name) for name in selectors) else _PLAIN
 
 
 @register_selector(_PLAIN)
@@ -47,13 +47,13 @@ def _plain(
     **keywords: Any,
 ) -> Tensor:
     name = _names[-1]
-    if "valid_mask" in asks_for(name):
+    if "valid_mask" in optional_inputs(name):
         keywords["valid_mask"] = valid_mask
     return get_selector(name)(hidden, keys, vision_mask, text_mask, budget, **keywords)
 
 
 @register_selector(_ASKING)
 def _asking(*given: Tensor, queries: Tensor, valid_mask: Tensor, **keywords: Any) -> Tensor:
-    if "queries" in asks_for(_names[-1]):
+    if "queries" in optional_inputs(_names[-1]):
         keywords["queries"] = queries
     return _plain(*given, valid_mask=valid_mask, **keywords)

@@ -34,7 +34,7 @@ _LAST_BUT_ONE = {"position_embeddings", "per_layer_input"}
 
 
 @dataclass(frozen=True)
-class Evidence:
+class SelectionInputs:
     """All that a selection may look at, taken before decoder layer K.
 
     ``hidden`` [B, S, C]: what enters layer K, through the model's final norm.
@@ -49,8 +49,8 @@ class Evidence:
     valid: Tensor
 
 
-Selector = Callable[[Evidence, int], Tensor]
-"""(evidence, retain) -> keep_idx [B, S'] int64, ascending in each row."""
+Selector = Callable[[SelectionInputs, int], Tensor]
+"""(selection_inputs, retain) -> keep_idx [B, S'] int64, ascending in each row."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,14 @@ def take_tokens(tensor: Tensor, keep_idx: Tensor, dim: int) -> Tensor:
     return take(tensor, keep_idx, dim, dim - 1)
 
 
-def float64_selector(evidence: Evidence, retain: int) -> Tensor:
+def float64_selector(selection_inputs: SelectionInputs, retain: int) -> Tensor:
     """The canonical selection of the float64 oracle."""
     batch = select_batch(
-        evidence.hidden, evidence.keys, evidence.vision.cpu(), retain, evidence.valid.cpu()
+        selection_inputs.hidden,
+        selection_inputs.keys,
+        selection_inputs.vision.cpu(),
+        retain,
+        selection_inputs.valid.cpu(),
     )
     return torch.tensor(batch.keep_idx)
 
@@ -179,7 +183,7 @@ class _Hooks:
         )
         self.valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         self.layer, self.retain, self.selector = layer, retain, selector
-        self.evidence: Evidence | None = None
+        self.selection_inputs: SelectionInputs | None = None
         self.keep_idx: Tensor | None = None
         self.prefilling = False
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
@@ -192,7 +196,7 @@ class _Hooks:
 
         The cache itself may hold less of it afterwards, where a layer's window is short.
         """
-        if index < self.layer and self.evidence is None:
+        if index < self.layer and self.selection_inputs is None:
             self.stored[index] = keys, values
         return _CACHE_UPDATE(cache, keys, values, index, *more)
 
@@ -204,7 +208,7 @@ class _Hooks:
 
         def enter(*_: Any) -> None:
             nonlocal inside
-            inside = self.evidence is None
+            inside = self.selection_inputs is None
 
         def leave(*_: Any) -> None:
             nonlocal inside
@@ -249,7 +253,7 @@ class _Hooks:
         return (hidden,), kwargs | gathered
 
     def _select(self, hidden: Tensor) -> None:
-        if hidden.shape[-3:-1] != self.vision.shape or self.evidence is not None:
+        if hidden.shape[-3:-1] != self.vision.shape or self.selection_inputs is not None:
             raise ValueError(
                 f"expected one prefill of shape {tuple(self.vision.shape)}, got a call with "
                 f"hidden states {tuple(hidden.shape)}"
@@ -259,9 +263,13 @@ class _Hooks:
         keys = self.attended if self.latent_cache else self.stored[self.layer - 1][0]
         assert keys is not None
         norm = _final_norm(self.decoder)
-        self.evidence = Evidence(norm(hidden), keys, self.vision, self.valid)
+        self.selection_inputs = SelectionInputs(norm(hidden), keys, self.vision, self.valid)
         everything = torch.arange(hidden.shape[-2], device=hidden.device).expand(self.vision.shape)
-        keep = everything if self.selector is None else self.selector(self.evidence, self.retain)
+        keep = (
+            everything
+            if self.selector is None
+            else self.selector(self.selection_inputs, self.retain)
+        )
         self.keep_idx = keep.to(hidden.device)
         self.prefilling = True
 
@@ -378,7 +386,7 @@ def _attention_caches(cache: Any) -> list[Any]:
 def _forward(model: Any, inputs: Inputs, hooks: _Hooks, kv_layout: KvLayout) -> Pruned:
     with _hooked(hooks, kv_layout):
         output = model(**inputs, use_cache=True)
-    if hooks.evidence is None or hooks.keep_idx is None:
+    if hooks.selection_inputs is None or hooks.keep_idx is None:
         raise ValueError("the prompt never reached the hooks; it must have more than one token")
     layers = _attention_caches(getattr(output, "past_key_values", None))
     return Pruned(
@@ -386,8 +394,8 @@ def _forward(model: Any, inputs: Inputs, hooks: _Hooks, kv_layout: KvLayout) -> 
         [entry.keys for entry in layers],
         [entry.values for entry in layers],
         hooks.keep_idx,
-        hooks.evidence.hidden,
-        hooks.evidence.keys,
+        hooks.selection_inputs.hidden,
+        hooks.selection_inputs.keys,
     )
 
 
