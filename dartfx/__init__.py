@@ -22,11 +22,11 @@ from dartfx.errors import (
 from dartfx.export.metadata import ChangedOutput, ExportedPruning, exported_pruning
 from dartfx.model.compile import compile, reset
 from dartfx.model.explain import explain
-from dartfx.observe.report import Report, reports
+from dartfx.model.history import kept_tokens, reports
+from dartfx.observe.report import Report
 from dartfx.ops import select_tokens
 from dartfx.runtime.vision_mask import media_tokens, vision_tokens
 from dartfx.selection.registry import register_selector
-from dartfx.token_map.kept_tokens import kept_tokens
 
 if TYPE_CHECKING:
     from dartfx.export.prune_exported import prune_exported

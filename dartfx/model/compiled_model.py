@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -25,6 +26,7 @@ from dartfx.config.options import DartConfig
 from dartfx.errors import DartfxError
 from dartfx.model import kv_cache
 from dartfx.model.device_hooks import hooks_in_decoder
+from dartfx.model.history import History
 from dartfx.observe import report
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Pruned, Unchanged
@@ -68,7 +70,7 @@ class CompiledModel:
         uniform: Callable[[], CompiledModel] | None = None,
     ) -> None:
         self.config = config
-        self.calls = 0
+        self.calls, self.history = 0, History()
         self._one_graph, self._with_breaks, self._eager = one_graph, with_breaks, eager
         self._uniform = None if uniform is None else cache(uniform)
         self._breaks: set[frozenset[str]] = set()
@@ -113,13 +115,16 @@ class CompiledModel:
         kv_cache.require_unpruned(kv, tokens)
         as_tuple = kwargs.get("return_dict") is False
         if self._uniform is not None and not as_tuple and kv_cache.is_empty_static(kv):
-            return self._uniform()._prefill_static(kv, args, kwargs)
+            uniform = self._uniform()
+            uniform.history = self.history
+            return uniform._prefill_static(kv, args, kwargs)
         kwargs = kv_cache.gather_decode_mask(kv, kwargs)
         with keep_idx.collect_keep_idx() as collected:
             result = self._call(args, kwargs)
         kv = getattr(result, "past_key_values", None) or kv
         kv_cache.fix_sliding_lengths(kv)
-        kv_cache.mark_pruned(kv, tokens, collected)
+        kv_cache.mark_pruned(kv, tokens, [record.keep_idx for record in collected])
+        self.history.add_kept(collected)
         return result
 
     def _prefill_static(self, static: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,20 +138,29 @@ class CompiledModel:
         return result
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (hooks := hooks_in_decoder(self._eager)) is not None:
-            if _vision_inputs(args, kwargs) or vision_mask.given() is not None:
-                self.refuse(hooks)
-            return self._eager(*args, **kwargs)
-        with report.collect_reports() as compiled, vision_mask.collect_masks() as noted:
+        with self.reporting() as compiled, vision_mask.collect_masks() as noted:
+            if (hooks := hooks_in_decoder(self._eager)) is not None:
+                if _vision_inputs(args, kwargs) or vision_mask.given() is not None:
+                    self.refuse(hooks)
+                return self._eager(*args, **kwargs)
             result = self._run(compiled, args, kwargs)
-        if compiled and not any(map(_concerns_vision_tokens, compiled)):
-            self._refuse_unmerged_inputs(len(compiled), args, kwargs)
-        lost = [mask for mask in noted if not mask.consumed.is_set()]
-        if lost:
-            for mask in lost:
-                mask.consumed.set()  # refused here, so no second warning when its tensor dies
-            self.refuse(Declined(vision_mask.LOST, advice=vision_mask.LOST_ADVICE))
+            if compiled and not any(map(_concerns_vision_tokens, compiled)):
+                self._refuse_unmerged_inputs(len(compiled), args, kwargs)
+            lost = [mask for mask in noted if not mask.consumed.is_set()]
+            if lost:
+                for mask in lost:
+                    mask.consumed.set()  # refused here, so no second warning when its tensor dies
+                self.refuse(Declined(vision_mask.LOST, advice=vision_mask.LOST_ADVICE))
         return result
+
+    @contextmanager
+    def reporting(self) -> Iterator[list[Report]]:
+        """The reports made inside; they go into the model's history, too."""
+        with report.collect_reports() as made:
+            try:
+                yield made
+            finally:
+                self.history.reports.extend(made)
 
     def refuse(self, declined: Declined) -> None:
         """Report something of the whole call that stays unpruned; see :func:`refuse`."""

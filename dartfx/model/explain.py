@@ -17,11 +17,12 @@ from dartfx import compat
 from dartfx.backend.graph_compiler import compile_graph, prepare_dynamo
 from dartfx.config.options import DartConfig
 from dartfx.model.compiled_model import CompiledModel
+from dartfx.model.history import kept_tokens
 from dartfx.observe import report
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Outcome, Unchanged
 from dartfx.token_map.infer_layout import LayoutUnknown
-from dartfx.token_map.kept_tokens import KeptTokens, kept_tokens
+from dartfx.token_map.kept_tokens import KeptTokens
 
 __all__ = ["Explanation", "explain"]
 

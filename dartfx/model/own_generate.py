@@ -47,5 +47,6 @@ class _WatchedGenerate:
                 advice="dartfx.compile that inner model, and mark its vision tokens with "
                 "dartfx.vision_tokens",
             )
-            compiled.refuse(declined)
+            with compiled.reporting():
+                compiled.refuse(declined)
         return result

@@ -13,6 +13,7 @@ from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.refusal import Declined
 
 __all__ = [
+    "MOST_REPORTS",
     "Report",
     "as_json",
     "clear",
@@ -22,6 +23,9 @@ __all__ = [
     "record",
     "reports",
 ]
+
+
+MOST_REPORTS = 1000  # a server compiles new shapes for as long as it runs
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,6 @@ def _pruned_lines(p: Pruned) -> list[str]:
 
 _LOCK = threading.Lock()
 _REPORTS: list[Report] = []
-_MOST = 1000  # a server compiles new shapes for as long as it runs
 _isolated: ContextVar[list[Report] | None] = ContextVar("dartfx_isolated_reports", default=None)
 _collected: ContextVar[list[Report] | None] = ContextVar("dartfx_collected_reports", default=None)
 
@@ -95,7 +98,7 @@ def record(nodes: int, outcome: Outcome) -> Report:
     with _LOCK:
         report = Report(target[-1].graph + 1 if target else 0, nodes, outcome)
         target.append(report)
-        del target[:-_MOST]
+        del target[:-MOST_REPORTS]
         if (collected := _collected.get()) is not None:
             collected.append(report)
     return report

@@ -38,17 +38,18 @@ Compiled = Callable[..., Any]
 class KeepIdxRecord:
     """What a pruned graph kept: keep_idx [B, S'], and vision mask and picker, both [B, S].
 
-    picker: by which pivot each vision token was kept; None for selectors other than "dart".
+    vision_mask: None without the option ``tokens``.  picker: by which pivot each vision token was
+    kept; None for selectors other than "dart".
     """
 
     keep_idx: Tensor
-    vision_mask: Tensor
-    picker: Tensor | None
+    vision_mask: Tensor | None = None
+    picker: Tensor | None = None
 
 
 _LOCK = threading.Lock()
 _last: KeepIdxRecord | None = None
-_collected: ContextVar[list[Tensor] | None] = ContextVar("dartfx_keep_idx", default=None)
+_collected: ContextVar[list[KeepIdxRecord] | None] = ContextVar("dartfx_keep_idx", default=None)
 
 
 def last_record() -> KeepIdxRecord | None:
@@ -68,8 +69,8 @@ def _store(record: KeepIdxRecord | None) -> None:
         _last = record
 
 
-def collect_keep_idx() -> AbstractContextManager[list[Tensor]]:
-    """The keep_idx [B, S'] of every graph that runs inside the ``with`` block and returns it."""
+def collect_keep_idx() -> AbstractContextManager[list[KeepIdxRecord]]:
+    """The record of every graph that runs inside the ``with`` block and returns keep_idx."""
     return collecting(_collected)
 
 
@@ -82,12 +83,11 @@ class KeepIdxRecorder:
     def __call__(self, *args: Any) -> Any:
         outputs = self._compiled(*args)
         # Copies: outputs of a CUDA graph are overwritten when it runs next.
-        keep_idx, *marks = (t.detach().clone() for t in outputs[-self._added :])
+        record = KeepIdxRecord(*(t.detach().clone() for t in outputs[-self._added :]))
         if (collected := _collected.get()) is not None:
-            collected.append(keep_idx)
-        if marks:
-            vision_mask, *picker = marks
-            _store(KeepIdxRecord(keep_idx, vision_mask, *picker or [None]))
+            collected.append(record)
+        if record.vision_mask is not None:
+            _store(record)
         return outputs[: -self._added]
 
 

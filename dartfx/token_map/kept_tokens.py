@@ -1,4 +1,4 @@
-"""Which vision tokens a pruned call kept: ``dartfx.kept_tokens()``, with the option ``tokens``.
+"""The kept vision tokens of each image, from what a pruned graph recorded (option ``tokens``).
 
 What compiled graphs return for it is in :mod:`dartfx.runtime.keep_idx`.
 """
@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dartfx.errors import DartfxError
-from dartfx.runtime import keep_idx
+from dartfx.runtime.keep_idx import KeepIdxRecord
 from dartfx.token_map.infer_layout import from_inputs
 from dartfx.token_map.layout import Cell, Layout, layout_of
 
-__all__ = ["KeptTokens", "Pick", "kept_tokens"]
+__all__ = ["KeptTokens", "Pick", "tokens_of"]
 
 
 @dataclass(frozen=True)
@@ -82,24 +81,14 @@ class KeptTokens:
         return "\n".join([head, *pivots])
 
 
-def kept_tokens(
-    layouts: Sequence[Layout | Sequence[int]] | Mapping[str, Any] | None = None,
+def tokens_of(
+    record: KeepIdxRecord, layouts: Sequence[Layout | Sequence[int]] | Mapping[str, Any] | None
 ) -> list[KeptTokens]:
-    """Which vision tokens the last pruned call kept, per image, in prompt order.
+    """The kept tokens of a record with a vision mask, per image, in prompt order.
 
-    layouts: the call's keyword arguments, where they tell sizes; or how
-    each image's tokens lie, in the order of the images over all rows: a grid (rows, columns) or
-    (frames, rows, columns), or a Layout.  They also say where one image ends and the next begins.
-    Without them every unbroken run of vision tokens is an image, and square where its number of
-    tokens is.  Waits for the call's device.  Raises DartfxError when nothing was recorded,
-    ValueError for layouts of another number of tokens or arguments that do not tell them.
+    layouts, and what is raised: as of :func:`dartfx.kept_tokens`.  Waits for the record's device.
     """
-    record = keep_idx.last_record()
-    if record is None:
-        raise DartfxError(
-            "no kept tokens were recorded: compile with the option tokens=True and run a call that "
-            "is pruned, or use dartfx.explain(..., tokens=True)"
-        )
+    assert record.vision_mask is not None
     vision = [row.nonzero()[:, 0].tolist() for row in record.vision_mask.cpu()]
     keep = [set(row) for row in record.keep_idx.tolist()]
     pickers = record.picker.tolist() if record.picker is not None else [None] * len(keep)

@@ -10,9 +10,8 @@ import torch
 
 import dartfx
 from dartfx.model.compiled_model import _caused_by_cut
-from dartfx.observe import report
 from dartfx.observe.report import Report
-from dartfx.passes.outcome import Cut, Pruned, Unchanged
+from dartfx.passes.outcome import Cut, Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.registry import load
 from tests.support.tolerances import CLOSE, RETAIN
@@ -87,11 +86,3 @@ def test_a_copy_generates_with_its_own_weights() -> None:
     how = {"max_new_tokens": 4, "do_sample": False}
     expected = plain.generate(**inputs, **how)
     assert twin.generate(**inputs, **how).tolist() == expected.tolist()
-
-
-def test_reports_of_a_server_are_bounded() -> None:
-    dartfx.reset()
-    for _ in range(10_000):
-        report.record(1, Unchanged("no vision tokens"))
-    graphs = [made.graph for made in dartfx.reports()]
-    assert graphs == list(range(9_000, 10_000))
