@@ -46,6 +46,25 @@ def lower_precision_first(layer: Layer, x: Tensor) -> Tensor:
 FIRST = {"no_grad": no_gradient_first, "autocast": lower_precision_first}
 
 
+@pytest.mark.slow
+def test_gradients_through_inductor() -> None:
+    """Those of every parameter, and of the vision features."""
+    model, inputs = Decoder(SMALL).eval(), prompt(SMALL)
+    features = inputs["features"].requires_grad_()
+
+    def of(call: Callable[..., Any]) -> dict[str, Tensor]:
+        features.grad = None
+        found = gradients(model, call, inputs)
+        assert features.grad is not None
+        return {**found, "features": features.grad.clone()}
+
+    found = of(compiled(model, retain_tokens=RETAIN, layer=1, lowering="inductor"))
+    assert isinstance(dartfx.reports()[-1].outcome, Pruned)
+    expected = of(lambda **i: pruned_by_hand(model, i, RETAIN, 1))
+    assert found.keys() == expected.keys()
+    assert_same(list(found.values()), list(expected.values()))
+
+
 @pytest.mark.parametrize("first", FIRST.values(), ids=FIRST)
 def test_gradients_where_a_layer_starts_with(first: Callable[[Layer, Tensor], Tensor]) -> None:
     model, inputs = Decoder(SMALL, layer=changed(first)).eval(), prompt(SMALL)

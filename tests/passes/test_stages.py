@@ -15,6 +15,8 @@ import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.decoders import Decoder, Sizes, prompt, run
+from tests.support.decoders import assert_same as same_tensors
 from tests.support.slow import slow
 from tests.support.staged import Stages
 from tests.support.tolerances import CLOSE
@@ -28,14 +30,32 @@ OPTIONS = {
 }
 
 
+def warmed(name: str) -> Family:
+    """After a first call, in which transformers sets up hooks that would break the graph."""
+    family = load(name)
+    family.model(**family.make_inputs())
+    return family
+
+
 @pytest.fixture(scope="module", params=["llava", *slow("qwen2_5_vl", "gemma3")])
 def family(request: pytest.FixtureRequest) -> Family:
-    return load(request.param)
+    return warmed(request.param)
 
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    return load("llava")
+    return warmed("llava")
+
+
+def compiled(family: Family, dynamic: bool | None = None, **options: Any) -> Any:
+    """In one graph, where dynamo does not break the model's forward."""
+    return torch.compile(
+        family.model,
+        backend="dart",
+        fullgraph=family.name != "qwen2_5_vl",
+        dynamic=dynamic,
+        options={**OPTIONS, **options},
+    )
 
 
 def pruned() -> Pruned:
@@ -59,8 +79,7 @@ def test_forward(family: Family, variant: str, layout: str) -> None:
     stages = Stages(family.model, inputs, LAYERS, RETAIN)
     with stages(layout == "uniform"):
         oracle = family.model(**inputs)
-    fast = torch.compile(family.model, backend="dart", options={**OPTIONS, "kv_layout": layout})
-    assert_same(fast(**inputs), oracle)
+    assert_same(compiled(family, kv_layout=layout)(**inputs), oracle)
     before = inputs["input_ids"].shape[1]
     lengths = [keep.shape[1] for keep in stages.keep_idx]
     assert [cut.sequence for cut in pruned().cuts] == list(
@@ -110,13 +129,18 @@ def test_rows_of_unequal_images(llava: Family) -> None:
 
 
 @pytest.mark.slow
-def test_through_inductor(llava: Family) -> None:
-    inputs = llava.make_inputs()
-    with Stages(llava.model, inputs, LAYERS, RETAIN)(uniform=True), torch.no_grad():
-        oracle = llava.model(**inputs)
-    options = {**OPTIONS, "lowering": "inductor", "kv_layout": "uniform"}
-    with torch.no_grad():
-        assert_same(torch.compile(llava.model, backend="dart", options=options)(**inputs), oracle)
+def test_through_inductor() -> None:
+    """What the graph computes without it, which ``test_forward`` compares with the hooks."""
+    z = Sizes(layers=4)
+    model, inputs = Decoder(z).eval(), prompt(z)
+    options = {"layer": LAYERS, "retain_tokens": RETAIN}
+    eager, outcome = run(model, inputs, **options)
+    assert isinstance(outcome, Pruned)
+    torch._dynamo.reset()
+    inductor, outcome = run(model, inputs, lowering="inductor", **options)
+    assert isinstance(outcome, Pruned)
+    assert [cut.retained for cut in outcome.cuts] == RETAIN
+    same_tensors(inductor, eager)
 
 
 def test_kept_tokens_are_those_of_the_last_stage(llava: Family) -> None:
@@ -124,8 +148,7 @@ def test_kept_tokens_are_those_of_the_last_stage(llava: Family) -> None:
     stages = Stages(llava.model, inputs, LAYERS, RETAIN)
     with stages(uniform=True):
         llava.model(**inputs)
-    options = {**OPTIONS, "tokens": True, "kv_layout": "uniform"}
-    torch.compile(llava.model, backend="dart", options=options)(**inputs)
+    compiled(llava, tokens=True, kv_layout="uniform")(**inputs)
     for row, found in enumerate(dartfx.kept_tokens()):
         positions = [found.positions[i] for i in found.kept]
         left = stages.kept(3)[row].tolist()
@@ -137,22 +160,19 @@ def test_kept_tokens_are_those_of_the_last_stage(llava: Family) -> None:
 
 def test_a_stage_that_drops_nothing_is_left_out(llava: Family) -> None:
     inputs = llava.make_inputs()
-    options = {**OPTIONS, "retain_tokens": [99, 6, 3]}
-    torch.compile(llava.model, backend="dart", options=options)(**inputs)
+    output = compiled(llava, retain_tokens=[99, 6, 3])(**inputs)
     assert [(c.layer, c.vision_tokens, c.retained) for c in pruned().cuts] == [
         (2, 16, 6),
         (3, 6, 3),
     ]
-    dartfx.reset()
     with Stages(llava.model, inputs, LAYERS[1:], [6, 3])(uniform=True):
         oracle = llava.model(**inputs)
-    torch._dynamo.reset()
-    assert_same(torch.compile(llava.model, backend="dart", options=options)(**inputs), oracle)
+    assert_same(output, oracle)
 
 
 @pytest.mark.slow
 def test_other_lengths_add_no_graph(llava: Family) -> None:
-    fast = torch.compile(llava.model, backend="dart", options=OPTIONS, dynamic=True)
+    fast = compiled(llava, dynamic=True)
     graphs = []
     for words in (3, 5, 9):
         inputs = llava.make_inputs()
@@ -180,9 +200,9 @@ def test_verify(name: str) -> None:
 
 def test_dump_of_every_stage(family: Family, tmp_path: Path) -> None:
     """In one graph and, for a model that dynamo breaks, in the graph that waits for its mask."""
-    options = {**OPTIONS, "layer": [1, 3], "retain_tokens": [9, 3], "dump": str(tmp_path)}
+    options = {"layer": [1, 3], "retain_tokens": [9, 3], "dump": str(tmp_path)}
     with torch.no_grad():
-        torch.compile(family.model, backend="dart", options=options)(**family.make_inputs())
+        compiled(family, **options)(**family.make_inputs())
     (folder,) = {f.parent for f in tmp_path.glob("*/*check_2.txt")}
     names = [f.stem.partition("_")[2] for f in sorted(folder.glob("[0-9]*.txt"))]
     once = ["axes", "insert", "gather", "shrink", "trim_cache", "check"]
