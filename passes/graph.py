@@ -1,4 +1,4 @@
-"""Reading and writing FX nodes: the one place that touches ``meta`` and inserts nodes."""
+"""Reading and writing FX nodes: the one file that touches ``meta`` and inserts nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of a graph: pruned, declined, or left as it is."""
+"""What became of a graph: pruned, declined, or unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Across:
 
 @dataclass(frozen=True)
 class Cut:
-    """One cut that was made before decoder layer ``layer``.  Sizes are those of the example.
+    """One cut before decoder layer ``layer``.  Sizes are those of the example.
 
     vision_tokens, retained: per sample, before and after; sequence: S and S'; crossings: every
     value that was gathered there; across: what ranks exchange, None in a graph of one process.

@@ -26,7 +26,7 @@ class SelectionInputs:
     valid: bool [B, S], False at pads, or None where no mask reaches attention;
     vision_tokens, retain: N and R, literals or nodes;
     queries: gives post-RoPE queries of layer K-1 [B, Hq, S, Dh], so scaled that their products with
-    the keys over sqrt(Dh) are that layer's scores.  Raises Refusal where they cannot be told.
+    the keys over sqrt(Dh) are that layer's scores.  Raises Refusal where they cannot be identified.
     """
 
     normed: Callable[[], Node]
@@ -69,29 +69,29 @@ class ByOperator:
 
 @dataclass(frozen=True)
 class Given:
-    """Keeps the vision tokens that an input of the graph marks: the ``place``-th placeholder.
+    """Keeps the vision tokens that an input of the graph marks: the ``index``-th placeholder.
 
     The input is bool [B, S], True at the vision tokens to keep: R in every row that holds N.  A row
     that marks another number fails at run time, naming the row; text is always kept.  Raises
     Refusal when the input is of another shape or dtype.
     """
 
-    place: int = 0
+    index: int = 0
 
     def __call__(self, emit: Emitter, inputs: SelectionInputs) -> Node:
-        kept = [n for n in emit.graph.nodes if n.op == "placeholder"][self.place]
-        value, vision = tensor(kept), inputs.vision_mask
+        marked = [n for n in emit.graph.nodes if n.op == "placeholder"][self.index]
+        value, vision = tensor(marked), inputs.vision_mask
         if value is None or value.dtype != torch.bool or value.ndim != 2:
-            raise Refusal("a given selection must be bool [B, S]", kept)
-        if not all(map(same_size, sizes(kept), sizes(vision))):
+            raise Refusal("a given selection must be bool [B, S]", marked)
+        if not all(map(same_size, sizes(marked), sizes(vision))):
             raise Refusal(
-                f"a given selection of shape {[str(s) for s in sizes(kept)]} does not fit a "
+                f"a given selection of shape {[str(s) for s in sizes(marked)]} does not fit a "
                 f"sequence of shape {[str(s) for s in sizes(vision)]}",
-                kept,
+                marked,
             )
         return emit(
             torch.ops.dartfx.keep_given.default,
-            kept,
+            marked,
             vision,
             inputs.valid,
             inputs.vision_tokens,

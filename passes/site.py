@@ -9,7 +9,7 @@ from torch.fx import Node
 
 @dataclass(frozen=True)
 class Merge:
-    """One place where vision features enter the text embeddings.
+    """Where vision features enter the text embeddings.
 
     node: the merged embeddings [B, S, D]; mask: bool, broadcastable to node's shape;
     features: the vision features, any shape holding N_total * D values.

@@ -116,7 +116,7 @@ def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Mask]:
 
 
 def queries_of(stack: Stack, index: int) -> Queries:
-    """The queries of one layer's attention.  Raises Refusal where they cannot be told."""
+    """The queries of one layer's attention.  Raises Refusal where they cannot be identified."""
     core = _core(stack, index)
     if packet(core) in SDPA:
         node, scale = argument(core, "query"), argument(core, "scale")
@@ -179,7 +179,7 @@ def _scaled(scale: float | None, node: Node) -> float | None:
 
 
 def _fills_with_a_score(node: Node) -> bool:
-    """Whether a masking call puts a number in the place of scores that still leaves a weight."""
+    """Whether a masking call replaces scores by a number that still gives a weight."""
     fills = (argument(node, name) for name in ("value", "self", "other"))
     return any(isinstance(f, int | float) and f > HIDING for f in fills)
 

@@ -33,19 +33,19 @@ Factor = Var | int
 class Axes:
     """Dimension variables of a graph, united by the operators' rules.
 
-    ``place`` also unites size-1 dims with what they broadcast against: it tells which dim of a
-    ``[1, S, D]`` table is the batch.
+    Size-1 dims have classes of their own, with what they broadcast against: these show which dim
+    of a ``[1, S, D]`` table is the batch.
     """
 
     def __init__(self) -> None:
         # networkx is 285 modules that no one needs before a graph is pruned.
         from networkx.utils import UnionFind
 
-        self._value: UnionFind = UnionFind()
-        self._place: UnionFind = UnionFind()
+        self._same: UnionFind = UnionFind()
+        self._aligned: UnionFind = UnionFind()
         self._factors: dict[Var, tuple[Factor, ...]] = {}
         self._prunable: set[tuple[Node, Var]] = set()
-        self._counted: dict[Node, tuple[Node, ...]] = {}
+        self._recomputed: dict[Node, tuple[Node, ...]] = {}
         self._onward: dict[Var, set[Var]] = defaultdict(set)
 
     def preserve(self, user: Node, a: Var, b: Var) -> None:
@@ -66,30 +66,30 @@ class Axes:
     def unify(self, a: Var, b: Var) -> None:
         """Two dims that are equal, without saying that the operator treats them token by token."""
         a, b = positive(a), positive(b)
-        self._place.union(a, b)
+        self._aligned.union(a, b)
         size, other_size = sizes(a[0])[a[1]], sizes(b[0])[b[1]]
         if is_one(size) or is_one(other_size):
             return
         if type(size) is int and type(other_size) is int and size != other_size:
             raise AssertionError(f"a rule tied {a[0]} dim {a[1]} to {b[0]} dim {b[1]}")
         one, other = self.factors(a), self.factors(b)
-        self._value.union(a, b)
+        self._same.union(a, b)
         self._unify_factors(one, other)
         if one or other:
-            self._factors[self._value[a]] = one or other
+            self._factors[self._same[a]] = one or other
 
     def allow_pruning(self, user: Node, var: Var) -> None:
         """``user`` treats this operand dim in a way that survives dropping tokens."""
         self._prunable.add((user, positive(var)))
 
     def require_recomputed(self, user: Node, *operands: Node) -> None:
-        """``operands`` name or count positions for ``user``: right only if made after the cut."""
-        self._counted[user] = operands
+        """``operands`` name or count positions for ``user``, so the region must compute them."""
+        self._recomputed[user] = operands
 
     def stale(self, nodes: Collection[Node]) -> tuple[Node, Node] | None:
         """The first (user, operand) among ``nodes`` whose positions are counted outside of them."""
         for user in nodes:
-            for operand in self._counted.get(user, ()):
+            for operand in self._recomputed.get(user, ()):
                 if operand not in nodes:
                     return user, operand
         return None
@@ -102,7 +102,7 @@ class Axes:
             self._onward[var].add(part)
         self._unify_factors(known, factors)
         if not known:
-            self._factors[self._value[var]] = factors
+            self._factors[self._same[var]] = factors
 
     def _unify_factors(self, one: tuple[Factor, ...], other: tuple[Factor, ...]) -> None:
         """One product split twice the same way; split another way, the parts have no relation."""
@@ -116,11 +116,11 @@ class Axes:
         """The factors of a product dim, which are no products themselves, or ()."""
         if not isinstance(var, tuple):
             return ()
-        known = self._factors.get(self._value[positive(var)], ())
+        known = self._factors.get(self._same[positive(var)], ())
         return tuple(f for factor in known for f in self.factors(factor) or (factor,))
 
     def follow_write(self, node: Node) -> None:
-        """What an in-place call writes is found in its operand, and in what that is a view of."""
+        """What an in-place call writes reaches its operand, and what that is a view of."""
         for base in (b for written in mutated_operands(node) for b in bases(written)):
             for dim in range(len(sizes(node)) if tensor(node) is not None else 0):
                 for other in range(len(sizes(base)) if tensor(base) is not None else 0):
@@ -143,26 +143,26 @@ class Axes:
 
     def same(self, a: Var, b: Var) -> bool:
         """Whether two dims are one axis."""
-        return bool(self._value[positive(a)] == self._value[positive(b)])
+        return bool(self._same[positive(a)] == self._same[positive(b)])
 
     def earliest(self, var: Var) -> Var:
         """The first dim in graph order of those that are one axis with this one."""
-        axis = self._value[positive(var)]
-        found: Var = min(v for v in list(self._value) if self._value[v] == axis)
+        axis = self._same[positive(var)]
+        found: Var = min(v for v in list(self._same) if self._same[v] == axis)
         return found
 
     def aligned(self, a: Var, b: Var) -> bool:
-        """Whether two dims stand in one place, size-1 broadcasts included."""
-        return bool(self._place[positive(a)] == self._place[positive(b)])
+        """Whether two dims are one axis or broadcast against each other."""
+        return bool(self._aligned[positive(a)] == self._aligned[positive(b)])
 
     def is_unambiguous(self, var: Var) -> bool:
-        """Whether no other axis stands anywhere in the place of this dim.
+        """Whether no other axis is ever aligned with this dim.
 
-        A ``[1, 1, 1]`` parameter used in two places makes one of them.  What was expanded from one
+        A ``[1, 1, 1]`` parameter used twice aligns both uses.  What was expanded from one
         to a length of its own is no other axis: every entry is the same.
         """
-        place = next(group for group in self._place.to_sets() if var in group)
-        return all(self.same((n, d), var) or _is_expanded(n, d) for n, d in place)
+        aligned = next(group for group in self._aligned.to_sets() if var in group)
+        return all(self.same((n, d), var) or _is_expanded(n, d) for n, d in aligned)
 
     def allows_pruning(self, user: Node, var: Var) -> bool:
         """Whether ``user``'s rule accounts for this operand dim."""
@@ -183,8 +183,8 @@ def _is_expanded(node: Node, dim: int) -> bool:
     if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return False
     # Operands broadcast from the right.
-    places = [(i, dim - len(sizes(node)) + _rank(i)) for i in node.all_input_nodes]
-    return all(place < 0 or _is_expanded(i, place) for i, place in places)
+    operands = [(i, dim - len(sizes(node)) + _rank(i)) for i in node.all_input_nodes]
+    return all(d < 0 or _is_expanded(i, d) for i, d in operands)
 
 
 def _rank(node: Node) -> int:

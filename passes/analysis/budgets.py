@@ -46,7 +46,7 @@ def vision_tokens(vision: Vision) -> Size:
 
 
 def plan_budgets(tokens: Size, request: Request) -> list[PlannedCut]:
-    """The cuts that drop some of what the one before left of ``tokens`` per sample.
+    """The cuts that drop tokens: of ``tokens`` per sample, or of those that the cut before retains.
 
     On symbolic sizes whether a cut drops anything asks for a guard, because the graph differs.
     """

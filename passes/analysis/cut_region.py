@@ -66,7 +66,7 @@ def _refuse_opaque(nodes: list[Node], axes: TokenAxes) -> None:
         node, operand = found
         if any(base not in nodes for w in mutated_operands(node) for base in bases(w)):
             raise Refusal(
-                "a decoder layer after the cut writes its keys and values into a cache made "
+                "a decoder layer after the cut writes its keys and values into a cache allocated "
                 "beforehand: the cache is static",
                 node,
                 advice="the default DynamicCache",

@@ -40,8 +40,8 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
     """Every masked write of rows into floating embeddings [B, S, D], in graph order.
 
     Covers ``masked_scatter`` and ``index_put`` with one bool mask, in place or not, into [B, S, D]
-    or into its rows [B * S, D].  spread: those that spread rows over zeros (canonical.py), which
-    are added to embeddings rather than put in their place; they are left out otherwise.
+    or into its rows [B * S, D].  spread: those that spread rows over zeros (canonicalise.py), which
+    are added to embeddings rather than replacing them; omitted otherwise.
     """
     merges = []
     for node in graph.nodes:
@@ -103,7 +103,7 @@ def find_vision(graph: Graph, stacks: Sequence[Stack]) -> tuple[Vision, Stack] |
     Merges inside the stack (features added between layers) are not the entry of the tokens.
     """
     by_path = {s.path: s for s in stacks}
-    # Features may also be added to placeholder embeddings; one place of several shows where.
+    # Features may also be added to placeholder embeddings; one of several positions shows where.
     feeding = _feeding(graph, stacks, find_merges(graph)) or {
         path: merges[:1]
         for path, merges in _feeding(graph, stacks, find_merges(graph, spread=True)).items()
@@ -152,7 +152,7 @@ def _feeding(
 def _refuse_unknown_layers(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> None:
     """Raise Refusal where vision tokens enter a run of modules that hold no attention we know.
 
-    Handing their mask on would be in vain: the decoder is here.
+    Returning their mask would be in vain: the decoder is here.
     """
     known = {s.path for s in stacks}
     runs: dict[str, set[int]] = defaultdict(set)
@@ -186,7 +186,7 @@ def entered_stack(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> Stack:
 
 def entry(graph: Graph, stack: Stack) -> Node:
     """The embeddings [B, S, D] that enter a stack's first layer.  Raises Refusal if unclear."""
-    handed_on = [
+    outputs = [
         sizes(n)
         for n in stack.nodes(0)
         if tensor(n) is not None and any(stack.layer_of.get(u) == 1 for u in n.users)
@@ -199,7 +199,7 @@ def entry(graph: Graph, stack: Stack) -> Node:
         and (value := tensor(operand)) is not None
         and value.ndim == 3
         and value.is_floating_point()
-        and any(len(h) == 3 and all(map(same_size, h, value.shape)) for h in handed_on)
+        and any(len(h) == 3 and all(map(same_size, h, value.shape)) for h in outputs)
     }
     if len(found) != 1:
         raise Refusal(f"{len(found)} values look like the embeddings that enter {stack.path}")
@@ -264,7 +264,7 @@ def _only(found: list[Node], stack: Stack, index: int, shape: Sequence[Size]) ->
     if len(found) != 1:
         names = ", ".join(n.name for n in found) or "none"
         raise Refusal(
-            f"layer {index} of {stack.path} should hand on one hidden state of shape "
+            f"layer {index} of {stack.path} should return one hidden state of shape "
             f"{[str(s) for s in shape]}, found {names}",
             found[0] if found else None,
             advice="a whole decoder in one graph (fullgraph=True or dartfx.compile)",

@@ -71,7 +71,7 @@ class TokenAxes:
         for dim in range(len(sizes(node))):
             if dim in tokens:
                 continue
-            # Only a size-1 dim needs its place to tell.
+            # Only a size-1 dim is known by what it broadcasts against.
             if not is_one(sizes(node)[dim]):
                 if self.axes.same((node, dim), self.batch):
                     return dim

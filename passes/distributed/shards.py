@@ -58,7 +58,7 @@ def shards_of(value: Any) -> Shards:
     spread = [(i, p) for i, p in enumerate(value.placements) if not p.is_replicate()]
     if not spread:
         return Shards("", None, 1)
-    places = [p for _, p in spread]
-    plain = len(spread) == 1 and type(places[0]).__name__ == "Shard"
+    placements = [p for _, p in spread]
+    plain = len(spread) == 1 and type(placements[0]).__name__ == "Shard"
     group = mesh.get_group(spread[0][0])
-    return Shards(group.group_name, places[0].dim if plain else None, group.size())
+    return Shards(group.group_name, placements[0].dim if plain else None, group.size())

@@ -1,8 +1,8 @@
 """Under tensor parallelism: let every rank select the same tokens, and the same as one process.
 
 The selection looks at hidden states, masks and keys.  The graph must show that the first two are
-the same on every rank; keys are mostly split by heads, and what the selection reads of them is put
-together by one collective in front of it.
+the same on every rank; keys are mostly split by heads, and what the selection reads of them is
+combined by one collective in front of it.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ def sync_selection(keep: Node, select: Select) -> tuple[Node, Across | None]:
     and what was done; ``keep`` itself and None in a graph of one process.  Raises Refusal where the
     graph does not show that the ranks select alike.
     """
-    places = RankPlacements(keep.graph)
-    if not places.group:
+    placements = RankPlacements(keep.graph)
+    if not placements.group:
         return keep, None
     chosen = _chosen(keep)
     emit = Emitter(chosen)
     norms_only = isinstance(select, ByOperator) and select.reads == "norms"
     how = []
     for operand in [n for n in chosen.all_input_nodes if tensor(n) is not None]:
-        place = places.of(operand)
-        if isinstance(place, Shard) and len(sizes(operand)) == 4:
-            _require_split_by_heads(operand, place)
+        placement = placements.of(operand)
+        if isinstance(placement, Shard) and len(sizes(operand)) == 4:
+            _require_split_by_heads(operand, placement)
             if norms_only:
-                whole = _norms_as_keys(emit, operand, places.group)
+                whole = _norms_as_keys(emit, operand, placements.group)
             else:
-                whole = _all_heads(emit, operand, places)
+                whole = _all_heads(emit, operand, placements)
             chosen.replace_input_with(operand, whole)
             how.append("key norms summed" if norms_only else "heads gathered")
         else:
-            _require_same(operand, place)
-    proof = places.proof(chosen)
+            _require_same(operand, placement)
+    proof = placements.proof(chosen)
     if isinstance(select, ByOperator) and select.checks_ranks:
-        keep = _checked(keep, places)
-    told = " and ".join(how) or "keys are the same on every rank"
-    return keep, Across(places.group, places.ranks, told, proof)
+        keep = _checked(keep, placements)
+    exchange = " and ".join(how) or "keys are the same on every rank"
+    return keep, Across(placements.group, placements.ranks, exchange, proof)
 
 
 def _chosen(keep: Node) -> Node:
@@ -65,19 +65,19 @@ def _chosen(keep: Node) -> Node:
     return keep
 
 
-def _require_same(node: Node, place: RankPlacement) -> None:
-    if place is not Replicate:
+def _require_same(node: Node, placement: RankPlacement) -> None:
+    if placement is not Replicate:
         shape = [str(s) for s in sizes(node)]
         raise Refusal(
             f"the selection reads a value of shape {shape} that the graph does not show to be the "
             "same on every rank, so they might keep different tokens",
-            node if isinstance(place, Shard) else place.node,
+            node if isinstance(placement, Shard) else placement.node,
             advice='transformers\' own tp_plan (tp_plan="auto"), without sequence parallelism',
         )
 
 
-def _require_split_by_heads(node: Node, place: Shard) -> None:
-    if place.dim != _HEADS:
+def _require_split_by_heads(node: Node, placement: Shard) -> None:
+    if placement.dim != _HEADS:
         raise Refusal(
             "the keys before the cut differ between ranks, and not by their heads alone",
             node,
@@ -99,23 +99,25 @@ def _norms_as_keys(emit: Emitter, keys: Node, group: str) -> Node:
     return emit(_c10d.wait_tensor.default, total)
 
 
-def _all_heads(emit: Emitter, local: Node, places: RankPlacements) -> Node:
+def _all_heads(emit: Emitter, local: Node, placements: RankPlacements) -> Node:
     """[B, H, S, Dh] of all ranks' heads, in the order of the ranks."""
     batch, heads, tokens, channels = (emit.size(local, d) for d in range(4))
     packed = emit(aten.contiguous.default, local)
-    gathered = emit(_c10d.all_gather_into_tensor.default, packed, places.ranks, places.group)
+    gathered = emit(
+        _c10d.all_gather_into_tensor.default, packed, placements.ranks, placements.group
+    )
     gathered = emit(_c10d.wait_tensor.default, gathered)
-    by_rank = emit(aten.view.default, gathered, [places.ranks, batch, heads, tokens, channels])
+    by_rank = emit(aten.view.default, gathered, [placements.ranks, batch, heads, tokens, channels])
     by_row = emit(aten.permute.default, by_rank, [1, 0, 2, 3, 4])
     return emit(aten.reshape.default, by_row, [batch, -1, tokens, channels])
 
 
-def _checked(keep: Node, places: RankPlacements) -> Node:
+def _checked(keep: Node, placements: RankPlacements) -> Node:
     """``keep`` once all ranks were seen to have selected alike."""
     emit = Emitter(keep.next)
     mine = emit(torch.ops.dartfx.hash_indices.default, keep)
-    of_all = emit(_c10d.all_gather_into_tensor.default, mine, places.ranks, places.group)
+    of_all = emit(_c10d.all_gather_into_tensor.default, mine, placements.ranks, placements.group)
     of_all = emit(_c10d.wait_tensor.default, of_all)
     alike = emit(aten.eq.Tensor, of_all, emit(aten.slice.Tensor, of_all, 0, 0, 1))
-    message = _UNLIKE.replace("GROUP", repr(places.group))
+    message = _UNLIKE.replace("GROUP", repr(placements.group))
     return emit(torch.ops.dartfx.require_rows.default, keep, alike, message)

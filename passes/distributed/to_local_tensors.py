@@ -1,6 +1,6 @@
 """A dynamo graph over DTensors -> the same graph over this process's local tensors.
 
-Under tensor parallelism dynamo hands over parameters as DTensors, most of which it unwraps at
+Under tensor parallelism dynamo's graph takes parameters as DTensors, most of which it unwraps at
 once, and a few operators on them (a vocabulary-parallel embedding).  The re-trace to ATen knows
 plain tensors only, so these operators are traced one level lower, where they are operators on local
 tensors and functional collectives; everything else stays as dynamo wrote it.
@@ -35,7 +35,7 @@ class LocalGraph:
 
     def inputs(self, given: Sequence[Any]) -> list[Any]:
         """The local tensors of dynamo's inputs, real or fake."""
-        return [getattr(given[place], "_local_tensor", given[place]) for place in self.taken]
+        return [getattr(given[index], "_local_tensor", given[index]) for index in self.taken]
 
 
 def to_local_tensors(module: GraphModule) -> LocalGraph:
@@ -85,14 +85,14 @@ class _Rewriting:
     def __init__(self, module: GraphModule) -> None:
         self.module = module
         self.new = Graph()
-        self.made: dict[Node, Node] = {}
+        self.copies: dict[Node, Node] = {}
         self.part_of = self._parts()
 
     def run(self) -> LocalGraph:
         taken = []
-        for place, node in enumerate(self._placeholders()):
+        for index, node in enumerate(self._placeholders()):
             if not _is_mesh(node):
-                taken.append(place)
+                taken.append(index)
                 self._placeholder(node)
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
@@ -110,7 +110,7 @@ class _Rewriting:
         return (n for n in self.module.graph.nodes if n.op == "placeholder")
 
     def _placeholder(self, node: Node) -> None:
-        copied = self.made[node] = self.new.node_copy(node)
+        copied = self.copies[node] = self.new.node_copy(node)
         copied.meta = dict(node.meta)
         value = example(node)
         if is_dtensor(value):
@@ -120,13 +120,13 @@ class _Rewriting:
 
     def _copy(self, node: Node) -> None:
         for operand in node.all_input_nodes:
-            if operand not in self.made or (node.op == "output" and is_dtensor(example(operand))):
+            if operand not in self.copies or (node.op == "output" and is_dtensor(example(operand))):
                 raise Refusal(
                     "a tensor that is distributed over the ranks, or their device mesh, is used "
                     "by an operator that is no tensor operator",
                     node,
                 )
-        copied = self.made[node] = self.new.node_copy(node, self.made.__getitem__)
+        copied = self.copies[node] = self.new.node_copy(node, self.copies.__getitem__)
         copied.meta = dict(node.meta)
 
     def _parts(self) -> dict[Node, _Part]:
@@ -149,23 +149,26 @@ class _Rewriting:
     def _write(self, part: _Part) -> None:
         """Trace one part on local tensors and write what comes of it."""
         if self._unwraps(part):
-            self.made[part.calls[0]] = self.made[part.calls[0].args[0]]  # type: ignore[index]
+            self.copies[part.calls[0]] = self.copies[part.calls[0].args[0]]  # type: ignore[index]
             return
         inside = set(part.calls)
         operands = dict.fromkeys(i for n in part.calls for i in n.all_input_nodes)
         given = [i for i in operands if i not in inside and not _is_mesh(i)]
         results = [n for n in part.calls if any(u not in inside for u in n.users)]
-        if any(i not in self.made for i in given) or any(is_dtensor(example(n)) for n in results):
-            raise Refusal("operators on distributed tensors cannot be told apart", part.calls[-1])
+        if any(i not in self.copies for i in given) or any(is_dtensor(example(n)) for n in results):
+            raise Refusal(
+                "operators on distributed tensors cannot be separated from the others",
+                part.calls[-1],
+            )
         examples = [getattr(example(i), "_local_tensor", example(i)) for i in given]
         with _fake_mode(examples), torch.no_grad():
             traced = make_fx(self._runner(part, given, results))(*examples)
         _constants_as_calls(traced)
         inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
-        known = dict(zip(inputs, (self.made[i] for i in given), strict=True))
+        known = dict(zip(inputs, (self.copies[i] for i in given), strict=True))
         written = self.new.graph_copy(traced.graph, known)
         assert isinstance(written, tuple | list)
-        self.made.update(zip(results, written, strict=True))
+        self.copies.update(zip(results, written, strict=True))
         for old, copied in known.items():
             if old.op != "placeholder":
                 origin = part.calls[-1].meta
@@ -203,7 +206,7 @@ class _Rewriting:
 
 
 def _constants_as_calls(traced: GraphModule) -> None:
-    """Numbers that the trace holds as attributes, made where they are used instead."""
+    """Numbers that the trace holds as attributes, created where they are used instead."""
     for node in list(traced.graph.nodes):
         if node.op != "get_attr":
             continue
@@ -213,9 +216,9 @@ def _constants_as_calls(traced: GraphModule) -> None:
             raise Refusal("an operator on distributed tensors brings a constant tensor", node)
         with traced.graph.inserting_before(node):
             options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-            made = traced.graph.call_function(aten.full.default, ([], value.item()), options)
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
+            constant = traced.graph.call_function(aten.full.default, ([], value.item()), options)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
         traced.graph.erase_node(node)
 
 

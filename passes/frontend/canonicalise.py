@@ -49,8 +49,8 @@ def _inverse_permutation(node: Node) -> None:
     target, indices, values = (argument(node, n) for n in ("self", "indices", "values"))
     if len(indices) != 1 or argument(node, "accumulate") or not _written_alone(target, node):
         return
-    order, places = indices[0], tensor(target)
-    if places is None or places.dtype != torch.int64 or places.ndim != 1:
+    order, written = indices[0], tensor(target)
+    if written is None or written.dtype != torch.int64 or written.ndim != 1:
         return
     if not is_sort_order(order) or not _counts_up(values):
         return
@@ -99,8 +99,8 @@ def _written_alone(target: Node, write: Node) -> bool:
 def _unpack(index: Node) -> None:
     """``x[mask] = f(x[mask], rows)`` is ``where(mask, f(x, rows spread over the mask), x)``.
 
-    The packed rows' number depends on data, and what of them a dropped token was cannot be told
-    from shapes.  Spread out, they have a token axis.
+    The packed rows' number depends on data, and shapes do not show which of them belong to a
+    dropped token.  Spread out, they have a token axis.
     """
     source, chosen = argument(index, "self"), [i for i in argument(index, "indices") if i]
     value = tensor(chosen[0]) if len(chosen) == 1 and argument(index, "indices")[0] else None

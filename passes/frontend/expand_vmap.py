@@ -79,8 +79,8 @@ def _replace(module: GraphModule, region: list[Node], name: str, examples: Seque
     with module.graph.inserting_before(region[0]):
         call = module.graph.call_module(name, tuple(entering))
         call.meta = dict(region[0].meta)
-        for place, node in enumerate(leaving):
-            part = module.graph.call_function(operator.getitem, (call, place))
+        for index, node in enumerate(leaving):
+            part = module.graph.call_function(operator.getitem, (call, index))
             part.meta = dict(node.meta)
             node.replace_all_uses_with(part, delete_user_cb=lambda user: user not in inside)
     for node in reversed(region):
@@ -94,10 +94,10 @@ def _values(module: GraphModule, wanted: list[Node], examples: Sequence[Any]) ->
         if node in needed:
             needed.update(node.all_input_nodes)
     interpreter = torch.fx.Interpreter(module)
-    left = iter(examples)
+    remaining = iter(examples)
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            interpreter.env[node] = next(left)
+            interpreter.env[node] = next(remaining)
         elif node in needed:
             interpreter.env[node] = interpreter.run_node(node)
     return [interpreter.env[node] for node in wanted]

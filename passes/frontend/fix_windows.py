@@ -1,7 +1,7 @@
-"""Windows of a fixed length whose length dynamo made a symbol of.
+"""Windows of a fixed length whose length is a symbol in dynamo's graph.
 
-With ``dynamic=True`` dynamo makes symbols of Python numbers, too: of the length of a sliding-window
-KV cache, which keeps ``keys[:, :, -window + 1:]``.  No rule could tell what such a slice leaves of
+With ``dynamic=True`` Python numbers become symbols, too: the length of a sliding-window
+KV cache, which keeps ``keys[:, :, -window + 1:]``.  No rule could say what such a slice takes of
 fewer tokens.  The number never changes while a model runs, so that a guard on it costs nothing.
 """
 

@@ -171,9 +171,9 @@ def _sym_int(
     mode: compat.FakeTensorMode, value: Any, example: int, source: Any = None
 ) -> torch.SymInt:
     assert mode.shape_env is not None
-    made = mode.shape_env.create_symintnode(value, hint=example, source=source)
-    assert isinstance(made, torch.SymInt)
-    return made
+    result = mode.shape_env.create_symintnode(value, hint=example, source=source)
+    assert isinstance(result, torch.SymInt)
+    return result
 
 
 def _fake_mode(examples: Sequence[object]) -> compat.FakeTensorMode:

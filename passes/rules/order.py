@@ -45,7 +45,7 @@ def sort(axes: Axes, node: Node, out: Node) -> None:
 def _only_routes(node: Node) -> bool:
     """Whether values and positions of a sort are only counted, or index rows, as routing does.
 
-    Anything else could take a rank for a place: the third smallest of all is another one when
+    Anything else could read a rank as a position: the third smallest of all is another one when
     tokens are dropped.
     """
     for user in node.users:

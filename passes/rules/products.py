@@ -32,11 +32,11 @@ def reduce(axes: Axes, node: Node, out: Node) -> None:
     if dims is None or (dims == [] and len(sizes(out)) == 0):
         dims = [-1] if packet(node) is aten.topk else range(rank)
     reduced = {d % rank for d in (dims if isinstance(dims, list | range) else [dims])}
-    kept = len(sizes(out)) == rank
+    keeps_dims = len(sizes(out)) == rank
     to = 0
     for dim in range(rank):
         if dim not in reduced:
-            axes.preserve(node, (first, dim), (out, dim if kept else to))
+            axes.preserve(node, (first, dim), (out, dim if keeps_dims else to))
             to += 1
         elif out is node:
             axes.allow_pruning(node, (first, dim))
@@ -112,7 +112,7 @@ def addmm(axes: Axes, node: Node, out: Node) -> None:
 def grouped_mm(axes: Axes, node: Node, out: Node) -> None:
     """Rows [P, C] in order of their group, each group times its own [C, N] of [G, C, N].
 
-    Where groups end must be counted from the rows that are left.
+    Where groups end must be counted from the rows that remain.
     """
     rows, weights, ends = node.args[:3]
     assert isinstance(rows, Node) and isinstance(weights, Node)
@@ -125,7 +125,7 @@ def grouped_mm(axes: Axes, node: Node, out: Node) -> None:
 
 @rule(*named("einsum"))
 def einsum(axes: Axes, node: Node, out: Node) -> None:
-    """Letters are the dims; an ellipsis is left opaque."""
+    """Letters are the dims; an ellipsis is opaque."""
     equation = str(node.args[0]).replace(" ", "")
     if "." in equation or "->" not in equation:
         return

@@ -34,7 +34,7 @@ def _permuted(axes: Axes, node: Node, out: Node, order: list[int]) -> None:
 
 @rule(*named("transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T"))
 def transpose(axes: Axes, node: Node, out: Node) -> None:
-    """Two dims trade places."""
+    """Two dims swapped."""
     rank = len(sizes(out))
     order = list(range(rank))
     if len(node.args) >= 3:
@@ -69,8 +69,8 @@ def squeeze(axes: Axes, node: Node, out: Node) -> None:
     rank, dims = len(sizes(first)), argument(node, "dim")
     chosen = range(rank) if dims is None else (dims if isinstance(dims, list) else [dims])
     gone = {d % rank for d in chosen if is_one(sizes(first)[d])}
-    kept = [d for d in range(rank) if d not in gone]
-    for to, source in enumerate(kept):
+    remaining = [d for d in range(rank) if d not in gone]
+    for to, source in enumerate(remaining):
         axes.preserve(node, (first, source), (out, to))
 
 
@@ -252,7 +252,7 @@ def repeat_interleave(axes: Axes, node: Node, out: Node) -> None:
 
 @rule(*named("movedim", "moveaxis"))
 def movedim(axes: Axes, node: Node, out: Node) -> None:
-    """Some dims move to given places, the others keep their order."""
+    """Some dims move to given positions, the others keep their order."""
     rank = len(sizes(out))
     source, destination = (_dims(node.args[i], rank) for i in (1, 2))
     rest = iter(d for d in range(rank) if d not in source)

@@ -26,17 +26,17 @@ State = tuple[Node | None, Node | None]
 class Gatherer:
     """Gathers values along their token dims by keep_idx [B, S'], remembering each.
 
-    A value is gathered anew after something was written to it, and once more where gradients are
-    off: what is gathered there hands on none.
+    A value is gathered again after something was written to it, and once more where gradients are
+    off: what is gathered there carries none.
     """
 
-    def __init__(self, axes: TokenAxes, keep: Node) -> None:
+    def __init__(self, axes: TokenAxes, keep_idx: Node) -> None:
         self.axes = axes
-        self.keep = keep
+        self.keep_idx = keep_idx
         self.done: dict[tuple[Node, State], Node] = {}
         self._flat: Node | None = None
         self._flat_rows: Node | None = None
-        nodes = list(keep.graph.nodes)
+        nodes = list(keep_idx.graph.nodes)
         self._order = {n: i for i, n in enumerate(nodes)}
         self._writes = [(n, bases(w)[-1]) for n in nodes for w in mutated_operands(n)]
         self._off: dict[Node, Node | None] = {}
@@ -56,7 +56,7 @@ class Gatherer:
         return self.done[key]
 
     def crossed(self) -> dict[Node, Node]:
-        """Every value that was gathered, and what came of it; views made anew are left out."""
+        """Every value that was gathered, and the result; repeated views are omitted."""
         return {v: done for (v, _), done in self.done.items() if packet(done) not in REPEATED_VIEWS}
 
     def crosses(self, value: Node) -> bool:
@@ -76,18 +76,18 @@ class Gatherer:
         if flat:
             return self._by_flat_index(emit, value, flat)
         if packet(value) in REPEATED_VIEWS:
-            # One table (cos, sin) viewed anew by every layer: gather the table, repeat the view.
+            # One table (cos, sin) viewed by every layer: gather the table, repeat the view.
             source = value.all_input_nodes[0]
             return emit.copy(value, {source: self(source, anchor)})
-        if is_one(sizes(self.keep)[0]):
+        if is_one(sizes(self.keep_idx)[0]):
             return self._by_index(emit, value, dims)
         return self._by_row(emit, value, dims)
 
     def _by_index(self, emit: Emitter, value: Node, dims: tuple[int, ...]) -> Node:
         """One row: the same positions for the whole tensor."""
         if self._flat is None:
-            after = Emitter(self.keep.next)
-            self._flat = after(aten.select.int, self.keep, 0, 0)
+            after = Emitter(self.keep_idx.next)
+            self._flat = after(aten.select.int, self.keep_idx, 0, 0)
         for dim in dims:
             value = emit(aten.index_select.default, value, dim, self._flat)
         return value
@@ -95,11 +95,15 @@ class Gatherer:
     def _by_flat_index(self, emit: Emitter, value: Node, flat: tuple[int, ...]) -> Node:
         """Batch and tokens in one dim: row b keeps positions b * S + keep_idx[b]."""
         if self._flat_rows is None:
-            after = Emitter(self.keep.next)
-            rows = after(aten.arange.default, after.size(self.keep, 0), device=_device(self.keep))
+            after = Emitter(self.keep_idx.next)
+            rows = after(
+                aten.arange.default, after.size(self.keep_idx, 0), device=_device(self.keep_idx)
+            )
             starts = after(aten.mul.Tensor, rows, after.size(self.axes.token[0], 1))
-            places = after(aten.add.Tensor, self.keep, after(aten.unsqueeze.default, starts, 1))
-            self._flat_rows = after(aten.view.default, places, [-1])
+            positions = after(
+                aten.add.Tensor, self.keep_idx, after(aten.unsqueeze.default, starts, 1)
+            )
+            self._flat_rows = after(aten.view.default, positions, [-1])
         for dim in flat:
             factors = self.axes.factors(value, dim)
             is_rows = len(factors) == 2 and self.axes.is_batch_factor(factors[0])
@@ -116,16 +120,16 @@ class Gatherer:
         if batch is None:
             raise Refusal("a value with a token axis but no batch dim crosses the cut", value)
         rank = len(sizes(value))
-        rows, kept = emit.size(self.keep, 0), emit.size(self.keep, 1)
+        rows, new_length = emit.size(self.keep_idx, 0), emit.size(self.keep_idx, 1)
         shape = [emit.size(value, d) for d in range(rank)]
         if is_one(sizes(value)[batch]):
             shape[batch] = rows
             value = emit(aten.expand.default, value, list(shape))
         for dim in dims:
-            places: list[int | Node] = [1] * rank
-            places[batch], places[dim] = rows, kept
-            shape[dim] = kept
-            index = emit(aten.view.default, self.keep, places)
+            index_shape: list[int | Node] = [1] * rank
+            index_shape[batch], index_shape[dim] = rows, new_length
+            shape[dim] = new_length
+            index = emit(aten.view.default, self.keep_idx, index_shape)
             index = emit(aten.expand.default, index, list(shape))
             value = emit(aten.gather.default, value, dim, index)
         return value

@@ -22,14 +22,14 @@ def inline_ops(module: GraphModule, bodies: Mapping[object, Body]) -> list[Node]
 
     A function is traced on the call's fake values, so it must not depend on data; it may call
     operators that are in ``bodies`` themselves.  Raises Refusal for one that makes constant tensors
-    while being traced: a graph has no place of its own for them.
+    while being traced: a graph cannot hold them.
     """
-    made: list[Node] = []
+    created: list[Node] = []
     while found := [n for n in module.graph.nodes if n.target in bodies]:
         for call in found:
-            made += _replace(call, bodies[call.target])
-    left = set(module.graph.nodes)
-    return [n for n in made if n in left]
+            created += _replace(call, bodies[call.target])
+    remaining = set(module.graph.nodes)
+    return [n for n in created if n in remaining]
 
 
 def _replace(call: Node, body: Body) -> list[Node]:
@@ -39,22 +39,22 @@ def _replace(call: Node, body: Body) -> list[Node]:
     if constants:
         raise Refusal(
             f"{call.target} makes a constant tensor ({constants[0].target}) while it is traced, "
-            "for which an exported graph has no place",
+            "which an exported graph cannot hold",
             call,
             advice="torch.full or torch.arange with the device of an operand",
         )
     values: dict[Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), operands, strict=True))
-    made = []
+    created = []
     with call.graph.inserting_before(call):
         for node in traced.nodes:
             if node.op == "call_function":
                 values[node] = call.graph.node_copy(node, values.__getitem__)
-                values[node].meta = {**_place(call), "val": node.meta.get("val")}
-                made.append(values[node])
+                values[node].meta = {**_position(call), "val": node.meta.get("val")}
+                created.append(values[node])
             elif node.op == "output":
                 call.replace_all_uses_with(map_arg(node.args[0], values.__getitem__))
     call.graph.erase_node(call)
-    return made
+    return created
 
 
 def _traced(call: Node, body: Body, operands: list[Node]) -> Graph:
@@ -68,6 +68,6 @@ def _traced(call: Node, body: Body, operands: list[Node]) -> Graph:
         return make_fx(run, pre_dispatch=True)(*(n.meta["val"] for n in operands)).graph
 
 
-def _place(call: Node) -> dict[str, Any]:
-    """Where a call stands in the model, for those that take its place."""
+def _position(call: Node) -> dict[str, Any]:
+    """Where a call stands in the model, for the calls that replace it."""
     return {k: call.meta[k] for k in ("nn_module_stack", "stack_trace") if k in call.meta}

@@ -108,8 +108,8 @@ def insert_selection(
     emit = Emitter(region.anchor())
     selected, mask = insert(emit, region.site, region.axes, select, budget, checks)
     keep_idx, across = sync_selection(selected, select)
-    left = Emitter(keep_idx.next)(aten.gather.default, mask, 1, keep_idx)
-    return Selection(keep_idx, left, emit.size(keep_idx, 1), across)
+    remaining = Emitter(keep_idx.next)(aten.gather.default, mask, 1, keep_idx)
+    return Selection(keep_idx, remaining, emit.size(keep_idx, 1), across)
 
 
 def insert(
@@ -142,8 +142,8 @@ def insert(
         alike = emit(aten.eq.Scalar, emit(aten.sum.dim_IntList, mask, [1]), budget.vision_tokens)
         keep = emit(torch.ops.dartfx.require_rows.default, keep, alike, _PADS_DROPPED)
     if checks.window is not None and valid is not None:
-        left = emit(aten.sum.dim_IntList, emit(aten.gather.default, valid, 1, keep), [1])
-        enough = emit(aten.ge.Scalar, left, checks.window)
+        valid_left = emit(aten.sum.dim_IntList, emit(aten.gather.default, valid, 1, keep), [1])
+        enough = emit(aten.ge.Scalar, valid_left, checks.window)
         keep = emit(torch.ops.dartfx.require_rows.default, keep, enough, _PADS_IN_WINDOW)
     return Selected(keep, mask)
 
@@ -155,7 +155,7 @@ def _require_order(site: Site, axes: TokenAxes) -> None:
     """
     embeds, hidden = site.vision.embeds, site.hidden
     if axes.dims(hidden) != (1,):
-        raise Refusal("tokens cannot be told from another dim of the hidden states", hidden)
+        raise Refusal("the token axis is not one dim of the hidden states", hidden)
     if not axes.axes.in_order(embeds, hidden):
         raise Refusal(
             "the merged embeddings' rows and tokens do not reach the cut, or in another order",

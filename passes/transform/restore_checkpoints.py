@@ -75,8 +75,8 @@ def _enclose(module: GraphModule, nodes: list[Node], checkpoint: Checkpoint, nam
             checkpoint.target, (attribute, *entering), dict(checkpoint.kwargs)
         )
         call.meta["val"] = tuple(n.meta.get("val") for n in leaving)
-        for place, node in enumerate(leaving):
-            part = graph.call_function(operator.getitem, (call, place))
+        for index, node in enumerate(leaving):
+            part = graph.call_function(operator.getitem, (call, index))
             part.meta = dict(node.meta)
             node.replace_all_uses_with(part, delete_user_cb=lambda user: user not in inside)
     for node in reversed(nodes):

@@ -22,7 +22,7 @@ def return_vision_mask(module: GraphModule) -> int | None:
     found = _merged_output(graph, output)
     if found is None:
         return None
-    place, vision = found
+    index, vision = found
     emit = Emitter(output)
     mask = vision_mask(emit, vision)
     row_count = emit(aten.new_empty.default, vision.embeds, [vision_rows(emit, vision), 0])
@@ -31,7 +31,7 @@ def return_vision_mask(module: GraphModule) -> int | None:
     output.args = ((*returned, mask, row_count),)
     graph.lint()
     module.recompile()
-    return place
+    return index
 
 
 def _merged_output(graph: Graph, output: Node) -> tuple[int, Vision] | None:
@@ -41,7 +41,7 @@ def _merged_output(graph: Graph, output: Node) -> tuple[int, Vision] | None:
         return None
     axes = infer_axes(graph)
     reached = {m: set(downstream(graph, [m.node])) for m in merges}
-    for place, node in enumerate(returned):
+    for index, node in enumerate(returned):
         value = tensor(node)
         if not isinstance(node, Node) or value is None or value.ndim != 3:
             continue
@@ -49,5 +49,5 @@ def _merged_output(graph: Graph, output: Node) -> tuple[int, Vision] | None:
         if entering:
             masks = tuple(m.mask for m in entering)
             features = tuple(m.features for m in entering)
-            return place, Vision(entering[-1].node, masks, features, "merge in this graph")
+            return index, Vision(entering[-1].node, masks, features, "merge in this graph")
     return None

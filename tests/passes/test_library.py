@@ -28,7 +28,7 @@ SURFACE = {
     "ByOperator": "(operator, args=..., queries=..., reads=..., checks_ranks=...)",
     "Declined": "(because, where=..., advice=..., may_retry_with_graph_breaks=...)",
     "Emitter": "(anchor)",
-    "Given": "(place=...)",
+    "Given": "(index=...)",
     "Pruned": "(stack, how, batch, cuts, kv_layout, flops, kv_bytes, seconds=...)",
     "Refusal": "(because, node=..., advice=..., may_retry_with_graph_breaks=...)",
     "Request": (

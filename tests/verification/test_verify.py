@@ -78,7 +78,7 @@ def broken_by(patch: pytest.MonkeyPatch, name: str) -> None:
         """Tables are cut off instead of gathered: kept tokens get others' positions."""
         if "cos" not in value.name:
             return by_index(self, emit, value, dims)
-        kept = emit.size(self.keep, 1)
+        kept = emit.size(self.keep_idx, 1)
         for dim in dims:
             value = emit(torch.ops.aten.slice.Tensor, value, dim, 0, kept)
         return value
