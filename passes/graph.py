@@ -99,7 +99,8 @@ def split_index(path: str) -> tuple[str, int] | None:
 
 
 @cache
-def _argument_names(target: object) -> tuple[str, ...]:
+def argument_names(target: object) -> tuple[str, ...]:
+    """The names of an operator's arguments, in order."""
     schema = getattr(target, "_schema", None)
     return tuple(a.name for a in schema.arguments) if schema is not None else ()
 
@@ -108,7 +109,7 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     """An ATen call's argument by its schema name, however it was passed."""
     if name in node.kwargs:
         return node.kwargs[name]
-    names = _argument_names(node.target)
+    names = argument_names(node.target)
     if name in names and names.index(name) < len(node.args):
         return node.args[names.index(name)]
     return default
@@ -116,7 +117,7 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
 
 def set_argument(node: Node, name: str, value: Any) -> None:
     """Replace an ATen call's argument by its schema name."""
-    names = _argument_names(node.target)
+    names = argument_names(node.target)
     if name in names and names.index(name) < len(node.args):
         node.update_arg(names.index(name), value)
     else:

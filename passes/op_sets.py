@@ -34,6 +34,20 @@ SCORE_VIEWS = RESHAPES | COPIES
 # Elementwise though not tagged so.
 SCORE_ELEMENTWISE = SCORE_MASKING | CONVERSIONS | named("dropout", "mul_", "div_")
 
+# Matrix products, by the names of the two factors.
+FACTORS = {
+    **dict.fromkeys(named("matmul"), ("self", "other")),
+    **dict.fromkeys(named("mm", "bmm"), ("self", "mat2")),
+    **dict.fromkeys(named("addmm"), ("mat1", "mat2")),
+    **dict.fromkeys(named("baddbmm"), ("batch1", "batch2")),
+}
+# Two dims swapped, by the names of the arguments that say which; () for the last two.
+SWAPPED_DIMS = {
+    **dict.fromkeys(named("transpose", "swapdims"), ("dim0", "dim1")),
+    **dict.fromkeys(named("swapaxes"), ("axis0", "axis1")),
+    **dict.fromkeys(named("t", "mT"), ()),
+}
+
 # Norms hold no projection, and more than value by value work.
 PROJECTIONS = named("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")
 VALUE_BY_VALUE = CONVERSIONS | COPIES | named("dropout", "alias")

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import dartfx.ops.attribution  # noqa: F401  registers torch.ops.dartfx.picked_by
 from dartfx.observe.collecting import collecting
-from dartfx.passes.graph import Emitter
+from dartfx.passes.graph import Emitter, argument, argument_names
 
 __all__ = [
     "KeepIdxRecord",
@@ -99,13 +99,13 @@ def return_keep_idx(module: GraphModule, *, tokens: bool) -> int:
     """
     graph = module.graph
     keep_idx, last = keep_idx_in_prompt(graph), _selections(graph)[-1]
-    vision_mask = keep_idx[0].args[2]
+    vision_mask = argument(keep_idx[0], "vision_mask")
     added: list[Any] = [keep_idx[-1]]
     if tokens:
         added.append(vision_mask)
-    if tokens and last.args[8] == "dart":
-        emit = Emitter(keep_idx[-1].next)
-        picker = emit(torch.ops.dartfx.picked_by.default, *last.args[:8])
+    if tokens and argument(last, "selector") == "dart":
+        emit, picked_by = Emitter(keep_idx[-1].next), torch.ops.dartfx.picked_by.default
+        picker = emit(picked_by, *(argument(last, name) for name in argument_names(picked_by)))
         if len(keep_idx) > 1:
             picker = emit(torch.ops.dartfx.in_prompt.default, picker, keep_idx[-2], vision_mask)
         added.append(picker)

@@ -18,6 +18,7 @@ from dartfx.passes.analysis import locate
 from dartfx.passes.analysis.kv_caches import sliding_caches
 from dartfx.passes.analysis.token_axes import TokenAxes, infer_axes
 from dartfx.passes.frontend.normalise import normalise
+from dartfx.passes.graph import argument
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.request import Request
 from dartfx.passes.site import Site
@@ -76,7 +77,8 @@ class Graphs:
         _return(self.masked, [*(w.name if w else None for w in self._returned), *layers])
         _return_also(self.pruned, layers)
         selects = self.pruned.graph.find_nodes(op="call_function", target=_SELECT)
-        self._valid = [n.name for n in selects[0].args[3:4] if isinstance(n, Node)]
+        valid = argument(selects[0], "valid_mask")
+        self._valid = [] if valid is None else [valid.name]
         self._cuts = len(selects)
         _return_also(self.pruned, [*self._valid, *(n.name for n in selects)])
 

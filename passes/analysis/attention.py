@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from dartfx.passes.graph import argument, aten, is_one, packet, same_size, sizes, tensor
 from dartfx.passes.op_sets import (
+    FACTORS,
     SCORE_ELEMENTWISE,
     SCORE_MASKING,
     SCORE_PRODUCTS,
@@ -18,6 +19,7 @@ from dartfx.passes.op_sets import (
     SCORE_VIEWS,
     SDPA,
     SOFTMAX,
+    SWAPPED_DIMS,
 )
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.site import Stack
@@ -72,7 +74,7 @@ def _product_above(node: Node, depth: int = 8) -> Node | None:
     if packet(node) in SCORE_PRODUCTS:
         return node
     if depth and packet(node) in SCORE_VIEWS:
-        return _product_above(node.all_input_nodes[0], depth - 1)
+        return _product_above(argument(node, "self"), depth - 1)
     if depth == 0 or not _is_elementwise(node):
         return None
     shape = sizes(node)
@@ -216,8 +218,8 @@ def _keys(product: Node) -> Node:
     if packet(product) is aten.einsum:
         found = _einsum_keys(product)
     else:
-        transposed = _through(product.all_input_nodes[-1], SCORE_VIEWS)
-        found = transposed.all_input_nodes[0] if _swaps_last(transposed) else None
+        transposed = _through(argument(product, FACTORS[packet(product)][1]), SCORE_VIEWS)
+        found = argument(transposed, "self") if _swaps_last(transposed) else None
     keys = found if found is None or len(sizes(found)) == 4 else _through(found, SCORE_VIEWS)
     if keys is None or found is None or not _ends_alike(keys, found):
         raise Refusal(
@@ -233,7 +235,7 @@ def _ends_alike(one: Node, other: Node) -> bool:
 
 def _einsum_keys(product: Node) -> Node | None:
     """The second operand of ``...qd,...kd->...qk``."""
-    operands, letters = argument(product, "tensors"), str(product.args[0]).replace(" ", "")
+    operands, letters = argument(product, "tensors"), argument(product, "equation").replace(" ", "")
     inputs, _, result = letters.partition("->")
     queries, _, keys = inputs.partition(",")
     if len(operands) != 2 or not result or "." in letters:
@@ -252,12 +254,13 @@ def _hides(node: Node, scores: Node) -> bool:
 def _swaps_last(node: Node) -> bool:
     """Whether a value is another one with its last two dims swapped."""
     rank = len(sizes(node))
-    if packet(node) in (aten.transpose, aten.swapaxes):
-        return {d % rank for d in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[operator]
+    if packet(node) in (aten.transpose, aten.swapaxes, aten.mT):
+        names: tuple[str, ...] = SWAPPED_DIMS[packet(node)]
+        return {argument(node, n) % rank for n in names} in ({rank - 2, rank - 1}, set())
     if packet(node) is aten.permute:
         order = [d % rank for d in argument(node, "dims")]
         return order == [*range(rank - 2), rank - 1, rank - 2]
-    return packet(node) is aten.mT
+    return False
 
 
 def _unrepeated(keys: Node) -> Node:
@@ -265,17 +268,17 @@ def _unrepeated(keys: Node) -> Node:
     expanded = _through(keys, SCORE_VIEWS)
     if packet(expanded) is not aten.expand:
         return keys
-    grouped = _through(expanded.all_input_nodes[0], {aten.slice})
+    grouped = _through(argument(expanded, "self"), {aten.slice})
     if packet(grouped) is not aten.unsqueeze:
         return keys
-    source = grouped.all_input_nodes[0]
+    source: Node = argument(grouped, "self")
     return source if len(sizes(source)) == 4 else keys
 
 
 def _through(node: Node, kinds: Collection[Any]) -> Node:
     """The value before any of these operators; a slice only when it takes all there is."""
     while packet(node) in kinds:
-        source = node.all_input_nodes[0]
+        source = argument(node, "self")
         if packet(node) is aten.slice and not all(map(same_size, sizes(source), sizes(node))):
             break
         node = source

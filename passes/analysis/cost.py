@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from dartfx.passes.graph import argument, aten, hint, packet, sizes, tensor
+from dartfx.passes.op_sets import FACTORS
 
 
 def _shape(node: Node) -> list[int]:
@@ -26,10 +27,8 @@ def node_flops(node: Node) -> int:
     kind = packet(node)
     if kind is aten.linear:
         return 2 * prod(_shape(node)) * _shape(argument(node, "input"))[-1]
-    if kind in (aten.matmul, aten.bmm, aten.mm):
-        return 2 * prod(_shape(node)) * _shape(node.all_input_nodes[0])[-1]
-    if kind in (aten.addmm, aten.baddbmm):
-        return 2 * prod(_shape(node)) * _shape(node.args[1])[-1]  # type: ignore[arg-type]
+    if kind in FACTORS:
+        return 2 * prod(_shape(node)) * _shape(argument(node, FACTORS[kind][0]))[-1]
     if kind is aten.scaled_dot_product_attention:
         query, key = _shape(argument(node, "query")), _shape(argument(node, "key"))
         return 2 * prod(query[:-1]) * key[-2] * (query[-1] + _shape(node)[-1])

@@ -170,8 +170,8 @@ def _group(graph: Graph) -> tuple[str, int]:
     shards = [s for n in graph.nodes if n.op == "placeholder" and (s := _shards(n)).group]
     named = {s.group for s in shards}
     for node in graph.nodes:
-        if is_collective(node) and isinstance(node.args[-1], str):
-            named.add(node.args[-1])
+        if is_collective(node) and isinstance(argument(node, "group_name"), str):
+            named.add(argument(node, "group_name"))
     if len(named) > 1:
         raise Refusal(
             f"the graph is distributed over {len(named)} process groups at once "

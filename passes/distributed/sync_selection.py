@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from dartfx.passes.distributed.rank_placement import RankPlacement, RankPlacements, Replicate, Shard
-from dartfx.passes.graph import Emitter, aten, sizes, tensor
+from dartfx.passes.graph import Emitter, argument, aten, sizes, tensor
 from dartfx.passes.outcome import Across
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.selection import ByOperator, Select
@@ -61,7 +61,7 @@ def sync_selection(keep: Node, select: Select) -> tuple[Node, Across | None]:
 def _chosen(keep: Node) -> Node:
     """The selection itself, before the checks that may follow it."""
     while keep.target is torch.ops.dartfx.require_rows.default:
-        keep = keep.all_input_nodes[0]
+        keep = argument(keep, "x")
     return keep
 
 

@@ -178,7 +178,7 @@ def _puts_back(node: Node, mask: Node, packed: Container[Node]) -> bool:
 def _positions(mask: Node) -> Node:
     """The mask itself, whatever dims it was given to broadcast."""
     while packet(mask) in BROADCASTS:
-        mask = mask.all_input_nodes[0]
+        mask = argument(mask, "self")
     return mask
 
 

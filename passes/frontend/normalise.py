@@ -104,7 +104,7 @@ def drop_aliases(graph: Graph) -> None:
         may_be = kind in (aten.to, aten.type_as) or (
             kind is aten.dropout and not argument(node, "train")
         )
-        source = node.args[0] if may_be and node.args else None
+        source = argument(node, "self", argument(node, "input")) if may_be else None
         if not isinstance(source, Node) or argument(node, "copy"):
             continue
         old, new = tensor(source), tensor(node)

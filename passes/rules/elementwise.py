@@ -63,22 +63,22 @@ def all_gather(axes: Axes, node: Node, out: Node) -> None:
 
 @rule(*named("type_as"))
 def type_as(axes: Axes, node: Node, out: Node) -> None:
-    """The first operand's dims; the second is asked for its dtype only."""
+    """The first operand's dims; only the dtype of the second is read."""
     same_shape(axes, node, out)
-    reads_metadata_only(axes, node, node.all_input_nodes[-1])
+    reads_metadata_only(axes, node, argument(node, "other"))
 
 
 @rule(*named("new_zeros", "new_ones", "new_empty", "new_full"))
 def new(axes: Axes, node: Node, out: Node) -> None:
-    """The operand is asked for its dtype and device only; what is written later ties the dims."""
-    reads_metadata_only(axes, node, node.all_input_nodes[0])
+    """Only the operand's dtype and device are read; what is written later relates the dims."""
+    reads_metadata_only(axes, node, argument(node, "self"))
 
 
 @rule(*named("_assert_tensor_metadata"))
 def assert_metadata(axes: Axes, node: Node, out: Node) -> None:
-    """The operand is asked for its dtype and device; one asked for its shape would fail later."""
+    """Only the operand's dtype and device are read; an assertion on its shape would fail later."""
     if argument(node, "size") is None and argument(node, "stride") is None:
-        reads_metadata_only(axes, node, node.all_input_nodes[0])
+        reads_metadata_only(axes, node, argument(node, "a"))
 
 
 @rule(*named("view_as_complex", "view_as_real", "one_hot"))

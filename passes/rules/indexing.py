@@ -70,7 +70,7 @@ def _permute_rows(axes: Axes, node: Node, first: Node, indices: Node, out: Node)
         if type(divisor) is not int:
             return
         repeats *= divisor
-        order = order.all_input_nodes[0]
+        order = argument(order, "self")
     if is_sort_order(order) and same_size(sizes(first)[0] * repeats, sizes(indices)[0]):
         axes.allow_pruning(node, (first, 0))
         # Rows from before the cut would be picked by their rank among the tokens that are left.

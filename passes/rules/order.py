@@ -20,7 +20,7 @@ from dartfx.passes.rules.table import rule
 @rule(*named("cumsum", "cumprod", "cummax", "logcumsumexp", "flip", "roll"))
 def ordered(axes: Axes, node: Node, out: Node) -> None:
     """Keeps its shape but reads positions along some dims, or moves them: those stay opaque."""
-    first = node.all_input_nodes[0]
+    first = argument(node, "self")
     dims = argument(node, "dim", argument(node, "dims", -1))
     if packet(node) is aten.roll and not argument(node, "dims"):
         return  # rolls the flattened tensor
@@ -35,7 +35,7 @@ def ordered(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("sort", "argsort"))
 def sort(axes: Axes, node: Node, out: Node) -> None:
     """Opaque along its dim, unless the order only groups rows that are put back as they were."""
-    first = node.all_input_nodes[0]
+    first = argument(node, "self")
     at = argument(node, "dim", -1) % len(sizes(out))
     for dim in range(len(sizes(out))):
         if dim != at or _only_routes(node):
@@ -64,7 +64,7 @@ def _only_routes(node: Node) -> bool:
 @rule(*named("tril", "triu"))
 def triangle(axes: Axes, node: Node, out: Node) -> None:
     """Reads positions of the last two dims."""
-    first = node.all_input_nodes[0]
+    first = argument(node, "self")
     for dim in range(len(sizes(out))):
         if dim < len(sizes(out)) - 2:
             axes.preserve(node, (first, dim), (out, dim))

@@ -14,7 +14,7 @@ from dartfx.passes.graph import (
     packet,
     sizes,
 )
-from dartfx.passes.op_sets import named
+from dartfx.passes.op_sets import FACTORS, named
 from dartfx.passes.rules.elementwise import broadcast
 from dartfx.passes.rules.table import align, reads_metadata_only, rule
 
@@ -23,7 +23,7 @@ from dartfx.passes.rules.table import align, reads_metadata_only, rule
               "linalg_vector_norm", "max", "min", "topk"))  # fmt: skip
 def reduce(axes: Axes, node: Node, out: Node) -> None:
     """Dims summed away do not depend on token order; which index won does, so it stays opaque."""
-    first = node.all_input_nodes[0]
+    first = argument(node, "self")
     rank = len(sizes(first))
     if packet(node) in (aten.max, aten.min) and len(node.all_input_nodes) == 2:
         broadcast(axes, node, out)
@@ -45,7 +45,7 @@ def reduce(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("histc", "bincount"))
 def count(axes: Axes, node: Node, out: Node) -> None:
     """How many values fall into each bin, whatever their order."""
-    reads_metadata_only(axes, node, node.all_input_nodes[0])
+    reads_metadata_only(axes, node, argument(node, "self"))
 
 
 @rule(*named("cross_entropy_loss", "nll_loss", "nll_loss_nd"))
@@ -74,8 +74,7 @@ def linear(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("matmul", "bmm", "mm"))
 def matmul(axes: Axes, node: Node, out: Node) -> None:
     """[.., M, C] @ [.., C, N]: the contracted dim is a sum over tokens when it is the axis."""
-    a, b = node.args[:2]
-    assert isinstance(a, Node) and isinstance(b, Node)
+    a, b = (argument(node, name) for name in FACTORS[packet(node)])
     if min(len(sizes(a)), len(sizes(b))) < 2:
         return
     _contract(axes, node, (a, -1), (b, -2))
@@ -97,9 +96,8 @@ def _contract(axes: Axes, node: Node, a: tuple[Node, int], b: tuple[Node, int]) 
 @rule(*named("addmm", "baddbmm"))
 def addmm(axes: Axes, node: Node, out: Node) -> None:
     """bias + a [.., M, C] @ b [.., C, N]."""
-    bias, a, b = node.args[:3]
-    assert isinstance(bias, Node) and isinstance(a, Node) and isinstance(b, Node)
-    align(axes, node, bias, out)
+    a, b = (argument(node, name) for name in FACTORS[packet(node)])
+    align(axes, node, argument(node, "self"), out)
     _contract(axes, node, (a, -1), (b, -2))
     for back in range(2, len(sizes(out)) + 1):
         axes.preserve(node, (a, -back), (out, -back))
@@ -114,8 +112,9 @@ def grouped_mm(axes: Axes, node: Node, out: Node) -> None:
 
     Where groups end must be counted from the rows that remain.
     """
-    rows, weights, ends = node.args[:3]
-    assert isinstance(rows, Node) and isinstance(weights, Node)
+    rows = argument(node, "self", argument(node, "input"))
+    weights = argument(node, "mat2", argument(node, "weight"))
+    ends = argument(node, "offs")
     if isinstance(ends, Node) and len(sizes(rows)) == 2 and len(sizes(weights)) == 3:
         axes.preserve(node, (rows, 0), (out, 0))
         axes.unify((rows, 1), (weights, 1))
@@ -126,7 +125,7 @@ def grouped_mm(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("einsum"))
 def einsum(axes: Axes, node: Node, out: Node) -> None:
     """Letters are the dims; an ellipsis is opaque."""
-    equation = str(node.args[0]).replace(" ", "")
+    equation = argument(node, "equation").replace(" ", "")
     if "." in equation or "->" not in equation:
         return
     left, right = equation.split("->")

@@ -19,7 +19,7 @@ from dartfx.passes.graph import (
     same_size,
     sizes,
 )
-from dartfx.passes.op_sets import named
+from dartfx.passes.op_sets import SWAPPED_DIMS, named
 from dartfx.passes.rules.table import align, reads_metadata_only, rule
 
 _END = torch.iinfo(torch.int64).max
@@ -27,7 +27,7 @@ _LARGE = 4099
 
 
 def _permuted(axes: Axes, node: Node, out: Node, order: list[int]) -> None:
-    first = node.all_input_nodes[0]
+    first = argument(node, "self")
     for to, source in enumerate(order):
         axes.preserve(node, (first, source), (out, to))
 
@@ -37,13 +37,11 @@ def transpose(axes: Axes, node: Node, out: Node) -> None:
     """Two dims swapped."""
     rank = len(sizes(out))
     order = list(range(rank))
-    if len(node.args) >= 3:
-        one, other = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
-    else:
-        one, other = rank - 2, rank - 1
     if packet(node) is aten.numpy_T:
         order.reverse()
     elif rank > 1:
+        names: tuple[str, ...] = SWAPPED_DIMS[packet(node)]
+        one, other = (argument(node, name) for name in names) if names else (-2, -1)
         order[one], order[other] = order[other], order[one]
     _permuted(axes, node, out, order)
 
@@ -57,7 +55,7 @@ def permute(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("unsqueeze"))
 def unsqueeze(axes: Axes, node: Node, out: Node) -> None:
     """A new size-1 dim."""
-    first, at = node.all_input_nodes[0], argument(node, "dim") % len(sizes(out))
+    first, at = argument(node, "self"), argument(node, "dim") % len(sizes(out))
     for dim in range(len(sizes(first))):
         axes.preserve(node, (first, dim), (out, dim if dim < at else dim + 1))
 
@@ -65,7 +63,7 @@ def unsqueeze(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("squeeze"))
 def squeeze(axes: Axes, node: Node, out: Node) -> None:
     """Size-1 dims leave."""
-    first = node.all_input_nodes[0]
+    first = argument(node, "self")
     rank, dims = len(sizes(first)), argument(node, "dim")
     chosen = range(rank) if dims is None else (dims if isinstance(dims, list) else [dims])
     gone = {d % rank for d in chosen if is_one(sizes(first)[d])}
@@ -77,14 +75,14 @@ def squeeze(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("expand", "expand_as", "broadcast_to"))
 def expand(axes: Axes, node: Node, out: Node) -> None:
     """Size-1 dims repeat; new dims come in front."""
-    align(axes, node, node.all_input_nodes[0], out)
+    align(axes, node, argument(node, "self"), out)
     if packet(node) is aten.expand_as:
         same_sizes(axes, node, out)
 
 
 def same_sizes(axes: Axes, node: Node, out: Node) -> None:
     """The result has the shape of the second operand, whose values are not read."""
-    other = node.all_input_nodes[-1]
+    other = argument(node, "other")
     reads_metadata_only(axes, node, other)
     for dim in range(len(sizes(out))):
         axes.unify((other, dim), (out, dim))
@@ -93,7 +91,7 @@ def same_sizes(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("select"))
 def select(axes: Axes, node: Node, out: Node) -> None:
     """One index of a dim.  The last token stays the last; any other may not survive."""
-    first = node.all_input_nodes[0]
+    first = argument(node, "self")
     at = argument(node, "dim") % len(sizes(first))
     for dim in range(len(sizes(out))):
         axes.preserve(node, (first, dim if dim < at else dim + 1), (out, dim))
@@ -104,7 +102,7 @@ def select(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("slice", "narrow"))
 def slice_(axes: Axes, node: Node, out: Node) -> None:
     """A range of a dim.  All of it stays the axis; the last few tokens stay the last few."""
-    first = node.all_input_nodes[0]
+    first = argument(node, "self")
     at = argument(node, "dim", 0) % len(sizes(first))
     for dim in range(len(sizes(out))):
         if dim != at or same_size(sizes(first)[dim], sizes(out)[dim]):
@@ -119,7 +117,7 @@ def regroup(axes: Axes, node: Node, out: Node) -> None:
     """Memory order decides: equal running products delimit groups of dims."""
     if node.target is aten.view.dtype:
         return  # the same bytes read as another type
-    first = node.all_input_nodes[0]
+    first = argument(node, "self")
     if packet(node) in (aten.view_as, aten.reshape_as):
         same_sizes(axes, node, out)
     for left, right in _groups(first, out):
@@ -215,7 +213,7 @@ def stack(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("split", "split_with_sizes", "chunk", "tensor_split", "unbind"))
 def split(axes: Axes, node: Node, out: Node) -> None:
     """Cut along one dim, or (``unbind``) without it."""
-    first = node.all_input_nodes[0]
+    first = argument(node, "self")
     at = argument(node, "dim", 0) % len(sizes(first))
     gone = len(sizes(out)) < len(sizes(first))
     for dim in range(len(sizes(first))):
@@ -226,7 +224,7 @@ def split(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("repeat"))
 def repeat(axes: Axes, node: Node, out: Node) -> None:
     """A dim repeated once stays; repeated more, each copy follows the whole of the last."""
-    first, times = node.all_input_nodes[0], argument(node, "repeats")
+    first, times = argument(node, "self"), argument(node, "repeats")
     for back in range(1, len(sizes(first)) + 1):
         if type(times[-back]) is int and times[-back] == 1:
             axes.preserve(node, (first, -back), (out, -back))
@@ -238,7 +236,7 @@ def repeat(axes: Axes, node: Node, out: Node) -> None:
 @rule(*named("repeat_interleave"))
 def repeat_interleave(axes: Axes, node: Node, out: Node) -> None:
     """The copies of a value stand together; other dims stay."""
-    first, at, times = node.all_input_nodes[0], argument(node, "dim"), argument(node, "repeats")
+    first, at, times = argument(node, "self"), argument(node, "dim"), argument(node, "repeats")
     if at is None or isinstance(times, Node):
         return
     at %= len(sizes(out))
@@ -254,7 +252,7 @@ def repeat_interleave(axes: Axes, node: Node, out: Node) -> None:
 def movedim(axes: Axes, node: Node, out: Node) -> None:
     """Some dims move to given positions, the others keep their order."""
     rank = len(sizes(out))
-    source, destination = (_dims(node.args[i], rank) for i in (1, 2))
+    source, destination = (_dims(argument(node, name), rank) for name in ("source", "destination"))
     rest = iter(d for d in range(rank) if d not in source)
     moved = dict(zip(destination, source, strict=True))
     _permuted(axes, node, out, [moved[d] if d in moved else next(rest) for d in range(rank)])
@@ -267,7 +265,7 @@ def _dims(chosen: Any, rank: int) -> list[int]:
 @rule(*named("pad", "constant_pad_nd"))
 def pad(axes: Axes, node: Node, out: Node) -> None:
     """Dims without padding stay."""
-    first, amounts = node.all_input_nodes[0], argument(node, "pad")
+    first, amounts = argument(node, "self"), argument(node, "pad")
     for back in range(1, len(sizes(out)) + 1):
         if all(a == 0 for a in amounts[2 * back - 2 : 2 * back]):
             axes.preserve(node, (first, -back), (out, -back))

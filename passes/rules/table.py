@@ -75,6 +75,6 @@ def align(axes: Axes, node: Node, operand: Node, out: Node) -> None:
 
 
 def reads_metadata_only(axes: Axes, node: Node, operand: Node) -> None:
-    """The operand is asked for its shape, dtype or device; its values are not read."""
+    """Only the operand's shape, dtype or device is read, not its values."""
     for dim in range(len(sizes(operand))):
         axes.allow_pruning(node, (operand, dim))

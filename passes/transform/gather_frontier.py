@@ -9,6 +9,7 @@ from dartfx.passes.analysis.cut_region import CutRegion
 from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.graph import (
     Emitter,
+    argument,
     aten,
     bases,
     is_one,
@@ -77,7 +78,7 @@ class Gatherer:
             return self._by_flat_index(emit, value, flat)
         if packet(value) in REPEATED_VIEWS:
             # One table (cos, sin) viewed by every layer: gather the table, repeat the view.
-            source = value.all_input_nodes[0]
+            source = argument(value, "self")
             return emit.copy(value, {source: self(source, anchor)})
         if is_one(sizes(self.keep_idx)[0]):
             return self._by_index(emit, value, dims)

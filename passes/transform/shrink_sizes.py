@@ -84,5 +84,6 @@ def reroute_sizes(region: Sequence[Node], axes: TokenAxes, hidden: Node) -> None
     """Sizes read off pruned values mean the original length: read them off ``hidden`` instead."""
     for node in region:
         for user in list(node.users):
-            if user.target is aten.sym_size.int and axes.is_token(node, int(user.args[1])):  # type: ignore[arg-type]
-                user.args = (hidden, 1)
+            if user.target is aten.sym_size.int and axes.is_token(node, argument(user, "dim")):
+                set_argument(user, "self", hidden)
+                set_argument(user, "dim", 1)

@@ -18,11 +18,9 @@ from torch.fx import Graph, GraphModule, Node
 from dartfx.backend import lowering
 from dartfx.config.options import DartConfig
 from dartfx.observe import dump
-from dartfx.passes.graph import bases, mutated_operands
+from dartfx.passes.graph import argument, bases, mutated_operands, set_argument
 
 __all__ = ["Resumed", "resuming"]
-
-_RETAIN = 5  # its place among the arguments of select_tokens
 
 
 @contextmanager
@@ -75,10 +73,11 @@ class Resumed:
         R stands in one place of it.  Raises ValueError where it is no number there.
         """
         (select,) = _selections(self._rest.graph)
-        if not isinstance(select.args[_RETAIN], int):
-            raise ValueError(f"the tokens to retain are no number but {select.args[_RETAIN]}")
-        if select.args[_RETAIN] != tokens:
-            select.update_arg(_RETAIN, tokens)
+        retain = argument(select, "retain")
+        if not isinstance(retain, int):
+            raise ValueError(f"the tokens to retain are no number but {retain}")
+        if retain != tokens:
+            set_argument(select, "retain", tokens)
             self._rest.recompile()
 
     def __call__(self, *inputs: Any) -> Any:
