@@ -1,7 +1,28 @@
 """Spellings that hide what they do token by token, rewritten to ones that show it.
 
-Each rewrite computes the same values.  It runs on every graph that may be pruned, before anything
-is asked of it.
+Each rewrite computes the same values.  It runs on every graph that may be pruned, before any
+analysis.  Rows picked by a mask and put back (N depends on data; rows have no token axis)::
+
+    index: f32[N, D] = aten.index.Tensor(x_1, [mask_1])
+    add: f32[N, D] = aten.add.Tensor(index, rows_1)
+    index_put: f32[1, S, D] = aten.index_put(x_1, [mask_1], add)
+
+become the same work on every token::
+
+    unsqueeze_default: bool[1, S, 1] = aten.unsqueeze(mask_1, 2)
+    new_zeros_default: f32[1, S, D] = aten.new_zeros(rows_1, ...)
+    masked_scatter_default: f32[1, S, D] = aten.masked_scatter(new_zeros_default, ..., rows_1)
+    add_1: f32[1, S, D] = aten.add.Tensor(x_1, masked_scatter_default)
+    where_self: f32[1, S, D] = aten.where.self(unsqueeze_default, add_1, x_1)
+
+The inverse of a sort's order, written by index::
+
+    arange: i64[6] = aten.arange(6)
+    index_put: i64[6] = aten.index_put(empty_like, [argsort], arange)
+
+becomes::
+
+    argsort_default: i64[6] = aten.argsort(argsort)
 """
 
 from __future__ import annotations

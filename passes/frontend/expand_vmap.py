@@ -2,7 +2,21 @@
 
 transformers builds sliding-window and bidirectional masks by mapping a predicate over positions.
 A pre-dispatch trace records the mapping's bookkeeping but not its batching, and what it records
-cannot run; traced one level lower, the batching is in the operators.
+cannot run; traced one level lower, the batching is in the operators.  Before::
+
+    _vmap_increment_nesting = _vmap_increment_nesting(S, 'error')
+    child: i64[] = _add_batch_dim(l_positions_, 0, 1)
+    _vmap_increment_nesting_1 = _vmap_increment_nesting(S, 'error')
+    _add_batch_dim_1: i64[] = _add_batch_dim(l_positions_, 0, 2)
+    batched_outputs: bool[] = ge(child, _add_batch_dim_1)
+    batched_outputs_1: bool[S] = _remove_batch_dim(batched_outputs, 2, S, 0)
+    _remove_batch_dim_1: bool[S, S] = _remove_batch_dim(batched_outputs_1, 1, S, 0)
+
+After, a submodule with ATen in it, which the re-trace inlines::
+
+    vmap_0 = vmap_0(S, l_positions_)
+    view: i64[S, 1] = aten.view(arg1_1, [arg0_1, 1])
+    ge: bool[S, S] = aten.ge.Tensor(view, arg1_1)
 """
 
 from __future__ import annotations

@@ -2,6 +2,20 @@
 
 Exported graphs are pre-dispatch ATen already.  What is decided on the copy, a guard or a size that
 depends on data, never reaches the program it came from.
+
+Before, with a region without gradients as a call of a subgraph::
+
+    wrap_with_set_grad_enabled: (...) = wrap_with_set_grad_enabled(False, submod_3, x)
+    to: f32[1, S, 8] = getitem(wrap_with_set_grad_enabled, 0)
+    cos: f32[1, S, 8] = getitem(wrap_with_set_grad_enabled, 1)
+    mul: f32[1, S, 8] = aten.mul.Tensor(to, cos)
+
+After, with its operators between the switches and without the conversion that converted nothing::
+
+    _set_grad_enabled = _set_grad_enabled(False)
+    cos_1: f32[1, S, 8] = aten.cos(x)
+    _set_grad_enabled_1 = _set_grad_enabled(True)
+    mul: f32[1, S, 8] = aten.mul.Tensor(x, cos_1)
 """
 
 from __future__ import annotations

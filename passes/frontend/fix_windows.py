@@ -1,8 +1,18 @@
 """Windows of a fixed length whose length is a symbol in dynamo's graph.
 
-With ``dynamic=True`` Python numbers become symbols, too: the length of a sliding-window
-KV cache, which keeps ``keys[:, :, -window + 1:]``.  No rule could say what such a slice takes of
-fewer tokens.  The number never changes while a model runs, so that a guard on it costs nothing.
+With ``dynamic=True`` Python numbers become symbols, too: the length of a sliding-window KV cache,
+which keeps ``keys[:, :, -window + 1:]``.  No rule could say what such a slice takes of fewer
+tokens.  The number never changes while a model runs, so that a guard on it costs nothing.  Before::
+
+    arg0_1: Sym(W) = input
+    neg: Sym(-W) = neg(arg0_1)
+    add: Sym(1 - W) = add(neg, 1)
+    slice_2: f32[1, H, W - 1, D] = aten.slice.Tensor(slice_1, 2, add, END)
+
+After, with a guard that W is 6::
+
+    arg0_1: Sym(6) = input
+    slice_2: f32[1, H, 5, D] = aten.slice.Tensor(slice_1, 2, -5, END)
 """
 
 from __future__ import annotations

@@ -3,6 +3,17 @@
 Gradient checkpointing, nested compile regions and the like say how a region is to be compiled or
 differentiated, not what it computes.  What a checkpoint's region consists of is noted on its nodes,
 so that ``transform/restore_checkpoints.py`` can make calls of what is left of it.
+
+Before, with the operators in a submodule::
+
+    tag_activation_checkpoint: (f32[S, 8]) = tag_activation_checkpoint(wrap_body_0, S, l_x_, ...)
+    getitem: f32[S, 8] = getitem(tag_activation_checkpoint, 0)
+
+After::
+
+    sin: f32[S, 8] = Tensor.sin(l_x_)
+    mul: f32[S, 8] = mul(sin, 2)
+    relu: f32[S, 8] = Tensor.relu(mul)
 """
 
 from __future__ import annotations

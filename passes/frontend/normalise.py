@@ -1,4 +1,20 @@
-"""Dynamo's graph -> pre-dispatch ATen, the one IR that every later pass reads."""
+"""Dynamo's graph -> pre-dispatch ATen, the one IR that every later pass reads.
+
+Before, as dynamo writes it; parameters are inputs, and only some nodes have values::
+
+    l_x_: f32[1, S, 8] = input
+    to: f32[1, S, 8] = Tensor.to(l_x_, f32)
+    layer_norm: f32[1, S, 8] = layer_norm(to, (8), ...)
+    relu: f32[1, S, 8] = Tensor.relu(layer_norm)
+    add: f32[1, S, 8] = add(l_x_, relu)
+
+After; the conversion that converted nothing is gone::
+
+    arg1_1: f32[1, S, 8] = input
+    layer_norm: f32[1, S, 8] = aten.layer_norm(arg1_1, [8], arg2_1, arg3_1)
+    relu: f32[1, S, 8] = aten.relu(layer_norm)
+    add: f32[1, S, 8] = aten.add.Tensor(arg1_1, relu)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,17 @@
-"""Postconditions: the recomputed shape of every pruned value is what the token axes predict."""
+"""Postconditions: the recomputed shape of every pruned value is what the token axes predict.
+
+Changes fake values only.  Before::
+
+    linear_2: f32[1, S, 8] = aten.linear(index_select_default, arg7_1)
+    view_2: f32[1, S, 2, 4] = aten.view(linear_2, [1, sym_size_int_3, 2, 4])
+    transpose_3: f32[1, 2, S, 4] = aten.transpose.int(view_2, 1, 2)
+
+After::
+
+    linear_2: f32[1, S', 8] = aten.linear(index_select_default, arg7_1)
+    view_2: f32[1, S', 2, 4] = aten.view(linear_2, [1, sym_size_int_3, 2, 4])
+    transpose_3: f32[1, 2, S', 4] = aten.transpose.int(view_2, 1, 2)
+"""
 
 from __future__ import annotations
 

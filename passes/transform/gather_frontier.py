@@ -1,4 +1,22 @@
-"""The frontier: every token-axis value that enters the pruned region is gathered, once."""
+"""The frontier: every token-axis value that enters the region behind the cut is gathered, once.
+
+Before, with hidden states ``add`` and a rotary table ``cos`` from in front of the cut::
+
+    linear_2: f32[1, S, 8] = aten.linear(add, arg7_1)
+    mul_1: f32[1, 2, S, 4] = aten.mul.Tensor(transpose_3, unsqueeze_4)
+    add_1: f32[1, S, 8] = aten.add.Tensor(add, reshape_1)
+
+After, for one row (a batch gathers each row by its own positions); fake values in the region still
+say S, until ``check_shapes``::
+
+    select_int_1: i64[S'] = aten.select.int(select_tokens_default, 0, 0)
+    index_select_default: f32[1, S', 8] = aten.index_select(add, 1, select_int_1)
+    linear_2: f32[1, S, 8] = aten.linear(index_select_default, arg7_1)
+    index_select_default_1: f32[1, S', 4] = aten.index_select(cos, 1, select_int_1)
+    unsqueeze_5: f32[1, 1, S', 4] = aten.unsqueeze(index_select_default_1, 1)
+    mul_1: f32[1, 2, S, 4] = aten.mul.Tensor(transpose_3, unsqueeze_5)
+    add_1: f32[1, S, 8] = aten.add.Tensor(index_select_default, reshape_1)
+"""
 
 from __future__ import annotations
 

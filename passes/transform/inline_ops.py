@@ -1,4 +1,16 @@
-"""Calls of operators -> the plain operators that a function of tensors is made of."""
+"""Calls of operators -> the plain operators that a function of tensors consists of.
+
+Before::
+
+    silu: f32[1, S, D] = aten.silu(x_1)
+    add: f32[1, S, D] = aten.add.Tensor(silu, 1)
+
+After, with ``lambda x: x * x.sigmoid()`` as the body of ``aten.silu``::
+
+    sigmoid: f32[1, S, D] = aten.sigmoid(x_1)
+    mul: f32[1, S, D] = aten.mul.Tensor(x_1, sigmoid)
+    add: f32[1, S, D] = aten.add.Tensor(mul, 1)
+"""
 
 from __future__ import annotations
 

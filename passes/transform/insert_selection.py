@@ -1,4 +1,21 @@
-"""Put the selection node in front of decoder layer K."""
+"""Put the selection node in front of decoder layer K.
+
+Before, where ``add`` enters layer K (B = 1, N feature rows ``arg4_1``)::
+
+    add: f32[1, S, 8] = aten.add.Tensor(masked_scatter, reshape)
+    linear_2: f32[1, S, 8] = aten.linear(add, arg7_1)
+
+After, with R = 4 and S' = S - N + min(R, N): N from shapes, the vision mask, the final norm applied
+to ``add``, keep_idx, the mask of the tokens that remain, and S' as an argument::
+
+    floordiv: Sym(N) = floordiv(mul_3, 8)
+    select_int: bool[1, S] = aten.select.int(unsqueeze, 2, 0)
+    layer_norm_1: f32[1, S, 8] = aten.layer_norm(add, [8], arg9_1, arg10_1)
+    select_tokens_default: i64[1, S'] = dartfx.select_tokens(layer_norm_1, mul, select_int, ...)
+    gather_default: bool[1, S'] = aten.gather(select_int, 1, select_tokens_default)
+    sym_size_int_3: Sym(S') = aten.sym_size.int(select_tokens_default, 1)
+    linear_2: f32[1, S, 8] = aten.linear(add, arg7_1)
+"""
 
 from __future__ import annotations
 

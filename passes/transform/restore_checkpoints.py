@@ -1,6 +1,18 @@
 """What a graph holds of checkpointed regions -> calls of them again, which recompute.
 
 ``frontend/inline_higher_order.py`` put their bodies into the graph for the passes.
+
+Before::
+
+    sin: f32[S, 8] = aten.sin(arg1_1)
+    mul: f32[S, 8] = aten.mul.Tensor(sin, 2)
+    relu: f32[S, 8] = aten.relu(mul)
+
+After, with the operators in a submodule::
+
+    checkpoint_0_0 = self.checkpoint_0_0
+    tag_activation_checkpoint: (f32[S, 8]) = tag_activation_checkpoint(checkpoint_0_0, ...)
+    getitem: f32[S, 8] = getitem(tag_activation_checkpoint, 0)
 """
 
 from __future__ import annotations

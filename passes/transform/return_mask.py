@@ -1,4 +1,19 @@
-"""A graph that merges vision tokens but holds no decoder: make it return their mask as well."""
+"""A graph that merges vision tokens but holds no decoder: make it return their mask as well.
+
+Before::
+
+    unsqueeze: bool[1, S, 1] = aten.unsqueeze(eq, 2)
+    masked_scatter: f32[1, S, 8] = aten.masked_scatter(arg1_1, unsqueeze, arg4_1)
+    return (masked_scatter)
+
+After::
+
+    unsqueeze: bool[1, S, 1] = aten.unsqueeze(eq, 2)
+    masked_scatter: f32[1, S, 8] = aten.masked_scatter(arg1_1, unsqueeze, arg4_1)
+    select_int: bool[1, S] = aten.select.int(unsqueeze, 2, 0)
+    new_empty_default: f32[N, 0] = aten.new_empty(masked_scatter, [add, 0])
+    return (masked_scatter, select_int, new_empty_default)
+"""
 
 from __future__ import annotations
 

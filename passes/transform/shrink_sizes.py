@@ -1,4 +1,15 @@
-"""Size arguments after the cut: replaced by position, never by value."""
+"""Size arguments after the cut: replaced by position, never by value.
+
+Before, ``arg1_1`` being S::
+
+    view_2: f32[1, S, 2, 4] = aten.view(linear_2, [1, arg1_1, 2, 4])
+    reshape_1: f32[1, S, 8] = aten.reshape(transpose_5, [1, arg1_1, 8])
+
+After, ``sym_size_int_3`` being S'::
+
+    view_2: f32[1, S, 2, 4] = aten.view(linear_2, [1, sym_size_int_3, 2, 4])
+    reshape_1: f32[1, S, 8] = aten.reshape(transpose_5, [1, sym_size_int_3, 8])
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,14 @@
-"""KV caches as they leave the graph: windows opened, early layers trimmed to the pruned length."""
+"""KV caches as they leave the graph: windows opened, early layers trimmed to the pruned length.
+
+Before, with the keys of the layers in front of and behind the cut::
+
+    return (layer_norm, mul, mul_1)
+
+After, under the uniform layout::
+
+    index_select_default_2: f32[1, 2, S', 4] = aten.index_select(mul, 2, select_int_1)
+    return (layer_norm, index_select_default_2, mul_1)
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,293 @@
+"""Every rewriting pass on one tiny graph, against its text in this folder.
+
+``UPDATE_GOLDEN=1 python -m pytest tests/passes/golden`` writes the files anew; read their diff.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.utils.checkpoint import checkpoint
+
+from dartfx import passes
+from dartfx.passes.frontend.canonicalise import canonicalise
+from dartfx.passes.frontend.expand_vmap import expand_vmap
+from dartfx.passes.frontend.exported import opened
+from dartfx.passes.frontend.fix_windows import fix_windows
+from dartfx.passes.frontend.inline_higher_order import inline_higher_order
+from dartfx.passes.frontend.normalise import example_values, normalise
+from dartfx.passes.graph import fake_mode
+from dartfx.passes.transform.inline_ops import inline_ops
+from dartfx.passes.transform.restore_checkpoints import restore_checkpoints
+from dartfx.passes.transform.return_mask import return_vision_mask
+from tests.passes.golden.graph_text import marked, renamed, render
+
+FOLDER, PASSES = Path(__file__).parent, Path(__file__).parents[3] / "passes"
+GOLDEN: dict[str, Callable[[], str]] = {}
+
+
+def golden(*names: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Register what makes the text of these files, from the file's name where there are several."""
+
+    def register(function: Callable[..., str]) -> Callable[..., str]:
+        for name in names:
+            GOLDEN[name] = (lambda n=name: function(n)) if len(names) > 1 else function
+        return function
+
+    return register
+
+
+def dynamo_graph(function: Callable[..., Any], *args: Tensor, symbolic: Any) -> GraphModule:
+    """The one graph that dynamo makes of a call; symbolic: the dims that it takes for symbols."""
+    for number, dim in symbolic:
+        torch._dynamo.mark_dynamic(args[number], dim)
+    graphs: list[GraphModule] = []
+
+    def backend(module: GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(module)
+        return module.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(*args)
+    return graphs[0]
+
+
+def traced(function: Callable[..., Any], *args: Any) -> GraphModule:
+    return make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*args)
+
+
+# --- frontend ---------------------------------------------------------------------------------
+
+
+@golden("normalise")
+def _normalise() -> str:
+    norm = nn.LayerNorm(8).requires_grad_(False)
+
+    def block(x: Tensor) -> Tensor:
+        return x + norm(x.to(torch.float32)).relu()
+
+    module = dynamo_graph(block, torch.rand(1, 6, 8), symbolic=[(0, 1)])
+    text = f"dynamo:\n{render(module.graph)}\nATen:\n{render(normalise(module).graph)}"
+    return renamed(text, "S")
+
+
+@golden("canonicalise_packed_rows")
+def _packed_rows() -> str:
+    def deepstack(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        return x.index_put((mask,), x[mask] + rows)
+
+    mask = torch.tensor([[False, True, True, False, True, False]])
+    module = traced(deepstack, torch.rand(1, 6, 8), mask, torch.rand(3, 8))
+    before = render(module.graph)
+    canonicalise(module.graph)
+    return renamed(marked(before, render(module.graph)), "S", "D", "N")
+
+
+@golden("canonicalise_inverse_permutation")
+def _inverse_permutation() -> str:
+    def routing(experts: Tensor) -> Tensor:
+        order = experts.argsort()
+        return torch.empty_like(order).index_put((order,), torch.arange(len(order)))
+
+    module = traced(routing, torch.tensor([2, 0, 1, 0, 2, 1]))
+    before = render(module.graph)
+    canonicalise(module.graph)
+    return marked(before, render(module.graph))
+
+
+@golden("fix_windows")
+def _fix_windows() -> str:
+    texts = []
+
+    def backend(module: GraphModule, _: Any) -> Callable[..., Any]:
+        for fix in (False, True):  # fixing installs a guard, so the graph without comes first
+            if fix:
+                fix_windows(module.graph)
+            texts.append(render(normalise(module).graph))
+        return module.forward
+
+    def tail(keys: Tensor, window: int) -> Tensor:
+        return keys[:, :, -window + 1 :]
+
+    torch.compile(tail, backend=backend, dynamic=True, fullgraph=True)(torch.rand(1, 2, 9, 4), 6)
+    return renamed(marked(*texts), "W", "H", "S", "D")
+
+
+@golden("expand_vmap")
+def _expand_vmap() -> str:
+    def causal(positions: Tensor) -> Tensor:
+        see = lambda q, k: q >= k  # noqa: E731  as a mask function of transformers is
+        return torch.vmap(torch.vmap(see, (None, 0)), (0, None))(positions, positions)
+
+    module = dynamo_graph(causal, torch.arange(6), symbolic=[(0, 0)])
+    examples = example_values(module)
+    with examples[-1].fake_mode:
+        expanded = expand_vmap(module, examples)
+    inside = render(expanded.get_submodule("vmap_0").graph)
+    around = marked(render(module.graph), render(expanded.graph))
+    return renamed(f"{around}\nvmap_0:\n{inside}", "S")
+
+
+@golden("inline_higher_order", "restore_checkpoints")
+def _checkpoints(name: str) -> str:
+    def block(x: Tensor) -> Tensor:
+        return checkpoint(lambda y: (y.sin() * 2).relu(), x, use_reentrant=False)
+
+    module = dynamo_graph(block, torch.rand(6, 8, requires_grad=True), symbolic=[(0, 0)])
+    if name == "inline_higher_order":
+        inlined = inline_higher_order(module)
+        return renamed(marked(render(module.graph), render(inlined.graph)), "S")
+    inlined = normalise(module)
+    before = render(inlined.graph)
+    restore_checkpoints(inlined)
+    return renamed(marked(before, render(inlined.graph)), "S")
+
+
+@golden("exported")
+def _exported() -> str:
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                angle = x.to(torch.float32).cos()
+            return x * angle
+
+    x = torch.rand(1, 6, 8, requires_grad=True)
+    shapes = ({1: torch.export.Dim("length", min=2, max=64)},)
+    module = torch.export.export(Block(), (x,), dynamic_shapes=shapes).graph_module
+    return renamed(marked(render(module.graph), render(opened(module, ()).graph)), "S")
+
+
+# --- transform --------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Attention of two heads with one rotary table, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qk, self.v = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, length, _ = x.shape
+        key = self.qk(x).view(rows, length, 2, 4).transpose(1, 2) * table.unsqueeze(1)
+        value = self.v(x).view(rows, length, 2, 4).transpose(1, 2)
+        y = sdpa(key, key, value, is_causal=True).transpose(1, 2).reshape(rows, length, 8)
+        return x + y, key, value
+
+
+class Decoder(nn.Module):
+    """ids [1, S], features [N, 8] -> the last hidden state and the keys of both layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(10, 8), nn.LayerNorm(8)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, ids: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+        x = self.embed(ids).masked_scatter((ids == 1)[..., None], features)
+        table = torch.arange(ids.shape[1])[None, :, None].expand(1, -1, 4).cos()
+        keys = []
+        for layer in self.layers:
+            x, key, _ = layer(x, table)
+            keys.append(key)
+        return self.norm(x), *keys
+
+
+STEPS = ("insert_selection", "gather_frontier", "shrink_sizes", "trim_kv_cache", "check_shapes")
+
+
+@cache
+def pruning() -> dict[str, str]:
+    """What each step of a cut before layer 1 does to the decoder; R = 4."""
+    args = (4, 4, "dart", "torch")
+    select = passes.ByOperator(torch.ops.dartfx.select_tokens.default, args, reads="norms")
+    request = passes.Request((passes.Stage(1, lambda n: 4, select),), kv_layout="uniform")
+    texts: list[str] = []
+
+    def observe(name: str, module: GraphModule, site: object = None) -> None:
+        texts.append(render(module.graph))
+
+    ids = torch.tensor([[2, 3, 1, 1, 1, 1, 1, 1, 1, 4, 5]])
+    with torch.no_grad():
+        dynamo = dynamo_graph(Decoder().eval(), ids, torch.rand(7, 8), symbolic=[(0, 1), (1, 0)])
+        module = normalise(dynamo)
+    outcome = passes.prune(module, request, observe=observe)
+    assert isinstance(outcome, passes.Pruned), outcome
+    pairs = zip(STEPS, texts[1:], texts[2:], strict=False)
+    named = {step: renamed(marked(before, after), "S", "N") for step, before, after in pairs}
+    return {step: text.replace("S - N + Min(4, N)", "S'") for step, text in named.items()}
+
+
+@golden(*STEPS)
+def _step(name: str) -> str:
+    return pruning()[name]
+
+
+@golden("return_mask")
+def _return_mask() -> str:
+    def merge(ids: Tensor, embeds: Tensor, features: Tensor) -> Tensor:
+        return embeds.masked_scatter((ids == 1)[..., None], features)
+
+    ids = torch.tensor([[2, 1, 1, 1, 3, 4]])
+    inputs = ids, torch.rand(1, 6, 8), torch.rand(3, 8)
+    module = normalise(dynamo_graph(merge, *inputs, symbolic=[(0, 1), (1, 1), (2, 0)]))
+    before = render(module.graph)
+    assert return_vision_mask(module) == 0
+    return renamed(marked(before, render(module.graph)), "S", "N")
+
+
+@golden("inline_ops")
+def _inline_ops() -> str:
+    module = traced(lambda x: torch.nn.functional.silu(x) + 1, torch.rand(1, 6, 8))
+    before = render(module.graph)
+    inline_ops(module, {torch.ops.aten.silu.default: lambda x: x * x.sigmoid()})
+    assert fake_mode(module.graph)
+    return renamed(marked(before, render(module.graph)), "S", "D")
+
+
+# --- the texts, and what docstrings quote of them ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_graph_is_as_its_golden_text(name: str) -> None:
+    file, found = FOLDER / f"{name}.txt", GOLDEN[name]()
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.write_text(found)
+    wanted = file.read_text() if file.exists() else ""
+    assert found == wanted, "if the pass should do this, run with UPDATE_GOLDEN=1 and read the diff"
+
+
+def test_no_golden_text_is_left_over() -> None:
+    assert {file.stem for file in FOLDER.glob("*.txt")} == set(GOLDEN)
+
+
+def rewriting_files() -> list[Path]:
+    found = [f for folder in ("frontend", "transform") for f in (PASSES / folder).glob("*.py")]
+    return sorted(f for f in found if f.name != "__init__.py")
+
+
+@pytest.mark.parametrize("file", rewriting_files(), ids=lambda file: file.stem)
+def test_the_graphs_in_a_docstring_are_those_of_the_golden_text(file: Path) -> None:
+    """``...`` in the docstring stands for any text."""
+    golden_lines = [
+        line.lstrip("+- ")
+        for text in FOLDER.glob(f"{file.stem}*.txt")
+        for line in text.read_text().splitlines()
+    ]
+    doc = ast.get_docstring(ast.parse(file.read_text())) or ""
+    quoted = re.findall(r"^    (\S.*)$", doc, re.MULTILINE)
+    assert len(quoted) >= 2, "the graph before and after"
+    for line in quoted:
+        pattern = re.escape(line).replace(r"\.\.\.", ".*")
+        assert any(re.fullmatch(pattern, found) for found in golden_lines), line
