@@ -126,6 +126,41 @@ def test_samples_with_a_fixed_seed() -> None:
     assert len({tuple(row) for row in ours.sequences.tolist()}) > 1
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.7},
+    {"no_repeat_ngram_size": 2},
+    {"min_new_tokens": 3},
+    {"bad_words_ids": [[7], [150]]},
+    {"output_hidden_states": True},
+    {"output_scores": True, "output_logits": True},
+]
+
+
+def test_options_of_generate_one_by_one() -> None:
+    built = family("llava")
+    inputs, model = built.make_inputs(), fast(built, kv_layout="uniform")
+    for how in OPTIONS:
+        how = {"output_logits": True, "max_new_tokens": 4} | how
+        oracle = by_hooks(built, inputs, "uniform", **how)
+        ours = model.generate(**inputs, **told(how))
+        assert ours.sequences.tolist() == oracle.sequences.tolist(), how
+        torch.testing.assert_close(torch.stack(ours.logits), torch.stack(oracle.logits), **CLOSE)
+    assert pruned() == 2, "one prefill for all but the one that returns hidden states"
+
+
+def test_without_a_cache_every_step_is_a_pruned_prefill() -> None:
+    built = family("llava")
+    inputs, model = built.make_inputs(), fast(built)
+    ours = model.generate(**inputs, **told({"max_new_tokens": 5, "use_cache": False}))
+    assert pruned() <= 3, "the length becomes dynamic"
+    ids = inputs["input_ids"]
+    for _ in range(5):
+        longer = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        logits = hooked.pruned_forward(built.model, longer, retain=RETAIN).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    assert ours.sequences.tolist() == ids.tolist()
+
+
 class Words:
     """All that TextStreamer asks of a tokenizer."""
 
