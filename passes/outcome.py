@@ -13,7 +13,7 @@ class Unchanged:
     """The graph is right as it is: it holds no vision tokens, or all of them are retained.
 
     all_retained: the second case; unsure: vision tokens may enter in a way that is not seen here.
-    In both a person who asked for pruning should hear of it.
+    In both a user who requested pruning should be informed.
     """
 
     because: str

@@ -52,7 +52,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What a softmax of scores is made of: ``softmax(mask(product * scale))``.
+    """The parts of a softmax of scores: ``softmax(mask(product * scale))``.
 
     scale: None where it is not a number of the graph.
     """
@@ -187,7 +187,7 @@ def _fills_with_a_score(node: Node) -> bool:
 
 
 def _require_whole_weights(weights: Node) -> None:
-    """Raise Refusal where keys are hidden after the softmax: then no mask tells which."""
+    """Raise Refusal where keys are hidden after the softmax: then no mask shows which."""
     for user in weights.users:
         if packet(user) in {*SCORE_VIEWS, aten.to, aten._to_copy, aten.dropout}:
             _require_whole_weights(user)

@@ -48,7 +48,7 @@ def vision_tokens(vision: Vision) -> Size:
 def plan_budgets(tokens: Size, request: Request) -> list[PlannedCut]:
     """The cuts that drop tokens: of ``tokens`` per sample, or of those that the cut before retains.
 
-    On symbolic sizes whether a cut drops anything asks for a guard, because the graph differs.
+    On symbolic sizes whether a cut drops anything installs a guard, because the graph differs.
     """
     planned, remaining = [], tokens
     for stage in request.stages:

@@ -33,7 +33,7 @@ class CacheLayout:
 def plan_cache_layout(region: CutRegion, length: Size, request: Request) -> CacheLayout:
     """The layout for caches of which some will hold only ``length`` tokens (S' after all cuts).
 
-    On symbolic sizes whether a sliding window stays full asks for a guard, because the graph
+    On symbolic sizes whether a sliding window stays full installs a guard, because the graph
     differs.  Raises Refusal where decode could not read any layout.
     """
     site, axes, returned = region.site, region.axes, region.output.all_input_nodes
@@ -49,7 +49,7 @@ def plan_cache_layout(region: CutRegion, length: Size, request: Request) -> Cach
         raise Refusal(
             f"{hint(length)} tokens would be left for sliding-window caches of {width}, and "
             "decode counts on as many as the prompt had",
-            advice='dartfx.compile, which counts them anew, with kv_layout="auto"; or '
+            advice='dartfx.compile, which counts them again, with kv_layout="auto"; or '
             "use_cache=False to decode nothing",
         )
     whole = {tail: argument(tail, "self") for tail in sliding}

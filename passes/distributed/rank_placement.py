@@ -3,7 +3,7 @@
 A rank is one process of a group that runs this same graph on its own shards of the parameters.
 Where a parameter is sharded is known from its DTensor (:mod:`.shards`); what a call brings is the
 same on every rank, which is what running tensor parallel means.  From there the operators' rules
-tell how a shard travels, and a collective makes values the same again.
+say how a shard travels, and a collective makes values the same again.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class RankPlacements:
 
     group: the process group that the shards and the collectives name, and ranks its size; "" and 1
     in a graph of one process.  Raises Refusal for more than one group, and where a sum over ranks
-    shows that parameters are sharded in a way that they do not tell.
+    shows that parameters are sharded in a way that they do not show.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -122,12 +122,12 @@ class RankPlacements:
             if value is Replicate and collective != "broadcast":
                 raise Refusal(
                     "the graph combines a value over the ranks which looks the same on all of "
-                    "them, so its parameters are sharded in a way that they do not tell",
+                    "them, so its parameters are sharded in a way that they do not show",
                     node,
                     advice="parameters that are DTensors, as transformers' tp_plan makes them",
                 )
             return Replicate
-        if _draws(node):
+        if _is_random(node):
             return Unknown(node)
         apart = {i: p for i, p in operands.items() if p is not Replicate}
         if packet(node) is aten.copy_:
@@ -135,7 +135,7 @@ class RankPlacements:
         if not apart:
             return Replicate
         lost = next((p for p in apart.values() if isinstance(p, Unknown)), None)
-        return lost or _carried(node, cast("dict[Node, Shard]", apart))
+        return lost or _propagated(node, cast("dict[Node, Shard]", apart))
 
     @staticmethod
     def proof(node: Node) -> str:
@@ -181,13 +181,13 @@ def _group(graph: Graph) -> tuple[str, int]:
     if named and not shards:
         raise Refusal(
             f"the graph exchanges values over the ranks of process group {min(named)!r}, but no "
-            "parameter tells how it is sharded",
+            "parameter shows how it is sharded",
             advice="parameters that are DTensors, as transformers' tp_plan makes them",
         )
     return (min(named), shards[0].ranks) if named else ("", 1)
 
 
-def _draws(node: Node) -> bool:
+def _is_random(node: Node) -> bool:
     """Whether a call draws from a random generator, of which every rank has its own."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
@@ -196,7 +196,7 @@ def _draws(node: Node) -> bool:
     return packet(node) is not aten.dropout or bool(argument(node, "train"))
 
 
-class _Ties:
+class _DimPairs:
     """Stands in for :class:`Axes` while one operator's rule says which dims go where."""
 
     def __init__(self) -> None:
@@ -227,17 +227,17 @@ class _Ties:
         """Positions are counted."""
 
 
-def _carried(node: Node, operands: dict[Node, Shard]) -> RankPlacement:
+def _propagated(node: Node, operands: dict[Node, Shard]) -> RankPlacement:
     """How a call's result is split, from the dims that its rule keeps one to one."""
     if tensor(node) is None:
-        # Several results: each comes by a ``getitem``, where the call's rule is asked.
+        # Several results: each comes by a ``getitem``, to which the call's rule applies.
         return next(iter(operands.values())) if len(operands) == 1 else Unknown(node)
     if node.target is operator.getitem:
         ((call, split),) = operands.items()
         operands = {i: split for i in call.all_input_nodes if tensor(i) is not None}
-    ties = _Ties()
-    relate(cast(Axes, ties), node)
-    ends = [{d for n, d in ties.of((i, s.dim)) if n is node} for i, s in operands.items()]
+    pairs = _DimPairs()
+    relate(cast(Axes, pairs), node)
+    ends = [{d for n, d in pairs.of((i, s.dim)) if n is node} for i, s in operands.items()]
     (dim, *more) = ends[0] or {-1}
     if more or any(end != {dim} for end in ends):
         return Unknown(node)

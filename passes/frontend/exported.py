@@ -109,7 +109,7 @@ def guards_of(graph: Graph) -> int:
 def refuse_new_guards(graph: Graph, before: int) -> None:
     """Raise Refusal if the rewriting decided by sizes that differ from call to call.
 
-    ``torch.compile`` would guard on them and compile anew; an exported program cannot.  What holds
+    ``torch.compile`` would guard on them and compile again; an exported program cannot.  What holds
     for all sizes is forgotten.
     """
     guards = shape_env(graph).guards

@@ -54,7 +54,7 @@ def write_out(node: Node) -> None:
 def _from_sizes(value: torch.SymInt) -> bool:
     """Whether a tensor's size has, or may have, to do with a number.
 
-    Asked of dynamo: a graph may take a tensor's size without the tensor.
+    By dynamo's sources: a graph may take a tensor's size without the tensor.
     """
     source = compat.find("TensorPropertySource")
     if source is None:

@@ -35,7 +35,7 @@ _WRAPS = {
     "invoke_subgraph": 2,
 }
 _CHECKPOINTS = {"wrap_activation_checkpoint", "tag_activation_checkpoint"}
-# Of a node's notes, those under "custom" are the ones that a trace hands on to what it makes.
+# Of a node's notes, those under "custom" are the ones that a trace copies to its nodes.
 REGION = "dartfx_checkpoint"
 CHECKPOINTS = "dartfx_checkpoints"
 

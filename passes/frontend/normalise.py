@@ -88,7 +88,7 @@ def _fake(mode: compat.FakeTensorMode, value: Any) -> Any:
 
 
 def _keep_what_inputs_are(old: Graph, new: Graph, extra: int) -> None:
-    """Dynamo's note on each input, which tells parameters and buffers from what a call brings."""
+    """Dynamo's note on each input, which distinguishes parameters and buffers."""
     inputs, traced = ([n for n in g.nodes if n.op == "placeholder"] for g in (old, new))
     for one, other in zip(inputs, traced[extra:], strict=True):
         other.meta["tensor_dict"] = one.meta.get("tensor_dict", {})
@@ -97,7 +97,7 @@ def _keep_what_inputs_are(old: Graph, new: Graph, extra: int) -> None:
 def _require_own_gradients(graph: Graph) -> None:
     """Raise Refusal for a function with a backward of its own, which a re-trace would lose.
 
-    Dynamo leaves it as a call only where gradients are asked for.
+    Dynamo leaves it as a call only where gradients are computed.
     """
     for node in graph.nodes:
         if node.target is compat.autograd_function_apply:

@@ -152,7 +152,7 @@ def test_a_write_reaches_every_view() -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ([HIDDEN, ((LOCAL, D), None)], "no parameter tells how it is sharded"),
+        ([HIDDEN, ((LOCAL, D), None)], "no parameter shows how it is sharded"),
         ([((B, S, D), COLUMNS), ((LOCAL, D), Shards("h", 0, 2))], "2 process groups at once"),
     ],
 )

@@ -1,6 +1,6 @@
 """Every rewriting pass on one tiny graph, against its text in this folder.
 
-``UPDATE_GOLDEN=1 python -m pytest tests/passes/golden`` writes the files anew; read their diff.
+``UPDATE_GOLDEN=1 python -m pytest tests/passes/golden`` rewrites the files; read their diff.
 """
 
 from __future__ import annotations
