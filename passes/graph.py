@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 from dartfx import compat
+from dartfx.passes.casting import as_noted, notes_before
 
 aten = torch.ops.aten
 
@@ -22,6 +23,8 @@ Size = int | torch.SymInt
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<fn>.+)\n\s*(?P<code>.*)')
+# A module that is reached from its own forward, which something was wrapped around.
+_BY_WRAPPED_FORWARD = re.compile(r"\.\w*forward(\.\w+|\[\d+\])*\.__self__(?=\.|$)")
 _INDEXED = re.compile(r"^(?P<container>.+?)(?:\.(\d+)|\[(\d+)\])$")
 
 
@@ -87,7 +90,8 @@ def source_line(node: Node) -> str:
 
 def module_paths(node: Node) -> list[str]:
     """Module paths that enclose the node, outermost first."""
-    return [str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
+    paths = (str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values())
+    return [_BY_WRAPPED_FORWARD.sub("", path) for path in paths]
 
 
 def split_index(path: str) -> tuple[str, int] | None:
@@ -150,11 +154,6 @@ def _viewed(node: Node) -> Node | None:
     if schema is None or not any(r.alias_info is not None for r in schema.returns):
         return None
     return first if isinstance(first, Node) else None
-
-
-def is_higher_order(node: Node) -> bool:
-    """Whether a node calls a graph or another function, as ``torch.cond`` does."""
-    return isinstance(node.target, compat.HigherOrderOperator)
 
 
 def is_view(node: Node) -> bool:
@@ -240,7 +239,7 @@ def evaluate(node: Node, mode: compat.FakeTensorMode) -> Any:
     """The node's fake value computed from its operands' recorded ones."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     # Composite operators read sizes in C++, which knows no symbols, unless Python takes them apart.
-    with mode, torch.no_grad(), compat.enable_python_dispatcher():
+    with mode, torch.no_grad(), compat.enable_python_dispatcher(), as_noted(node):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -255,6 +254,7 @@ class Emitter:
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(target, args, kwargs)
+        node.meta = notes_before(self.anchor)
         node.meta["val"] = evaluate(node, self.mode)
         return node
 
@@ -262,8 +262,8 @@ class Emitter:
         """Insert a copy of ``node`` whose operands are renamed."""
         with self.graph.inserting_before(self.anchor):
             twin = self.graph.node_copy(node, lambda n: renamed.get(n, n))
-        twin.meta = {**node.meta, "val": evaluate(twin, self.mode)}
-        twin.meta.pop("custom", None)  # which region it was part of
+        twin.meta = notes_before(self.anchor, node)
+        twin.meta["val"] = evaluate(twin, self.mode)
         return twin
 
     def size(self, node: Node, dim: int) -> int | Node:

@@ -6,6 +6,9 @@ An operator that the installed torch does not have is left out of its family.
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
+
+from dartfx import compat
 
 aten = torch.ops.aten
 
@@ -78,3 +81,8 @@ SIZED = {
     **dict.fromkeys(named("reshape"), "shape"),
     **dict.fromkeys(named("new_zeros", "new_ones", "new_empty", "new_full"), "size"),
 }
+
+
+def is_higher_order(node: Node) -> bool:
+    """Whether a node calls a graph or another function, as ``torch.cond`` does."""
+    return isinstance(node.target, compat.HigherOrderOperator)

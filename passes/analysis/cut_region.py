@@ -6,13 +6,8 @@ from torch.fx import Node
 
 from dartfx import compat
 from dartfx.passes.analysis.token_axes import TokenAxes, infer_axes
-from dartfx.passes.graph import (
-    bases,
-    downstream,
-    is_higher_order,
-    mutated_operands,
-    without_gradient,
-)
+from dartfx.passes.graph import bases, downstream, mutated_operands, without_gradient
+from dartfx.passes.op_sets import is_higher_order
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.site import Site
 

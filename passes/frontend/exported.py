@@ -33,6 +33,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dartfx import compat
+from dartfx.passes.casting import note_autocast
 from dartfx.passes.frontend.canonicalise import canonicalise
 from dartfx.passes.frontend.normalise import drop_aliases
 from dartfx.passes.graph import argument, aten, packet, set_argument, sizes
@@ -57,6 +58,7 @@ def opened(module: GraphModule, state: Collection[str]) -> GraphModule:
     own.meta.update(copy.deepcopy(module.meta))
     _inline_regions(own)
     _renew_values(graph)
+    note_autocast(graph)
     for node in graph.find_nodes(op="placeholder"):
         if node.name in state:
             node.meta["tensor_dict"] = {compat.STATIC_INPUT: "exported"}

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from dartfx.passes.graph import is_higher_order
+from dartfx.passes.op_sets import is_higher_order
 
 # By name, since not every torch has them all; how many arguments stand before the operands.
 _WRAPS = {

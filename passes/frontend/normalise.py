@@ -31,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from dartfx import compat
+from dartfx.passes.casting import CastingInterpreter, note_autocast
 from dartfx.passes.frontend.canonicalise import canonicalise
 from dartfx.passes.frontend.expand_vmap import expand_vmap
 from dartfx.passes.frontend.inline_higher_order import CHECKPOINTS, inline_higher_order
@@ -59,7 +60,7 @@ def normalise(
 
     def run(*args: Any) -> Any:
         with torch.fx.traceback.preserve_node_meta():
-            return torch.fx.Interpreter(source).run(*args[len(extra) :])
+            return CastingInterpreter(source).run(*args[len(extra) :])
 
     start = time.perf_counter()
     try:
@@ -67,6 +68,7 @@ def normalise(
             source = expand_vmap(module, examples)
             traced = make_fx(run, pre_dispatch=True)(*extra, *examples)
         _keep_what_inputs_are(module.graph, traced.graph, len(extra))
+        note_autocast(traced.graph)
         drop_aliases(traced.graph)
         canonicalise(traced.graph)
     except compat.Unavailable:

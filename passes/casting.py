@@ -1,0 +1,86 @@
+"""Under which autocast a node runs, so that its fake value has the dtype that its real one has."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Interpreter, Node
+
+from dartfx import compat
+
+# (device type, dtype, enabled, cache) of each autocast that is open, the innermost last.
+Settings = tuple[tuple[Any, ...], ...]
+_NOTE = "dartfx_autocast"
+
+
+def note_autocast(graph: Graph) -> None:
+    """Note on every node the regions that it stands in."""
+    opened: dict[Node, tuple[Any, ...]] = {}
+    for node in graph.nodes:
+        if opened:
+            node.meta[_NOTE] = tuple(opened.values())
+        if node.target is compat.enter_autocast:
+            opened[node] = node.args
+        elif node.target is compat.exit_autocast:
+            opened.pop(node.args[0], None)
+
+
+def notes_before(anchor: Node, copied: Node | None = None) -> dict[str, Any]:
+    """The notes of a node that is inserted before ``anchor``, perhaps a copy of another.
+
+    A copy is part of no region that its original is part of.
+    """
+    notes = {} if copied is None else dict(copied.meta)
+    for name in ("custom", _NOTE):
+        notes.pop(name, None)
+    return notes | {_NOTE: anchor.meta.get(_NOTE, ())}
+
+
+@contextlib.contextmanager
+def as_noted(node: Node) -> Iterator[None]:
+    """Compute as ``node`` will."""
+    noted: Settings = node.meta.get(_NOTE, ())
+    with contextlib.ExitStack() as stack:
+        for settings in noted:
+            stack.enter_context(_casting(*settings))
+        yield
+
+
+class CastingInterpreter(Interpreter):
+    """Runs a graph under its own autocast regions, which a tracer only records."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self._opened: dict[Any, contextlib.ExitStack] = {}
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            while self._opened:
+                self._opened.popitem()[1].close()
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.target is compat.enter_autocast:
+            self._opened[n] = region = contextlib.ExitStack()
+            region.enter_context(_casting(*n.args))
+        elif n.target is compat.exit_autocast and n.args[0] in self._opened:
+            self._opened.pop(n.args[0]).close()
+        return result
+
+
+@contextlib.contextmanager
+def _casting(device: Any, dtype: Any, enabled: Any, cache: Any = None) -> Iterator[None]:
+    """torch.autocast, which a tracer would record, without its cache of weights."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_enabled(device, enabled)
+    torch.set_autocast_dtype(device, dtype or before[1])
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+        torch.set_autocast_cache_enabled(cached)

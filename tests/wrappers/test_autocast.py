@@ -1,0 +1,79 @@
+"""Autocast from outside a model: around its call, or around its forward as accelerate has it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dartfx
+from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
+from tests.support.tolerances import RETAIN
+
+LOW = {"device_type": "cpu", "dtype": torch.bfloat16}
+
+
+def around_forward(model: nn.Module) -> nn.Module:
+    model.forward = torch.autocast(**LOW)(model.forward)
+    return model
+
+
+def by_accelerate(model: nn.Module) -> nn.Module:
+    accelerate = pytest.importorskip("accelerate")
+    prepared: nn.Module = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    return prepared
+
+
+def inside_both(model: nn.Module) -> nn.Module:
+    """The decoder leaves autocast again, so two regions are open at once."""
+    decoder = model.model.language_model
+    decoder.forward = torch.autocast("cpu", enabled=False)(decoder.forward)
+    return around_forward(model)
+
+
+WRAPS = {"decorated": around_forward, "accelerate": by_accelerate, "nested": inside_both}
+
+
+@pytest.mark.parametrize("family", ["llava", *slow("qwen2_5_vl", "internvl")])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+@pytest.mark.parametrize("late", [False, True], ids=["compiled last", "compiled first"])
+def test_logits_are_those_of_hooks(
+    family: str, wrap: Callable[[nn.Module], nn.Module], late: bool
+) -> None:
+    built = load(family, layers=3)
+    inputs = built.make_inputs("one")
+    oracle = hooked.pruned_forward(wrap(copy.deepcopy(built.model)), inputs, retain=RETAIN)
+    options: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
+    model = copy.deepcopy(built.model)
+    model = dartfx.compile(model if late else wrap(model), on_unsupported="error", **options)
+    model = wrap(model) if late else model
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=True).logits
+    assert any(report.pruned for report in dartfx.reports())
+    torch.testing.assert_close(logits, oracle.logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
+def test_a_training_step_by_accelerate(lowering: str) -> None:
+    """Trainer(bf16=True) prepares a model so; gradients are of float32 parameters."""
+    built = load("llava", layers=3)
+    inputs = built.make_inputs("one")
+    plain = by_accelerate(copy.deepcopy(built.model).train().requires_grad_(True))
+    hooks = hooked._Hooks(plain, inputs, 2, RETAIN, hooked.float64_selector)
+    with hooked._hooked(hooks, "layered"), torch.enable_grad():
+        expected = plain(**inputs, use_cache=True).logits
+    model = copy.deepcopy(built.model).train().requires_grad_(True)
+    options: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": lowering}
+    model = by_accelerate(dartfx.compile(model, on_unsupported="error", **options))
+    found = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for logits in (found, expected):
+        logits.square().mean().backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=2e-3)
