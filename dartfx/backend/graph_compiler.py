@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
 from dartfx import compat
 from dartfx.backend import dynamo_patch
+from dartfx.backend.lowering import lower
 from dartfx.backend.masked_graph import rewrite_with_mask
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
 from dartfx.backend.rewrite import rewrite
@@ -140,12 +141,16 @@ class GraphCompiler:
             added = 0
             if self.config.tokens or outcome.needs_keep_idx(request):
                 added = return_keep_idx(rewritten, tokens=self.config.tokens)
-            lowered = self.dump.lower(self.config, rewritten, self.ranks.inputs(inputs))
+            lowered = self.lower(rewritten, self.ranks.inputs(inputs))
             return self.ranks.wrap(KeepIdxRecorder(lowered, added) if added else lowered)
         if isinstance(outcome, ReturnsMask) and place is not None:
-            lowered = self.dump.lower(self.config, rewritten, self.ranks.inputs(inputs))
+            lowered = self.lower(rewritten, self.ranks.inputs(inputs))
             return self.ranks.wrap(MaskProducer(lowered, place))
-        return self.dump.lower(self.config, self.module, inputs)
+        return self.lower(self.module, inputs)
+
+    def lower(self, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
+        """Compile a graph that the passes are done with."""
+        return lower(self.config, module, inputs, self.dump.note_output_code)
 
     def dispatcher(self, request: Request) -> MaskDispatcher:
         """What runs this graph where its vision mask comes from outside of it."""
@@ -156,7 +161,7 @@ class GraphCompiler:
             request,
             self.announce,
             rewrite,
-            self.dump.lower,
+            self.lower,
             self.ranks,
             original=self.module,
         )
@@ -169,7 +174,7 @@ class GraphCompiler:
         if incoming is not None and not could_come and self.ranks.group:
             # Whether masks came is asked of all ranks, so only where all of them would ask.
             self.announce(Declined(_NO_LAYERS, advice=LOST_ADVICE))
-            return self.dump.lower(self.config, self.module, inputs)
+            return self.lower(self.module, inputs)
         if could_come or incoming is not None:
             if incoming is None:
                 self.announce(self._no_mask(dispatcher, "no vision tokens came with this call"))
@@ -177,7 +182,7 @@ class GraphCompiler:
             return dispatcher
         # One decoder layer on its own has no index, but takes embeddings and attends causally.
         self.announce(self._no_mask(dispatcher, "no vision tokens enter this graph"))
-        return self.dump.lower(self.config, self.module, inputs)
+        return self.lower(self.module, inputs)
 
     def _no_mask(self, dispatcher: MaskDispatcher, otherwise: str) -> Unchanged:
         floats = dispatcher.unexplained_inputs()

@@ -14,9 +14,15 @@ from dartfx.config.options import DartConfig
 __all__ = ["lower"]
 
 
-def lower(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def lower(
+    config: DartConfig,
+    module: GraphModule,
+    inputs: Sequence[Any],
+    note_output_code: Callable[[Sequence[str]], None] = lambda files: None,
+) -> Callable[..., Any]:
     """Compile ``module`` as ``config.lowering`` says.
 
+    note_output_code: receives the files of Inductor's code.
     The config's fingerprint goes into the compilers' cache keys: those hash the graph but not the
     Python that an operator decomposes through, so an edited operator would hit an old entry.
     """
@@ -28,6 +34,10 @@ def lower(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Cal
     compile_fx, patches = compat.compile_fx, config.inductor_patches()
     settings = torch.compiler.config
     tag = f"{settings.cache_key_tag}dartfx-{config.fingerprint()}"
+    loaded = getattr(compat.find("PyCodeCache"), "modules", [])
+    before = len(loaded)
     with settings.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(module, list(inputs), config_patches=patches)
+    # Kernels are modules of their own; the code that calls them has a function ``call``.
+    note_output_code([str(m.__file__) for m in loaded[before:] if hasattr(m, "call")])
     return compiled  # type: ignore[no-any-return]

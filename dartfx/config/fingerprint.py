@@ -1,4 +1,4 @@
-"""What identifies a result: plain values, the package's own source, and versions, as one digest."""
+"""What identifies a result, as one digest: plain values, the source behind it, and versions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ import torch
 __all__ = ["canonical", "digest", "source_digest"]
 
 
+# Folders that use what is compiled, or watch; an edit there leaves compiled code as it is.
+_CHANGE_NO_RESULT = {
+    (folder,)
+    for folder in ["cli", "integrations", "observe", "replay", "token_map", "tools", "verification"]
+}
+
+
 def digest(facts: Mapping[str, object]) -> str:
-    """Hex digest of ``facts``, the package's source, and the versions of dartfx and torch.
+    """Hex digest of ``facts``, the source that computes results, and dartfx's and torch's versions.
 
     Equal in every process for equal plain facts; see :func:`canonical` for other objects.
     """
@@ -51,12 +58,13 @@ def canonical(value: object) -> str:
 
 @functools.cache
 def source_digest() -> str:
-    """Hex digest of every Python file of the package; read once per process, as imports are."""
+    """Hex digest of every Python file that can change a result; read once per process."""
     root = Path(__file__).parents[1]
     paths = (
         Path(folder, name)
         # In a checkout dartfx/passes is a symlink.
         for folder, _, names in os.walk(root, followlinks=True)
+        if Path(folder).relative_to(root).parts[:1] not in _CHANGE_NO_RESULT
         for name in names
         if name.endswith(".py")
     )

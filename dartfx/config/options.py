@@ -15,6 +15,7 @@ from dartfx import compat
 from dartfx.config.fingerprint import digest
 from dartfx.config.validators import CHECKS, check_stages, choices, describe, require_kernel
 from dartfx.errors import ConfigError
+from dartfx.selection.registry import selector_fingerprint
 
 __all__ = ["DUMP_VARIABLE", "DartConfig"]
 
@@ -175,8 +176,6 @@ class DartConfig:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        from dartfx.selection.registry import selector_fingerprint
-
         options = {f.name: getattr(self, f.name) for f in fields(self)}
         decisive = {k: v for k, v in options.items() if k not in _NO_EFFECT_ON_RESULT}
         selector = selector_fingerprint(self.selector)

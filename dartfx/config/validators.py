@@ -11,6 +11,8 @@ import torch
 
 from dartfx import compat
 from dartfx.errors import ConfigError
+from dartfx.ops import registration
+from dartfx.selection.registry import selector_names
 
 __all__ = ["CHECKS", "check_stages", "choices", "describe", "require_kernel"]
 
@@ -110,25 +112,10 @@ def _choice(valid: Callable[[], Iterable[str]], optional: bool = False) -> Check
     return check
 
 
-def _selectors() -> Iterable[str]:
-    # The registry imports the operators, which import this package.
-    from dartfx.selection.registry import selector_names
-
-    return selector_names()
-
-
-def _kernels() -> Iterable[str]:
-    from dartfx.ops.registration import KERNELS
-
-    return KERNELS
-
-
 def require_kernel(kernel: str) -> None:
     """Raise KernelUnavailableError unless ``kernel`` can run on this machine."""
-    from dartfx.ops.registration import choose_kernel
-
     # The model's device is not known yet; the operator asks again with the one it runs on.
-    choose_kernel(kernel, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    registration.choose_kernel(kernel, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _modes() -> Iterable[str]:
@@ -183,9 +170,9 @@ CHECKS: dict[str, Check] = {
     "layer": _staged(_integer(1)),
     "pivot_image_tokens": _integer(0),
     "pivot_text_tokens": _integer(0),
-    "selector": _choice(_selectors),
+    "selector": _choice(selector_names),
     "kv_layout": _choice(lambda: ("auto", "layered", "uniform")),
-    "kernel": _choice(_kernels),
+    "kernel": _choice(lambda: registration.KERNELS),
     "lowering": _choice(lambda: ("inductor", "aot_eager", "eager")),
     "inductor": _inductor,
     "mode": _choice(_modes, optional=True),

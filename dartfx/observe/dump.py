@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import GraphModule
 
 from dartfx import compat
-from dartfx.backend.lowering import lower
 from dartfx.config.options import DartConfig
 from dartfx.observe import repro_inputs, repro_script
 from dartfx.observe.report import Report, as_json
@@ -19,7 +18,7 @@ from dartfx.passes.graph import hint, render, sizes, tensor
 from dartfx.passes.site import Site
 
 if TYPE_CHECKING:
-    from dartfx.observe.html import Page
+    from dartfx.observe.html.page import Page
 
 __all__ = ["Dump", "ExportDump"]
 
@@ -80,20 +79,10 @@ class Dump:
         self._write_repro(self._folder)
         self._write_report()
 
-    def lower(
-        self, config: DartConfig, module: GraphModule, inputs: Sequence[Any]
-    ) -> Callable[..., Any]:
-        """Lower, and add the path of Inductor's code to the report."""
-        cache = compat.find("PyCodeCache") if config.lowering == "inductor" else None
-        if self._folder is None or cache is None:
-            return lower(config, module, inputs)
-        before = len(cache.modules)
-        compiled = lower(config, module, inputs)
-        # Kernels are modules of their own; the code that calls them has a function ``call``.
-        loaded = [m for m in cache.modules[before:] if hasattr(m, "call")]
-        self._output_code += [str(m.__file__) for m in loaded]
+    def note_output_code(self, files: Sequence[str]) -> None:
+        """Add the files of Inductor's code to the report."""
+        self._output_code += files
         self._write_report()
-        return compiled
 
     def _write_repro(self, folder: Path) -> None:
         try:
@@ -160,7 +149,7 @@ def _recorded_mask(
 
 def _new_page() -> Page:
     # Only a dump needs the page's libraries, whose import takes longer than the rest of dartfx's.
-    from dartfx.observe.html import Page
+    from dartfx.observe.html.page import Page
 
     return Page()
 

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 
-from dartfx.observe.collecting import collecting
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.refusal import Declined
+from dartfx.runtime.collecting import collecting
 
 __all__ = [
     "MOST_REPORTS",

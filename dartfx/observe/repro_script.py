@@ -57,7 +57,7 @@ from pathlib import Path
 import torch
 from sympy import Max, Min, Mod
 
-from dartfx.observe.replay import Replay, find, missing
+from dartfx.replay.rebuild import Replay, find, missing
 from dartfx.observe.repro_script import RecordedMask
 
 OPTIONS = {options}

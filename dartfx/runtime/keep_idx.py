@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import dartfx.ops.attribution  # noqa: F401  registers torch.ops.dartfx.picked_by
-from dartfx.observe.collecting import collecting
 from dartfx.passes.graph import Emitter, argument, argument_names
+from dartfx.runtime.collecting import collecting
 
 __all__ = [
     "KeepIdxRecord",

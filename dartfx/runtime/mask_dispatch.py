@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from dartfx.runtime.rank_agreement import Ranks
 __all__ = ["MaskDispatcher", "MaskProducer", "prompts"]
 
 Compiled = Callable[..., Any]
-Lower = Callable[[DartConfig, GraphModule, Sequence[Any]], Compiled]
+Lower = Callable[[GraphModule, Sequence[Any]], Compiled]
 
 
 class MaskProducer:
@@ -109,7 +108,7 @@ class MaskDispatcher:
         """
         incoming = self._incoming(inputs)
         if incoming is None or self._pruned_for(incoming) is None:
-            self._unpruned = self._lower(self._config, self._original, inputs)
+            self._unpruned = self._lower(self._original, inputs)
 
     def __call__(self, *args: Any) -> Any:
         incoming = self._incoming(args)
@@ -188,7 +187,7 @@ class MaskDispatcher:
 
         # Dynamo counts recompilations per code object; every graph gets one of its own.
         run.__code__ = run.__code__.replace(co_name=f"run_{id(module):x}")
-        return torch.compile(run, backend=partial(self._lower, self._config), fullgraph=True)
+        return torch.compile(run, backend=self._lower, fullgraph=True)
 
 
 def _same_shape(one: torch.Size, other: torch.Size) -> bool:

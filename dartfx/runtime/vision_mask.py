@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dartfx.observe.collecting import collecting
+from dartfx.runtime.collecting import collecting
 
 __all__ = [
     "MaskRecord",

@@ -62,7 +62,7 @@ def test_the_fingerprint_is_the_same_in_another_process() -> None:
     assert here.fingerprint() == elsewhere
 
 
-def test_source_digest_sees_every_python_file_through_the_symlink(
+def test_source_digest_sees_what_can_change_a_result_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     package = tmp_path / "dartfx"
@@ -80,8 +80,19 @@ def test_source_digest_sees_every_python_file_through_the_symlink(
         file.write_text("x = 2\n")
         digests.append(read())
     (package / "notes.txt").write_text("not source")
+    for (folder,) in fingerprint._CHANGE_NO_RESULT:
+        (package / folder).mkdir()
+        (package / folder / "d.py").write_text("x = 1\n")
     assert read() == digests[-1]
     assert len(set(digests)) == 4
+
+
+def test_every_folder_either_changes_results_or_does_not() -> None:
+    root = Path(fingerprint.__file__).parents[1]
+    folders = {path.parent.name for path in root.glob("*/__init__.py")}
+    left_out = {folder for (folder,) in fingerprint._CHANGE_NO_RESULT}
+    computes = {"backend", "config", "export", "model", "ops", "passes", "runtime", "selection"}
+    assert folders == left_out | computes
 
 
 class Rewrite:

@@ -75,7 +75,7 @@ def explained(tmp_path: Path) -> str:
 
 
 def replayed(tmp_path: Path) -> str:
-    from dartfx.observe.replay import Replay
+    from dartfx.replay.rebuild import Replay
 
     replay = Replay()
     replay.scalar(2)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import dartfx
-import dartfx.observe.dump
+from dartfx.backend import graph_compiler
 from dartfx.selection import registry
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
@@ -46,7 +46,7 @@ def names(
 ) -> Iterator[dict[str, Any]]:
     """What the pages take as given; without Inductor, which is not what they are about."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dartfx.observe.dump, "lower", lambda config, module, inputs: module.forward)
+    monkeypatch.setattr(graph_compiler, "lower", lambda config, module, *_: module.forward)
     registered = dict(registry._ENTRIES)
     llava.model.generation_config.max_new_tokens = 2
     llava.model.generation_config.cache_implementation = None  # decode="static" sets it

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dartfx.observe import repro_inputs, repro_run
+from dartfx.observe import repro_inputs
 from dartfx.passes.outcome import Pruned
+from dartfx.replay import run as repro_run
 from tests.support.decoders import IMAGE, Decoder, Halves, Sizes, Style, changed, prompt, run
 
 LENGTH, VISION, KEPT = 24, 12, 5

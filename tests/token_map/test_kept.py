@@ -89,15 +89,15 @@ def test_recorded_is_what_was_kept_and_outputs_are_the_same(lowering: str) -> No
 def test_nothing_is_added_unasked() -> None:
     model, inputs = Decoder(), prompt(Sizes())
     made: dict[bool, list[torch.fx.GraphModule]] = {False: [], True: []}
-    import dartfx.observe.dump
+    from dartfx.backend import graph_compiler
 
-    lower = dartfx.observe.dump.lower
+    lower = graph_compiler.lower
     for tokens in made:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                dartfx.observe.dump,
+                graph_compiler,
                 "lower",
-                lambda c, m, i, t=tokens: (made[t].append(m), lower(c, m, i))[1],
+                lambda c, m, i, *_, t=tokens: (made[t].append(m), lower(c, m, i))[1],
             )
             run(model, inputs, retain_tokens=RETAIN, tokens=tokens)
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""What a page is told while the passes run, and what it then shows."""
+"""Observes a graph on its way through the passes and renders ``report.html``."""
 
 from __future__ import annotations
 

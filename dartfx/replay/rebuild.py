@@ -2,7 +2,7 @@
 
 :mod:`dartfx.observe.repro_script` writes such scripts.  The passes see fake tensors of the
 recorded shapes, strides, dtypes and devices, so that a graph of any size can be rebuilt on any
-machine; then :mod:`dartfx.observe.repro_run` runs the graph, pruned and unpruned.
+machine; then :mod:`dartfx.replay.run` runs the graph, pruned and unpruned.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.observe import report, repro_inputs
 from dartfx.observe.report import Report
-from dartfx.observe.repro_run import mask_present, reason_not_to_run, run_both
 from dartfx.observe.repro_script import RecordedMask
 from dartfx.passes.frontend.normalise import fresh_size
 from dartfx.passes.graph import Size
+from dartfx.replay.run import mask_present, reason_not_to_run, run_both
 
 __all__ = ["Replay", "find", "missing"]
 
