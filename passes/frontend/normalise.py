@@ -71,8 +71,6 @@ def normalise(
         note_autocast(traced.graph)
         drop_aliases(traced.graph)
         canonicalise(traced.graph)
-    except compat.Unavailable:
-        raise
     except Exception as error:  # any operator may fail here, each in its own way
         raise Refusal(
             f"the graph could not be re-traced to ATen: {describe(error)}", advice=REPORT_IT
