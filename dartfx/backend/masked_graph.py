@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 from dartfx.backend.rewrite import Rewritten, rewrite
 from dartfx.passes.analysis import locate
 from dartfx.passes.analysis.attention import attends_causally
-from dartfx.passes.frontend.normalise import example_values, fresh_size, independent, normalise
+from dartfx.passes.frontend.normalise import example_values, fresh_size, normalise, with_own_symbols
 from dartfx.passes.refusal import NoDecoder
 from dartfx.passes.request import Request
 from dartfx.passes.runner import Observer
@@ -28,7 +28,7 @@ def rewrite_with_mask(
     """
 
     def trace() -> GraphModule:
-        examples = independent(example_values(ranks.module))
+        examples = with_own_symbols(example_values(ranks.module))
         like, record = examples[ranks.place(incoming.like)], incoming.record
         with like.fake_mode as mode:
             mask = torch.empty(like.shape[:2], dtype=torch.bool, device=record.mask.device)
@@ -54,5 +54,5 @@ def _entering(incoming: IncomingMask, module: GraphModule) -> Vision:
         # A given mask fits any graph of the prompt's shape; a vision tower is no decoder.
         if not attends_causally(stacks[-1]):
             raise NoDecoder(f"{stacks[-1].path} attends without a mask, so it is no decoder")
-        embeds = locate.entry(module.graph, stacks[-1])
+        embeds = locate.entering_embeddings(module.graph, stacks[-1])
     return Vision(embeds, (mask,), (), incoming.record.how, row_count)

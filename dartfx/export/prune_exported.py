@@ -18,7 +18,7 @@ from dartfx.export.metadata import note_pruning
 from dartfx.export.program import finished, require_plain_signature, state_of
 from dartfx.observe.dump import ExportDump
 from dartfx.observe.report import record
-from dartfx.passes.frontend.exported import guards_of, opened, refuse_new_guards
+from dartfx.passes.frontend.exported import guards_of, import_exported, refuse_new_guards
 from dartfx.passes.internal_error import internal_error
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.refusal import Declined
@@ -115,7 +115,7 @@ class _Exported:
         def trace() -> GraphModule:
             nonlocal guards
             require_plain_signature(self.program)
-            module = opened(self.program.graph_module, state_of(self.program))
+            module = import_exported(self.program.graph_module, state_of(self.program))
             guards = guards_of(module.graph)
             return module
 

@@ -184,7 +184,7 @@ def entered_stack(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> Stack:
     )
 
 
-def entry(graph: Graph, stack: Stack) -> Node:
+def entering_embeddings(graph: Graph, stack: Stack) -> Node:
     """The embeddings [B, S, D] that enter a stack's first layer.  Raises Refusal if unclear."""
     outputs = [
         sizes(n)

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from dartfx.passes.frontend.fix_windows import write_out
+from dartfx.passes.frontend.fix_windows import fold_start
 from dartfx.passes.graph import (
     Emitter,
     argument,
@@ -59,7 +59,7 @@ def canonicalise(graph: Graph) -> None:
         if packet(node) is aten.index:
             _unpack(node)
         elif packet(node) is aten.slice:
-            write_out(node)
+            fold_start(node)
 
 
 # --- the inverse of a permutation -------------------------------------------------------------

@@ -42,7 +42,7 @@ from dartfx.passes.refusal import Refusal
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def opened(module: GraphModule, state: Collection[str]) -> GraphModule:
+def import_exported(module: GraphModule, state: Collection[str]) -> GraphModule:
     """A copy of an exported graph that shares parameters and submodules with it, but no fake value.
 
     state: names of the placeholders that are parameters, buffers or constants.  Regions without

@@ -43,8 +43,8 @@ def fix_windows(graph: Graph) -> None:
                 int(value)  # which installs the guard
 
 
-def write_out(node: Node) -> None:
-    """Where an ATen slice starts, as a number, if only one is possible."""
+def fold_start(node: Node) -> None:
+    """Replace the start of an ATen slice by a number where its symbol has only one value."""
     start = argument(node, "start")
     value = start.meta["val"] if isinstance(start, Node) else None
     if isinstance(value, torch.SymInt) and expr(value).is_Integer:

@@ -67,7 +67,7 @@ def normalise(
         with mode, torch.no_grad(), _fresh_symbols_ignored(mode):
             source = expand_vmap(module, examples)
             traced = make_fx(run, pre_dispatch=True)(*extra, *examples)
-        _keep_what_inputs_are(module.graph, traced.graph, len(extra))
+        _copy_input_notes(module.graph, traced.graph, len(extra))
         note_autocast(traced.graph)
         drop_aliases(traced.graph)
         canonicalise(traced.graph)
@@ -87,7 +87,7 @@ def _fake(mode: compat.FakeTensorMode, value: Any) -> Any:
     return mode.from_tensor(value, static_shapes=True)
 
 
-def _keep_what_inputs_are(old: Graph, new: Graph, extra: int) -> None:
+def _copy_input_notes(old: Graph, new: Graph, extra: int) -> None:
     """Dynamo's note on each input, which distinguishes parameters and buffers."""
     inputs, traced = ([n for n in g.nodes if n.op == "placeholder"] for g in (old, new))
     for one, other in zip(inputs, traced[extra:], strict=True):
@@ -136,7 +136,7 @@ def example_values(module: GraphModule) -> list[Any]:
     return [n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder"]
 
 
-def independent(examples: Sequence[Any]) -> list[Any]:
+def with_own_symbols(examples: Sequence[Any]) -> list[Any]:
     """The same fake inputs in a fake mode of their own, with symbols of their own.
 
     What is decided on these installs no guard in the compilation they came from.

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dartfx.passes.frontend.normalise import fresh_size, independent
+from dartfx.passes.frontend.normalise import fresh_size, with_own_symbols
 from dartfx.passes.outcome import Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, pruned_by_hand, run
@@ -146,7 +146,7 @@ def test_a_symbol_that_a_guard_fixed_is_a_number_in_another_mode() -> None:
     with mode:
         value = torch.empty(free, fixed)
     assert bool(fixed == 64)  # as dynamo does where a model compares sizes
-    size, other, new = independent([free, fixed, value])
+    size, other, new = with_own_symbols([free, fixed, value])
     assert isinstance(size, torch.SymInt)
     assert (type(other), other) == (int, 64)
     assert new.shape[1] == 64
