@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,72 +18,16 @@ from tests.support.tolerances import CLOSE, RETAIN
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("accelerate", reason="transformers needs it to load a tensor-parallel model")
-from tests.support.launching import torchrun  # noqa: E402
+from tests.support.ranks import (  # noqa: E402
+    case,
+    check_forwarded,
+    check_generated,
+    prompt,
+    run,
+    unpruned,
+)
 
 EAGER = {"lowering": "eager", "on_unsupported": "error"}
-WORKER = Path(__file__).parents[1] / "support" / "ranks_worker.py"
-Case = dict[str, Any]
-
-
-def run(
-    folder: Path, built: Family, processes: int, cases: list[Case], plan: Any = "auto"
-) -> list[dict[str, Result]]:
-    """What every rank found in every case."""
-    built.model.save_pretrained(folder)
-    for variant in {case["inputs"] for case in cases if "inputs" in case}:
-        torch.save(prompt(built, variant), folder / f"{variant}.pt")
-    (folder / "cases.json").write_text(json.dumps({"plan": plan, "cases": cases}))
-    torchrun(processes, str(WORKER), str(folder))
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(processes)]
-
-
-def prompt(built: Family, variant: str) -> dict[str, Any]:
-    inputs = built.make_inputs(variant)
-    if variant == "one":
-        inputs.pop("attention_mask")
-    return inputs
-
-
-def case(do: str, inputs: str = "one", name: str = "", **options: Any) -> Case:
-    layout = {"one": "layered", "pad2": "uniform"}[inputs]
-    given = {"kv_layout": layout, **options}
-    return {"name": name or f"{do} {inputs}", "do": do, "inputs": inputs, "options": given}
-
-
-def check_generated(built: Family, variant: str, results: list[Result], *, shared: int = 1) -> None:
-    """Tokens, logits and cache lengths of every rank are those of one process.
-
-    shared: ranks that hold each key head.
-    """
-    layout: hooked.KvLayout = "layered" if variant == "one" else "uniform"
-    inputs = prompt(built, variant)
-    oracle = hooked.pruned_generate(
-        built.model, inputs, retain=RETAIN, max_new_tokens=NEW_TOKENS, kv_layout=layout
-    )
-    heads = built.model.config.get_text_config().num_key_value_heads
-    for result in results:
-        assert result["kinds"] == ["Pruned"], result["because"]
-        assert result["tokens"].tolist() == oracle.token_ids.tolist()
-        torch.testing.assert_close(result["logits"], oracle.logits, **CLOSE)
-        assert [shape[2] for shape in result["caches"]] == oracle.kv_lengths
-        assert {shape[1] for shape in result["caches"]} == {heads * shared // len(results)}
-
-
-def check_forwarded(built: Family, variant: str, results: list[Result]) -> None:
-    layout: hooked.KvLayout = "layered" if variant == "one" else "uniform"
-    oracle = hooked.pruned_forward(
-        built.model, prompt(built, variant), retain=RETAIN, kv_layout=layout
-    )
-    for result in results:
-        # Some models' forwards dynamo breaks between the merge and the decoder.
-        assert result["kinds"] in (["Pruned"], ["ReturnsMask", "Pruned"]), result["because"]
-        torch.testing.assert_close(result["logits"], oracle.logits, **CLOSE)
-        assert [shape[2] for shape in result["caches"]] == oracle.kv_lengths
-
-
-def unpruned(built: Family, variant: str = "one") -> torch.Tensor:
-    return hooked.unpruned_forward(built.model, prompt(built, variant)).logits
-
 
 SAME = [case(do, inputs) for do in ("generate", "forward") for inputs in ("one", "pad2")]
 BY_HEADS = {"selector": "by_heads"}

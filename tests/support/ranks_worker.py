@@ -73,19 +73,20 @@ def options(given: Result) -> Result:
 
 
 def generate(model: Any, inputs: Result, given: Result) -> Result:
+    steps = given.pop("steps", NEW_TOKENS)
     if given.pop("plain", False):
         model._compiled_call_impl = None
     else:
         dartfx.compile(model, **options(given))
     out = model.generate(
         **inputs,
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=steps,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
     )
     return {
-        "tokens": out.sequences[:, -NEW_TOKENS:],
+        "tokens": out.sequences[:, -steps:],
         "logits": torch.stack(out.logits, 1),
         "caches": [tuple(layer.keys.shape) for layer in out.past_key_values.layers],
     }
