@@ -13,15 +13,14 @@ import torch
 import dartfx
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
-STEPS = 3
 
-
-def generate(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+def generate(model: Any, inputs: dict[str, Any], steps: int) -> torch.Tensor:
     output = model.generate(
         **inputs,
-        max_new_tokens=STEPS,
+        max_new_tokens=steps,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
@@ -29,9 +28,10 @@ def generate(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return torch.stack(output.logits, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["kimi_k25", "qwen3_vl_moe"])
-def test_one_row_and_then_several(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps"), [("kimi_k25", 1), *slow(("kimi_k25", 3), ("qwen3_vl_moe", 3))]
+)
+def test_one_row_and_then_several(name: str, steps: int) -> None:
     torch.compiler.reset()
     dartfx.reset()
     family = load(name)
@@ -42,7 +42,7 @@ def test_one_row_and_then_several(name: str) -> None:
     for variant in ("one", "pad2"):
         inputs = family.make_inputs(variant)
         model._compiled_call_impl = compiled
-        logits = generate(model, inputs)
+        logits = generate(model, inputs, steps)
         model._compiled_call_impl = None
         oracle = hooked.pruned_generate(
             model,
@@ -52,7 +52,7 @@ def test_one_row_and_then_several(name: str) -> None:
             layer=family.structure.layer,
             latent_cache=family.structure.latent_cache,
             retain=RETAIN,
-            max_new_tokens=STEPS,
+            max_new_tokens=steps,
             kv_layout="layered" if variant == "one" else "uniform",
         )
         torch.testing.assert_close(logits, oracle.logits, **CLOSE)

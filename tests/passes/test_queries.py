@@ -42,10 +42,21 @@ def most_attended(weights: Tensor, vision: Tensor) -> list[list[int]]:
     return rows
 
 
-# Multi-head, grouped, with a scale of its own and a soft cap, with a bidirectional prefix.
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("variant", ["one", "pad2"])
-@pytest.mark.parametrize("name", ["llava", *slow("qwen2_vl", "paligemma2", "aria")])
+# Causal without a mask, with a mask, and with the scores in the graph, which always have a mask.
+CALLS = [("one", "sdpa"), ("pad2", "sdpa"), ("pad2", "eager")]
+# Grouped, with a scale of its own and a soft cap, with a bidirectional prefix.
+FURTHER = [(n, *call) for n in ("qwen2_vl", "paligemma2", "aria") for call in CALLS]
+SOFT_CAP = ("paligemma2", "pad2", "eager")
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "attention"),
+    [
+        *(("llava", *call) for call in CALLS),
+        SOFT_CAP,
+        *slow(*(case for case in FURTHER if case != SOFT_CAP)),
+    ],
+)
 def test_fastv_keeps_what_the_model_attends_to(name: str, variant: str, attention: str) -> None:
     family, plain = (
         load(name, attn_implementation=attention),
