@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,7 +13,24 @@ from torch.fx import GraphModule
 from dartfx import compat
 from dartfx.config.options import DartConfig
 
-__all__ = ["lower"]
+__all__ = ["Lower", "lower", "lowering_with"]
+
+Lower = Callable[[DartConfig, GraphModule, Sequence[Any]], Callable[..., Any]]
+
+_replacement: ContextVar[Lower | None] = ContextVar("dartfx_lower", default=None)
+
+
+@contextmanager
+def lowering_with(replacement: Lower) -> Iterator[None]:
+    """Lower the graphs compiled inside the ``with`` block by ``replacement``; it may call lower.
+
+    For tools that run what the passes made in a way of their own.
+    """
+    token = _replacement.set(replacement)
+    try:
+        yield
+    finally:
+        _replacement.reset(token)
 
 
 def lower(
@@ -20,12 +39,18 @@ def lower(
     inputs: Sequence[Any],
     note_output_code: Callable[[Sequence[str]], None] = lambda files: None,
 ) -> Callable[..., Any]:
-    """Compile ``module`` as ``config.lowering`` says.
+    """Compile ``module`` as ``config.lowering`` says, or as :func:`lowering_with` does.
 
     note_output_code: receives the files of Inductor's code.
     The config's fingerprint goes into the compilers' cache keys: those hash the graph but not the
     Python that an operator decomposes through, so an edited operator would hit an old entry.
     """
+    if (replacement := _replacement.get()) is not None:
+        token = _replacement.set(None)  # it may call this function
+        try:
+            return replacement(config, module, inputs)
+        finally:
+            _replacement.reset(token)
     if config.lowering == "eager":
         return module.forward
     if config.lowering == "aot_eager":

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import dartfx
-from dartfx.backend import graph_compiler
+from dartfx.backend.lowering import lowering_with
 from dartfx.selection import registry
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
@@ -46,14 +46,13 @@ def names(
 ) -> Iterator[dict[str, Any]]:
     """What the pages take as given; without Inductor, which is not what they are about."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(graph_compiler, "lower", lambda config, module, *_: module.forward)
     registered = dict(registry._ENTRIES)
     llava.model.generation_config.max_new_tokens = 2
     llava.model.generation_config.cache_implementation = None  # decode="static" sets it
     inputs = llava.make_inputs()
     mask = inputs["input_ids"] == llava.image_token_id
     embeds = torch.randn(*mask.shape, 64)
-    with torch.no_grad():
+    with torch.no_grad(), lowering_with(lambda config, module, inputs: module.forward):
         yield {
             "model": llava.model,
             "inputs": inputs,

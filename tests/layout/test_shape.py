@@ -48,13 +48,6 @@ LARGE_FUNCTIONS = {
 
 LARGE_FOLDERS = {"dartfx/tools/bench", "dartfx/tools/zoo", "tests/support"}
 
-USES_MOCK = {
-    "dartfx/tools/bench/hooks.py",
-    "dartfx/tools/bench/rows.py",
-    "dartfx/tools/evaluate/resume.py",
-    "dartfx/tools/zoo/hooked.py",
-}
-
 
 def all_sources() -> Iterator[Path]:
     yield from sources("dartfx", "passes", "tests", "examples")
@@ -102,7 +95,7 @@ def test_sizes_of_folders() -> None:
 
 def test_no_mock_in_the_product() -> None:
     found = {path for path, source in product().items() if "mock" in ast_names(source)}
-    only_exceptions(found, USES_MOCK)
+    assert found == set()
 
 
 def ast_names(source: str) -> set[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import dartfx
+from dartfx.backend.lowering import lower, lowering_with
 from dartfx.errors import ConfigError, DartfxError
 from dartfx.passes.outcome import Pruned
 from dartfx.token_map.layout import Cell, Layout, merged
@@ -89,16 +90,8 @@ def test_recorded_is_what_was_kept_and_outputs_are_the_same(lowering: str) -> No
 def test_nothing_is_added_unasked() -> None:
     model, inputs = Decoder(), prompt(Sizes())
     made: dict[bool, list[torch.fx.GraphModule]] = {False: [], True: []}
-    from dartfx.backend import graph_compiler
-
-    lower = graph_compiler.lower
     for tokens in made:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                graph_compiler,
-                "lower",
-                lambda c, m, i, *_, t=tokens: (made[t].append(m), lower(c, m, i))[1],
-            )
+        with lowering_with(lambda c, m, i, t=tokens: (made[t].append(m), lower(c, m, i))[1]):
             run(model, inputs, retain_tokens=RETAIN, tokens=tokens)
         torch._dynamo.reset()
         if not tokens:

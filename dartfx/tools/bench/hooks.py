@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial, wraps
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -38,20 +37,22 @@ def pruned_by_hooks(
     so that counting need not wait for the device.  Caches before the cut keep S tokens.
     Raises TypeError for a decoder layer that takes tensors not known here.
     """
-    forward, decoder = model.forward, model.get_decoder()
+    decoder = model.get_decoder()
 
-    @wraps(forward)
-    def prefill(*args: Any, **kwargs: Any) -> Any:
+    def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs["input_ids"].shape[1] == 1:
-            return forward(*args, **kwargs)
+            return
         cut = _Cut(decoder.norm, vision, counts, layer)
-        with ExitStack() as hooks:
-            for index, module in enumerate(decoder.layers[layer:], layer):
-                handle = module.register_forward_pre_hook(partial(cut, index), with_kwargs=True)
-                hooks.callback(handle.remove)
-            return forward(*args, **kwargs)
+        for index, module in enumerate(decoder.layers[layer:], layer):
+            handle = module.register_forward_pre_hook(partial(cut, index), with_kwargs=True)
+            in_prefill.callback(handle.remove)
 
-    with mock.patch.object(model, "forward", prefill):
+    def end(*_: Any) -> None:
+        in_prefill.close()
+
+    with ExitStack() as hooks, ExitStack() as in_prefill:
+        hooks.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        hooks.callback(model.register_forward_hook(end).remove)
         return generate()
 
 

@@ -12,7 +12,6 @@ from functools import wraps
 from itertools import chain
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -139,8 +138,11 @@ def vision_seconds(work: Workload) -> float | None:
         spent.append(seconds(lambda: made.append(features(*args, **kwargs))))
         return made[0]
 
-    with mock.patch.object(base, "get_image_features", timed):
+    base.get_image_features = timed
+    try:
         work.model.generate(**work.inputs, max_new_tokens=1, do_sample=False)
+    finally:
+        del base.get_image_features  # the class's own is left
     return sum(spent) if spent else None
 
 

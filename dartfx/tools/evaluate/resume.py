@@ -10,14 +10,12 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dartfx.backend import lowering
 from dartfx.config.options import DartConfig
-from dartfx.observe import dump
 from dartfx.passes.graph import argument, bases, mutated_operands, set_argument
 
 __all__ = ["Resumed", "resuming"]
@@ -40,7 +38,7 @@ def resuming(made: list[Resumed], retain: int) -> Iterator[None]:
 
     for halves in made:
         halves.retain(retain)
-    with patch.object(dump, "lower", lower):
+    with lowering.lowering_with(lower):
         yield
 
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -222,7 +221,7 @@ class _Hooks:
         layer = self.decoder.layers[self.layer - 1]
         handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
         try:
-            with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", recorder):
+            with _replaced(torch.nn.functional, "scaled_dot_product_attention", recorder):
                 yield
         finally:
             for handle in handles:
@@ -334,6 +333,17 @@ class _Hooks:
 _CACHE_UPDATE = Cache.update
 
 
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute that no hook reaches, for the ``with`` block."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
 def _final_norm(decoder: Any) -> Any:
     for name in ("norm", "final_layernorm", "final_layer_norm", "embedding_norm"):
         if hasattr(decoder, name):
@@ -368,7 +378,7 @@ def _hooked(hooks: _Hooks, kv_layout: KvLayout) -> Iterator[None]:
         hooks.decoder._deepstack_process = hooks.between_layers(deepstack)
     recorder: Any = lambda *args, **kwargs: hooks.update(*args, **kwargs)  # noqa: E731
     try:
-        with torch.no_grad(), mock.patch.object(Cache, "update", recorder), hooks.attending():
+        with torch.no_grad(), _replaced(Cache, "update", recorder), hooks.attending():
             yield
     finally:
         for handle in handles:
