@@ -50,7 +50,7 @@ def as_noted(node: Node) -> Iterator[None]:
 
 
 class CastingInterpreter(Interpreter):
-    """Runs a graph under its own autocast regions, which a tracer only records."""
+    """Runs a graph for a tracer: under its own autocast regions, which that only records."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self._opened: dict[Any, contextlib.ExitStack] = {}
@@ -59,6 +59,12 @@ class CastingInterpreter(Interpreter):
         finally:
             while self._opened:
                 self._opened.popitem()[1].close()
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(target, "__name__", "") == "_get_data_attr":
+            # ``x.data``, of which a tracer sees a constant
+            return args[0].detach()
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)

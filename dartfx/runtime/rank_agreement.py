@@ -26,6 +26,7 @@ from dartfx import compat
 from dartfx.errors import ConfigError, RanksError
 from dartfx.passes.distributed.shards import dtensors, groups
 from dartfx.passes.distributed.to_local_tensors import LocalGraph, to_local_tensors
+from dartfx.passes.frontend.unwrap_subclasses import PlainGraph, unwrap_subclasses
 from dartfx.passes.outcome import Outcome, Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 
@@ -51,28 +52,35 @@ class Ranks:
     def _local(self) -> LocalGraph | None:
         return to_local_tensors(self._module) if dtensors(self._module.graph) else None
 
+    @cached_property
+    def _plain(self) -> PlainGraph | None:
+        return unwrap_subclasses(self._module if self._local is None else self._local.module)
+
     @property
     def module(self) -> GraphModule:
-        """The graph over local tensors; dynamo's own where it has no others.
+        """The graph over local, plain tensors; dynamo's own where it has no others.
 
         Raises Refusal where it cannot be had.
         """
+        if self._plain is not None:
+            return self._plain.module
         return self._module if self._local is None else self._local.module
 
     def inputs(self, given: Sequence[Any]) -> Sequence[Any]:
         """What :attr:`module` takes, of what dynamo's graph takes."""
-        return given if self._local is None else self._local.inputs(given)
+        local = given if self._local is None else self._local.inputs(given)
+        return local if self._plain is None else self._plain.inputs(local)
 
     def place(self, index: int) -> int:
         """Where input ``index`` of dynamo's graph is among the inputs of :attr:`module`."""
-        return index if self._local is None else self._local.taken.index(index)
+        local = index if self._local is None else self._local.taken.index(index)
+        return local if self._plain is None else self._plain.starts[local]
 
     def wrap(self, compiled: Compiled) -> Compiled:
         """Code that was compiled for :attr:`module`, to be called as dynamo's graph is."""
-        if self._local is None:
+        if self._local is None and self._plain is None:
             return compiled
-        local = self._local
-        return lambda *args: compiled(*local.inputs(args))
+        return lambda *args: compiled(*self.inputs(args))
 
     def agree(self, outcome: Outcome | None) -> Outcome | None:
         """What became of this graph on all ranks: ``outcome`` if it is the same on each.

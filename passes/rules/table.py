@@ -38,7 +38,9 @@ def relate(axes: Axes, node: Node) -> None:
         return
     if node.target is operator.getitem:
         source = node.args[0]
-        if isinstance(source, Node) and tensor(node) is not None and packet(source) in MULTI_OUTPUT:
+        if not isinstance(source, Node) or tensor(node) is None:
+            return
+        if packet(source) in MULTI_OUTPUT or _qualified_name(source) in MULTI_OUTPUT:
             _apply(axes, source, node)
     elif tensor(node) is not None or packet(node) is aten._assert_tensor_metadata:
         _apply(axes, node, node)

@@ -1,0 +1,75 @@
+"""Products with quantised weights, and the activations that are quantised for them, by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Node
+
+from dartfx.passes.analysis.axis_classes import Axes
+from dartfx.passes.graph import argument, is_one, same_size, sizes, tensor
+from dartfx.passes.op_sets import named
+from dartfx.passes.rules.table import rule
+
+
+@rule(
+    *named(
+        "_int_mm", "_weight_int8pack_mm", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu",
+        "_dyn_quant_matmul_4bit",
+    )
+)  # fmt: skip
+def by_row(axes: Axes, node: Node, out: Node) -> None:
+    """x [M, I] times a weight, packed in a way of its own: [M, O]."""
+    axes.preserve(node, (node.all_input_nodes[0], 0), (out, 0))
+
+
+@rule(*named("_scaled_mm"))
+def scaled_mm(axes: Axes, node: Node, out: Node) -> None:
+    """The same with a scale for each row of x, or one for all."""
+    by_row(axes, node, out)
+    scales = argument(node, "scale_a")
+    if tensor(scales) is not None and len(sizes(scales)) == 2:
+        axes.preserve(node, (scales, 0), (out, 0))
+
+
+@rule("torchao::choose_qparams_affine", "torchao::choose_scale_float8")
+def choose_scales(axes: Axes, node: Node, out: Node) -> None:
+    """A scale for each block of values; blocks that are one token long are the tokens' own."""
+    values = node.all_input_nodes[0]
+    for dim, place in _single(node, values, out):
+        axes.preserve(node, (values, dim), (out, place))
+
+
+@rule("torchao::quantize_affine", "torchao::dequantize_affine")
+def quantise(axes: Axes, node: Node, out: Node) -> None:
+    """Values to codes, or back, by a scale for each block."""
+    values, *scales = node.all_input_nodes
+    for scale in scales:
+        for dim, place in _single(node, values, scale):
+            axes.preserve(node, (values, dim), (scale, place))
+            axes.preserve(node, (values, dim), (out, dim))
+
+
+@rule(
+    "torchao::quantize_affine_float8_non_decomposed",
+    "torchao::dequantize_affine_float8_non_decomposed",
+)
+def quantise_float8(axes: Axes, node: Node, out: Node) -> None:
+    """The same where blocks are told by the scales' shape: as many scales as values, or fewer."""
+    values, *scales = node.all_input_nodes
+    for dim, size in enumerate(sizes(values)):
+        if all(len(sizes(s)) > dim and same_size(sizes(s)[dim], size) for s in scales):
+            for scale in scales:
+                axes.preserve(node, (values, dim), (scale, dim))
+            axes.preserve(node, (values, dim), (out, dim))
+
+
+def _single(node: Node, values: Node, scales: Node) -> Iterator[tuple[int, int]]:
+    """Each dim of the values that is in blocks of one, and the scales' dim for it."""
+    shape, kept = sizes(values), len(sizes(scales)) == len(sizes(values))
+    place = 0
+    for dim, block in enumerate(argument(node, "block_size")):
+        if is_one(block) and place < len(sizes(scales)):
+            yield dim, place
+        if kept or is_one(block) or not same_size(block, shape[dim]):
+            place += 1
