@@ -16,6 +16,7 @@ from transformers import CompileConfig, TextStreamer
 import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.family import Family, Inputs
 from dartfx.tools.zoo.registry import load
 from tests.support.slow import slow
@@ -47,8 +48,8 @@ def by_hooks(
         name: value.repeat_interleave(copies, 0) if value.shape[0] == batch_of(inputs) else value
         for name, value in inputs.items()
     }
-    hooks = hooked._Hooks(built.model, rows, 2, RETAIN, hooked.float64_selector)
-    with hooked._hooked(hooks, layout):
+    hooks = hooks_of.Hooks(built.model, rows, 2, RETAIN, hooked.float64_selector)
+    with hooks_of.installed(hooks, layout):
         return built.model.generate(**inputs, **told(how))
 
 

@@ -12,12 +12,13 @@ import torch
 from transformers import CompileConfig
 
 from dartfx.cli.main import main
-from dartfx.tools.bench import generate, variants
-from dartfx.tools.bench.figures import limits, row_figures, speed_ups, tables
-from dartfx.tools.bench.gate import Gate
-from dartfx.tools.bench.hooks import pruned_by_hooks
-from dartfx.tools.bench.variants import VARIANTS, Settings
-from dartfx.tools.bench.workload import Workload
+from dartfx.tools.bench.generate import command as generate
+from dartfx.tools.bench.generate import variants
+from dartfx.tools.bench.generate.figures import limits, row_figures, speed_ups, tables
+from dartfx.tools.bench.generate.gate import Gate
+from dartfx.tools.bench.generate.hooks import pruned_by_hooks
+from dartfx.tools.bench.generate.variants import VARIANTS, Settings
+from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.zoo.hooked import pruned_generate
 from dartfx.tools.zoo.shapes import SHAPES, build
 
@@ -308,7 +309,7 @@ def test_draws_the_parts_of_every_total(
     measured: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    from dartfx.tools.bench.plot import draw
+    from dartfx.tools.bench.generate.plot import draw
 
     rows = [
         row | {key: {int(n): v for n, v in row[key].items()} for key in ("seconds", "shares")}

@@ -10,7 +10,7 @@ __all__ = ["HELP", "configure", "run"]
 HELP = "time what dartfx does on this machine"
 
 BENCHMARKS = {
-    "generate": "dartfx.tools.bench.generate",
+    "generate": "dartfx.tools.bench.generate.command",
     "kernel": "dartfx.tools.bench.kernel",
     "ranks": "dartfx.tools.bench.ranks",
 }

@@ -9,47 +9,30 @@ Decode steps (one query token) pass through the hooks untouched.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
+from dartfx.tools.zoo.gather import take
+from dartfx.tools.zoo.hooks import Hooks, Inputs, KvLayout, SelectionInputs, Selector, installed
 from dartfx.tools.zoo.oracle import select_batch
 
-KvLayout = Literal["layered", "uniform"]
-Inputs = dict[str, Any]
-
-# The token dimension of each argument that decoder layers take, counted from the end; the batch
-# is the dimension before it, or dim 0 of tables and masks with heads. By name, never by size, so
-# that equal sizes cannot mislead.
-_LAST = {"position_ids", "moe_mm_token_type_ids"}
-_LAST_BUT_ONE = {"position_embeddings", "per_layer_input"}
-
-
-@dataclass(frozen=True)
-class SelectionInputs:
-    """All that a selection may look at, taken before decoder layer K.
-
-    ``hidden`` [B, S, C]: what enters layer K, through the model's final norm.
-    ``keys`` [B, H, S, D]: keys of layer K-1 after rotary embedding, as they go to the cache, or
-    to attention where the cache holds something else.
-    ``vision`` and ``valid`` [B, S] bool: vision tokens; tokens that are not padding.
-    """
-
-    hidden: Tensor
-    keys: Tensor
-    vision: Tensor
-    valid: Tensor
-
-
-Selector = Callable[[SelectionInputs, int], Tensor]
-"""(selection_inputs, retain) -> keep_idx [B, S'] int64, ascending in each row."""
+__all__ = [
+    "Generated",
+    "Inputs",
+    "KvLayout",
+    "Pruned",
+    "SelectionInputs",
+    "Selector",
+    "float64_selector",
+    "pruned_forward",
+    "pruned_generate",
+    "take",
+    "unpruned_forward",
+    "unpruned_generate",
+]
 
 
 @dataclass(frozen=True)
@@ -81,27 +64,6 @@ class Generated:
     kv_lengths: list[int]
 
 
-def take(tensor: Tensor, keep_idx: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
-    """``tensor`` gathered along ``dim`` by each row's indices.
-
-    tensor: B or 1 at ``batch_dim``, S at ``dim``; keep_idx: [B, S'].  Returns S' at ``dim``.
-    """
-    rows, kept = keep_idx.shape
-    wanted = list(tensor.shape)
-    wanted[batch_dim] = rows
-    source = tensor.expand(wanted)
-    shape = [1] * source.dim()
-    shape[batch_dim], shape[dim] = rows, kept
-    wanted[dim] = kept
-    return source.gather(dim, keep_idx.view(shape).expand(wanted))
-
-
-def take_tokens(tensor: Tensor, keep_idx: Tensor, dim: int) -> Tensor:
-    """As :func:`take` with ``dim`` counted from the end and the batch in the dim before it."""
-    dim = tensor.dim() + dim
-    return take(tensor, keep_idx, dim, dim - 1)
-
-
 def float64_selector(selection_inputs: SelectionInputs, retain: int) -> Tensor:
     """The canonical selection of the float64 oracle."""
     batch = select_batch(
@@ -114,287 +76,14 @@ def float64_selector(selection_inputs: SelectionInputs, retain: int) -> Tensor:
     return torch.tensor(batch.keep_idx)
 
 
-def _gather_mask(mask: Tensor, keep_idx: Tensor, last_only: bool) -> Tensor:
-    if mask.dim() == 2:
-        return take(mask, keep_idx, 1)
-    if mask.dim() != 4:
-        raise TypeError(f"decoder layer got a mask of shape {tuple(mask.shape)}, not 2-D or 4-D")
-    return take(mask if last_only else take(mask, keep_idx, 2), keep_idx, 3)
-
-
-def _gather_argument(name: str, value: Any, keep_idx: Tensor, last_only: bool) -> Any:
-    """One argument of a decoder layer, with only the kept tokens left in it.
-
-    last_only: the layer gets only the last token as query, and that token's rows of all tables.
-    """
-    if isinstance(value, dict):
-        return {k: _gather_argument(name, v, keep_idx, last_only) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(_gather_argument(name, v, keep_idx, last_only) for v in value)
-    if not isinstance(value, Tensor):
-        return value
-    if name == "attention_mask":
-        return _gather_mask(value, keep_idx, last_only)
-    dim = -1 if name in _LAST else -2 if name in _LAST_BUT_ONE else 0
-    if dim == 0:
-        raise TypeError(
-            f"decoder layer got {name} of shape {tuple(value.shape)}, and it is not known which of "
-            f"its dimensions are tokens; add it to dartfx/tools/zoo/hooked.py"
-        )
-    if last_only and value.shape[dim] == 1:
-        return value
-    return take_tokens(value, keep_idx, dim)
-
-
-class _Late:
-    """Stands in for a DeepStack tensor that is moved to a device wherever the decoder uses it."""
-
-    def __init__(self, now: Callable[[], Tensor]) -> None:
-        self._now = now
-
-    def to(self, *_: Any) -> Tensor:
-        return self._now()
-
-
-class _Hooks:
-    """The hooks of one call; ``selector`` None only watches."""
-
-    def __init__(
-        self,
-        model: Any,
-        inputs: Inputs,
-        layer: int,
-        retain: int,
-        selector: Selector | None,
-        decoder: Any = None,
-        image_token_id: int | None = None,
-        latent_cache: bool = False,
-    ) -> None:
-        self.decoder = model.get_decoder() if decoder is None else decoder
-        depth = len(self.decoder.layers)
-        if not 1 <= layer < depth:
-            raise ValueError(
-                f"layer={layer}; a model of {depth} layers can be cut at 1..{depth - 1}"
-            )
-        ids = inputs["input_ids"]
-        self.vision = ids == (
-            model.config.image_token_id if image_token_id is None else image_token_id
-        )
-        self.valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-        self.layer, self.retain, self.selector = layer, retain, selector
-        self.selection_inputs: SelectionInputs | None = None
-        self.keep_idx: Tensor | None = None
-        self.prefilling = False
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-        self.latent_cache = latent_cache
-        self.uniform = False
-        self.attended: Tensor | None = None
-
-    def update(self, cache: Cache, keys: Tensor, values: Tensor, index: int, *more: Any) -> Any:
-        """Stands in for ``Cache.update``: remembers what layers before K store of the prompt.
-
-        The cache itself may hold less of it afterwards, where a layer's window is short.
-        """
-        if index < self.layer and self.selection_inputs is None:
-            self.stored[index] = keys, values
-        return _CACHE_UPDATE(cache, keys, values, index, *more)
-
-    @contextmanager
-    def attending(self) -> Iterator[None]:
-        """Remembers the keys that layer K-1 gives to its attention call."""
-        attend = torch.nn.functional.scaled_dot_product_attention
-        inside = False
-
-        def enter(*_: Any) -> None:
-            nonlocal inside
-            inside = self.selection_inputs is None
-
-        def leave(*_: Any) -> None:
-            nonlocal inside
-            inside = False
-
-        def recorder(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if inside:
-                self.attended = key
-            return attend(query, key, *args, **kwargs)
-
-        layer = self.decoder.layers[self.layer - 1]
-        handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-        try:
-            with _replaced(torch.nn.functional, "scaled_dot_product_attention", recorder):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def before_layer(
-        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pre-hook of decoder layer ``index`` >= K."""
-        names = list(inspect.signature(self.decoder.layers[index].forward).parameters)
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
-        hidden = kwargs.pop(names[0])
-        tokens = hidden.shape[-2]
-        if tokens == 1 and not self.prefilling:
-            return (hidden,), kwargs
-        if index == self.layer:
-            self._select(hidden)
-        if self.selector is None:
-            return (hidden,), kwargs
-        assert self.keep_idx is not None
-        if index == self.layer:
-            hidden = take_tokens(hidden, self.keep_idx, -2)
-        gathered = {
-            k: _gather_argument(k, v, self.keep_idx, tokens == 1)
-            for k, v in kwargs.items()
-            if k != "past_key_values"
-        }
-        return (hidden,), kwargs | gathered
-
-    def _select(self, hidden: Tensor) -> None:
-        if hidden.shape[-3:-1] != self.vision.shape or self.selection_inputs is not None:
-            raise ValueError(
-                f"expected one prefill of shape {tuple(self.vision.shape)}, got a call with "
-                f"hidden states {tuple(hidden.shape)}"
-            )
-        if self.layer - 1 not in self.stored:
-            raise ValueError(f"decoder layer {self.layer - 1} stores no keys to rank tokens by")
-        keys = self.attended if self.latent_cache else self.stored[self.layer - 1][0]
-        assert keys is not None
-        norm = _final_norm(self.decoder)
-        self.selection_inputs = SelectionInputs(norm(hidden), keys, self.vision, self.valid)
-        everything = torch.arange(hidden.shape[-2], device=hidden.device).expand(self.vision.shape)
-        keep = (
-            everything
-            if self.selector is None
-            else self.selector(self.selection_inputs, self.retain)
-        )
-        self.keep_idx = keep.to(hidden.device)
-        self.prefilling = True
-
-    def between_layers(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """DeepStack's addition of vision features, for hidden states that were pruned already."""
-
-        def add(hidden: Tensor, positions: Tensor, features: Tensor) -> Any:
-            return original(hidden, *self._left(positions, features))
-
-        return add
-
-    def before_decoder(
-        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Pre-hook of the decoder: the same for one that adds them in its own loop."""
-        padding: Any = kwargs.get("attention_mask")
-        known = self.uniform and isinstance(padding, Tensor) and padding.ndim == 2
-        if known and self.keep_idx is not None:
-            # Decode reads the caches by the mask's first columns, so those are gathered alike.
-            prompt = self.valid.shape[1]
-            columns = padding[:, :prompt].gather(1, self.keep_idx), padding[:, prompt:]
-            return args, kwargs | {"attention_mask": torch.cat(columns, 1)}
-        mask, features = kwargs.get("vision_mask"), kwargs.get("deepstack_features")
-        if mask is None or features is None:
-            return None
-
-        def left(index: int) -> tuple[Tensor, Tensor]:
-            positions, rows = self._left(mask[..., 0], features[index])
-            return positions[..., None], rows
-
-        def rows_left(index: int) -> Tensor:
-            return left(index)[1]
-
-        first = next(iter(features))
-        late = {
-            "vision_mask": _Late(lambda: left(first)[0]),
-            "deepstack_features": {i: _Late(partial(rows_left, i)) for i in features},
-        }
-        return args, kwargs | late
-
-    def _left(self, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, S] and rows of vision features, or what pruning left of them."""
-        if self.selector is None or self.keep_idx is None:
-            return positions, features
-        row = positions.flatten().cumsum(0).view(positions.shape) - 1
-        positions = take(positions, self.keep_idx, 1)
-        return positions, features[take(row, self.keep_idx, 1)[positions]]
-
-    def compact(self, cache: Any) -> None:
-        """Leave only the kept tokens in the caches of the layers before K.
-
-        A sliding layer that the prompt overflowed holds its last tokens, whatever was dropped.
-        """
-        assert self.keep_idx is not None
-        for index, (keys, values) in self.stored.items():
-            entry = cache.layers[index]
-            if entry.keys.shape[2] == keys.shape[2]:
-                entry.keys = take(keys, self.keep_idx, 2)
-                entry.values = take(values, self.keep_idx, 2)
-
-
-_CACHE_UPDATE = Cache.update
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute that no hook reaches, for the ``with`` block."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-def _final_norm(decoder: Any) -> Any:
-    for name in ("norm", "final_layernorm", "final_layer_norm", "embedding_norm"):
-        if hasattr(decoder, name):
-            return getattr(decoder, name)
-    raise TypeError(f"no final norm known for {type(decoder).__name__}; add it to _final_norm")
-
-
-@contextmanager
-def _hooked(hooks: _Hooks, kv_layout: KvLayout) -> Iterator[None]:
-    hooks.uniform = kv_layout == "uniform"
-
-    def after_decoder(_: Any, __: Any, output: Any) -> None:
-        pruned = hooks.prefilling and hooks.selector is not None
-        hooks.prefilling = False
-        if pruned and hooks.uniform:
-            hooks.compact(output.past_key_values)
-
-    handles = [
-        hooks.decoder.register_forward_hook(after_decoder),
-        hooks.decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True),
-    ]
-    for index, layer in enumerate(hooks.decoder.layers):
-        if index >= hooks.layer:
-            handles.append(
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, index=index: hooks.before_layer(index, args, kwargs),
-                    with_kwargs=True,
-                )
-            )
-    deepstack = getattr(hooks.decoder, "_deepstack_process", None)
-    if deepstack is not None:
-        hooks.decoder._deepstack_process = hooks.between_layers(deepstack)
-    recorder: Any = lambda *args, **kwargs: hooks.update(*args, **kwargs)  # noqa: E731
-    try:
-        with torch.no_grad(), _replaced(Cache, "update", recorder), hooks.attending():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        if deepstack is not None:
-            del hooks.decoder._deepstack_process
-
-
 def _attention_caches(cache: Any) -> list[Any]:
     """The layers of a cache that hold keys; none where the model returns no cache."""
     layers = [] if cache is None else cache.layers
     return [entry for entry in layers if getattr(entry, "keys", None) is not None]
 
 
-def _forward(model: Any, inputs: Inputs, hooks: _Hooks, kv_layout: KvLayout) -> Pruned:
-    with _hooked(hooks, kv_layout):
+def _forward(model: Any, inputs: Inputs, hooks: Hooks, kv_layout: KvLayout) -> Pruned:
+    with installed(hooks, kv_layout):
         output = model(**inputs, use_cache=True)
     if hooks.selection_inputs is None or hooks.keep_idx is None:
         raise ValueError("the prompt never reached the hooks; it must have more than one token")
@@ -410,9 +99,9 @@ def _forward(model: Any, inputs: Inputs, hooks: _Hooks, kv_layout: KvLayout) -> 
 
 
 def _generate(
-    model: Any, inputs: Inputs, hooks: _Hooks, kv_layout: KvLayout, max_new_tokens: int
+    model: Any, inputs: Inputs, hooks: Hooks, kv_layout: KvLayout, max_new_tokens: int
 ) -> Generated:
-    with _hooked(hooks, kv_layout):
+    with installed(hooks, kv_layout):
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -444,7 +133,7 @@ def pruned_forward(
     ``latent_cache=True`` where the cache does not hold the keys that attention uses.
     Raises ValueError on a layer out of range.
     """
-    hooks = _Hooks(model, inputs, layer, retain, selector, **where)
+    hooks = Hooks(model, inputs, layer, retain, selector, **where)
     return _forward(model, inputs, hooks, kv_layout)
 
 
@@ -464,7 +153,7 @@ def pruned_generate(
     Raises ValueError where transformers' one decode mask cannot fit the caches: layered caches
     under padding or eager attention.
     """
-    hooks = _Hooks(model, inputs, layer, retain, selector, **where)
+    hooks = Hooks(model, inputs, layer, retain, selector, **where)
     eager = hooks.decoder.config._attn_implementation == "eager"
     if kv_layout == "layered" and (eager or not bool(hooks.valid.all())):
         raise ValueError(
@@ -476,9 +165,9 @@ def pruned_generate(
 
 def unpruned_forward(model: Any, inputs: Inputs, *, layer: int = 2) -> Pruned:
     """``model(**inputs)`` as it is; ``hidden`` and ``score_keys`` are taken before ``layer``."""
-    return _forward(model, inputs, _Hooks(model, inputs, layer, 0, None), "layered")
+    return _forward(model, inputs, Hooks(model, inputs, layer, 0, None), "layered")
 
 
 def unpruned_generate(model: Any, inputs: Inputs, *, max_new_tokens: int) -> Generated:
     """Greedy ``model.generate(**inputs)`` as it is."""
-    return _generate(model, inputs, _Hooks(model, inputs, 1, 0, None), "layered", max_new_tokens)
+    return _generate(model, inputs, Hooks(model, inputs, 1, 0, None), "layered", max_new_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dartfx.tools.zoo import gemma, grids, llava, others, projected, qwen, tokenised
+from dartfx.tools.zoo.families import gemma, grids, llava, others, projected, qwen, tokenised
 from dartfx.tools.zoo.family import Builder, Family, build
 
 BUILDERS: tuple[Builder, ...] = (

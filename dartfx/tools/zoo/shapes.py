@@ -16,10 +16,10 @@ import torch
 import transformers as hf
 
 from dartfx.integrations.hf import load_processor, load_weights, prompt_inputs, read_image, to_model
-from dartfx.tools.bench.workload import Workload
+from dartfx.tools.bench.generate.workload import Workload
+from dartfx.tools.zoo.families.llava import llava
+from dartfx.tools.zoo.families.qwen import tokens
 from dartfx.tools.zoo.family import Family, Structure, images, patches, special, text_sizes
-from dartfx.tools.zoo.llava import llava
-from dartfx.tools.zoo.qwen import tokens
 
 __all__ = ["SHAPES", "build", "load"]
 

@@ -8,8 +8,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from dartfx.tools.zoo.families.qwen import hybrid_sizes
 from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes
-from dartfx.tools.zoo.qwen import hybrid_sizes
 
 
 def minicpmv4_6(**text: Any) -> Structure:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import transformers as hf
 
+from dartfx.tools.zoo.families.llava import siglip
 from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes
-from dartfx.tools.zoo.llava import siglip
 
 
 def _paligemma(decoder: Any, sizes: dict[str, Any], attention: str = "") -> Structure:

@@ -8,8 +8,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from dartfx.tools.zoo.family import Inputs, Pixels, Structure, patches, special, text_sizes
-from dartfx.tools.zoo.qwen import (
+from dartfx.tools.zoo.families.qwen import (
     deepstack_tower,
     interleaved,
     mrope,
@@ -17,6 +16,7 @@ from dartfx.tools.zoo.qwen import (
     tokens,
     window_tower,
 )
+from dartfx.tools.zoo.family import Inputs, Pixels, Structure, patches, special, text_sizes
 
 
 def _audio() -> dict[str, Any]:

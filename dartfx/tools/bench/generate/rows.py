@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from dartfx.passes.outcome import Pruned
+from dartfx.tools.bench.generate.variants import VARIANTS, Ready, Settings
+from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.bench.timing import seconds, wait
-from dartfx.tools.bench.variants import VARIANTS, Ready, Settings
-from dartfx.tools.bench.workload import Workload
 
 __all__ = ["Progress", "Row", "prepare", "rewarm", "time_round", "vision_seconds", "weight_bytes"]
 

@@ -58,7 +58,7 @@ def chameleon(**text: Any) -> Structure:
     return Structure("ChameleonForConditionalGeneration", config, image, 16, images(3, 16, 16))
 
 
-def _tower(**more: Any) -> dict[str, Any]:
+def tower(**more: Any) -> dict[str, Any]:
     return {
         "hidden_size": 48,
         "intermediate_size": 96,
@@ -69,7 +69,7 @@ def _tower(**more: Any) -> dict[str, Any]:
 
 
 def _qformer(vocab: int) -> dict[str, Any]:
-    return _tower(encoder_hidden_size=48, vocab_size=vocab, cross_attention_frequency=1)
+    return tower(encoder_hidden_size=48, vocab_size=vocab, cross_attention_frequency=1)
 
 
 def blip_2(**text: Any) -> Structure:
@@ -83,7 +83,7 @@ def blip_2(**text: Any) -> Structure:
         word_embed_proj_dim=sizes["hidden_size"],
     )
     config = hf.Blip2Config(
-        vision_config=_tower(image_size=56, patch_size=14),
+        vision_config=tower(image_size=56, patch_size=14),
         qformer_config=_qformer(vocab),
         text_config=decoder.to_dict(),
         num_query_tokens=16,
@@ -112,7 +112,7 @@ def instructblip(**text: Any) -> Structure:
     vocab = sizes["vocab_size"]
     image = special(vocab, 1)
     config = hf.InstructBlipConfig(
-        vision_config=_tower(image_size=56, patch_size=14),
+        vision_config=tower(image_size=56, patch_size=14),
         qformer_config=_qformer(vocab),
         text_config={"model_type": "llama", **sizes},
         num_query_tokens=16,
@@ -135,7 +135,7 @@ def instructblipvideo(**text: Any) -> Structure:
     vocab = sizes["vocab_size"]
     video = special(vocab, 1)
     config = hf.InstructBlipVideoConfig(
-        vision_config=_tower(image_size=56, patch_size=14),
+        vision_config=tower(image_size=56, patch_size=14),
         qformer_config=_qformer(vocab),
         text_config={"model_type": "llama", **sizes},
         num_query_tokens=4,

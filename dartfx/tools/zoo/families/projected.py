@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import transformers as hf
 
+from dartfx.tools.zoo.families.llava import clip, pixtral, siglip
+from dartfx.tools.zoo.families.tokenised import tower
 from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes
-from dartfx.tools.zoo.llava import clip, pixtral, siglip
 
-
-def _tower(**more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        **more,
-    }
+_tower = partial(tower, num_hidden_layers=3)
 
 
 def _sam(output: int, **more: Any) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from transformers import CompileConfig
 import dartfx
 from dartfx.model.compiled_model import not_one_graph
 from dartfx.passes.outcome import Pruned
-from dartfx.tools.bench.hooks import pruned_by_hooks
+from dartfx.tools.bench.generate.hooks import pruned_by_hooks
+from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.bench.timing import cache_bytes, twin
-from dartfx.tools.bench.workload import Workload
 
 __all__ = ["VARIANTS", "Ready", "Settings"]
 

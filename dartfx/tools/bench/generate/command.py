@@ -37,14 +37,14 @@ from dartfx import compat
 from dartfx.config.options import DartConfig
 from dartfx.integrations.hf import read_image
 from dartfx.integrations.outputs import check_file
-from dartfx.tools.bench.figures import limits, row_figures, speed_ups, tables
-from dartfx.tools.bench.gate import Gate
+from dartfx.tools.bench.generate.figures import limits, row_figures, speed_ups, tables
+from dartfx.tools.bench.generate.gate import Gate
 from dartfx.tools.bench.timing import device_name
 
 if TYPE_CHECKING:  # they import transformers, which `bench kernel` does without
-    from dartfx.tools.bench.rows import Row
-    from dartfx.tools.bench.variants import Settings
-    from dartfx.tools.bench.workload import Workload
+    from dartfx.tools.bench.generate.rows import Row
+    from dartfx.tools.bench.generate.variants import Settings
+    from dartfx.tools.bench.generate.workload import Workload
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(_heading(result))
     print(tables(result))
     if arguments.plot:
-        from dartfx.tools.bench.plot import draw
+        from dartfx.tools.bench.generate.plot import draw
 
         draw(result, arguments.plot)
     return 0
@@ -115,7 +115,7 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return "--batch and --images are for --model-shape"
     if arguments.new_tokens and min(arguments.new_tokens) < 1:
         return "--new-tokens must be at least 1"
-    from dartfx.tools.bench.variants import VARIANTS
+    from dartfx.tools.bench.generate.variants import VARIANTS
 
     for row in arguments.rows or ():
         if row not in VARIANTS:
@@ -143,7 +143,7 @@ def _workload(arguments: argparse.Namespace) -> Workload:
 
 
 def _settings(work: Workload, arguments: argparse.Namespace) -> Settings:
-    from dartfx.tools.bench.variants import Settings
+    from dartfx.tools.bench.generate.variants import Settings
 
     retain = arguments.retain_tokens
     if retain is None and arguments.model_shape:
@@ -156,7 +156,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every figure of the benchmark, as the JSON file holds it from the first round on."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    from dartfx.tools.bench.rows import Progress, prepare, rewarm, time_round
+    from dartfx.tools.bench.generate.rows import Progress, prepare, rewarm, time_round
 
     load = os.getloadavg()[0]
     patch = compat.dynamo_config.patch(
@@ -192,8 +192,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rows(work: Workload, arguments: argparse.Namespace) -> list[Row]:
-    from dartfx.tools.bench.rows import Row
-    from dartfx.tools.bench.variants import VARIANTS
+    from dartfx.tools.bench.generate.rows import Row
+    from dartfx.tools.bench.generate.variants import VARIANTS
 
     on_cpu = work.model.device.type == "cpu"
     lengths = sorted({1, *(arguments.new_tokens or ((8,) if on_cpu else (8, 64, 256)))})
@@ -247,7 +247,7 @@ def _layers(work: Workload) -> int:
 
 
 def _model(work: Workload, settings: Settings) -> dict[str, Any]:
-    from dartfx.tools.bench.rows import weight_bytes
+    from dartfx.tools.bench.generate.rows import weight_bytes
 
     return {
         "name": work.name,

@@ -1,0 +1,1 @@
+"""``bench generate``: whole generations, eager, by hooks, plain Inductor and dart."""
