@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Arguments for the example programs: make demo ARGS="--help"
 ARGS ?=
+# Random models of each kind: make fuzz EXAMPLES=100
+EXAMPLES ?= 10000
 
 PARALLEL := -n 2 --dist loadfile
 QUICK := $(PARALLEL) --hypothesis-profile quick -m "not slow"
@@ -36,7 +38,7 @@ test-all: $(STAMP)
 
 # 10,000 random models, other ones in every run: hours.
 fuzz: $(STAMP)
-	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile nightly $(ARGS) tests/properties
+	EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 --hypothesis-profile nightly $(ARGS) tests/properties
 
 # Breaks dartfx on purpose and sees that the tests notice: make mutants ARGS="--list"
 mutants: $(STAMP)

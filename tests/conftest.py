@@ -25,7 +25,7 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _FOLDERS = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 # The same examples in every run of quick and long; other ones every night.
-_PROFILES = {"quick": 30, "long": 150, "nightly": 10_000}
+_PROFILES = {"quick": 30, "long": 150, "nightly": int(os.environ.get("EXAMPLES", 10_000))}
 for _name, _count in _PROFILES.items():
     settings.register_profile(
         _name,
