@@ -20,6 +20,7 @@ from dartfx.runtime import vision_mask
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.decoders import Decoder, Sizes, assert_same, prompt
 from tests.support.tolerances import CLOSE, RETAIN
 
 EAGER: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
@@ -123,9 +124,10 @@ def test_retaining_all_is_the_identity_and_says_so(
 
 
 @pytest.mark.parametrize("policy", ["warn", "error", "ignore"])
-def test_a_refusal_is_as_loud_as_asked(llava: Family, policy: str) -> None:
-    inputs = llava.make_inputs()
-    fast = compiled(llava, layer=9, on_unsupported=policy)
+def test_a_refusal_is_as_loud_as_asked(policy: str) -> None:
+    model, inputs = Decoder().eval(), prompt(Sizes())
+    options = {**EAGER, "layer": 9, "on_unsupported": policy}
+    fast = torch.compile(model, backend="dart", fullgraph=True, options=options)
     told = r"(?s)layer=9, but the decoder stack .*layers has \d layers here.*try: a layer from 1 to"
     if policy == "error":
         with pytest.raises(BackendCompilerFailed, match=told) as failed:
@@ -134,13 +136,12 @@ def test_a_refusal_is_as_loud_as_asked(llava: Family, policy: str) -> None:
         return
     if policy == "warn":
         with pytest.warns(dartfx.PruningWarning, match=told):
-            logits = fast(**inputs).logits
+            outputs = fast(**inputs)
     else:
-        logits = fast(**inputs).logits
+        outputs = fast(**inputs)
     (declined,) = outcomes(Declined)
     assert "layer=9" in declined.because
-    torch._dynamo.reset()
-    assert torch.equal(logits, unpruned(llava, inputs))
+    assert_same(outputs, model(**inputs), rtol=0, atol=0)
 
 
 def test_a_static_cache_is_refused(llava: Family) -> None:

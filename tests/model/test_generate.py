@@ -173,7 +173,7 @@ def test_streaming(capsys: pytest.CaptureFixture[str]) -> None:
     built = family("llava")
     inputs = built.make_inputs()
     streamer = TextStreamer(Words(), skip_prompt=True)
-    ours = fast(built).generate(**inputs, **told({"streamer": streamer}))
+    ours = fast(built).generate(**inputs, **told({"streamer": streamer, "max_new_tokens": 3}))
     assert pruned() == 1
     new = ours.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     assert capsys.readouterr().out.split() == [f"<{i}>" for i in new]
@@ -205,8 +205,8 @@ def test_a_second_turn_on_the_cache_is_refused(layout: str) -> None:
     built = family("llava")
     inputs = without_mask(built.make_inputs())
     model = fast(built, kv_layout=layout)
-    first = model.generate(**inputs, **told({}))
-    more = torch.cat([first.sequences, first.sequences[:, -4:]], 1)
+    first = model.generate(**inputs, **told({"max_new_tokens": 2}))
+    more = torch.cat([first.sequences, first.sequences[:, -2:]], 1)
     cache = copy.deepcopy(first.past_key_values)
     with pytest.raises(dartfx.SelectionError, match="Give the whole conversation"):
         model.generate(input_ids=more, past_key_values=cache, **told({}))
@@ -218,10 +218,11 @@ def test_a_second_turn_on_an_unpruned_cache() -> None:
     model = fast(built)
 
     def two_turns(model: Any) -> list[int]:
-        first = model.generate(**text, **told({}))
+        how = told({"max_new_tokens": 4})
+        first = model.generate(**text, **how)
         more = torch.cat([first.sequences, first.sequences[:, -4:]], 1)
         cache = first.past_key_values
-        return model.generate(input_ids=more, past_key_values=cache, **told({})).sequences.tolist()
+        return model.generate(input_ids=more, past_key_values=cache, **how).sequences.tolist()
 
     assert two_turns(model) == two_turns(built.model)
 
@@ -291,7 +292,7 @@ def test_ten_prompts_and_their_decode_take_few_compilations(
     model = fast(built, decode=decode)
     for i in range(10):
         inputs = built.make_inputs(before=3 + i, after=5 + 2 * i)
-        model.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
+        model.generate(**inputs, max_new_tokens=24, min_new_tokens=24, do_sample=False)
     prefills, all_graphs = pruned(), len(dartfx.reports())
     with capsys.disabled():
         sys.stdout.write(f" {name} {decode}: {prefills} prefill, {all_graphs - prefills} decode ")
@@ -343,8 +344,8 @@ def test_generate_of_a_wrapper_is_told_by_explain() -> None:
     model = copy.deepcopy(built.model)
     inputs = built.make_inputs()
     wrapper = torch.compile(model, backend="dart", options={"retain_tokens": RETAIN})
-    told = dartfx.explain(wrapper.generate, **inputs, max_new_tokens=2)
+    told = dartfx.explain(wrapper.generate, **inputs, max_new_tokens=1)
     assert "runs the original model" in str(told)
     del wrapper
     gc.collect()
-    assert "original" not in str(dartfx.explain(model.generate, **inputs, max_new_tokens=2))
+    assert "original" not in str(dartfx.explain(model.generate, **inputs, max_new_tokens=1))
