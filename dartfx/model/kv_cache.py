@@ -67,15 +67,30 @@ def mark_pruned(cache: Any, tokens: int, keep_idx: Sequence[Tensor]) -> None:
     keep_idx: [B, S'] of each graph that returned it.
     """
     missing = [
-        _expected_length(layer, tokens) - layer.keys.shape[-2]
+        _expected_length(layer, tokens) - held
         for layer in getattr(cache, "layers", ())
-        if isinstance(getattr(layer, "keys", None), Tensor)
+        if (held := held_tokens(layer)) is not None
     ]
     if missing and max(missing) > 0:
         setattr(cache, _PRUNED_LENGTH, max(missing))
         if keep_idx and keep_idx[-1].shape[0] > 1:
             setattr(cache, _KEEP_IDX, (tokens, keep_idx[-1]))
             _count_kept_tokens(cache, keep_idx[-1].shape[1])
+
+
+def held_tokens(layer: Any) -> int | None:
+    """How many tokens of each row a cache layer holds; None where that cannot be told.
+
+    Quantised layers hold their first tokens in codes, and keep an empty tensor as their keys.
+    """
+    keys, codes = getattr(layer, "keys", None), getattr(layer, "_quantized_keys", None)
+    plain = keys.shape[-2] if isinstance(keys, Tensor) and keys.ndim == 4 else None
+    if codes is None:
+        return plain
+    stored, *more = codes if isinstance(codes, tuple) else (codes,)
+    # Codes are packed in a way of their own (HQQ) or one for each value.
+    shape = more[0].get("shape", ()) if more and isinstance(more[0], dict) else stored.shape
+    return int(shape[-2]) + (plain or 0) if len(shape) == 4 else None
 
 
 def _count_kept_tokens(cache: Any, length: int) -> None:
@@ -172,14 +187,16 @@ def copy_into_static(static: Any, dynamic: Any) -> None:
 
 
 def fix_sliding_lengths(cache: Any) -> None:
-    """Set the token counts of a transformers cache's sliding layers to what pruning left of them.
+    """Set the token counts of a cache's sliding and quantised layers to what they hold.
 
     Such a layer counts in Python, so the compiled prefill counted the tokens of the whole prompt.
     """
     for layer in getattr(cache, "layers", ()):
-        if not getattr(layer, "is_sliding", False) or not isinstance(layer.keys, Tensor):
+        counted, length = getattr(layer, "cumulative_length", None), held_tokens(layer)
+        if not isinstance(counted, int) or length is None:
             continue
-        counted = getattr(layer, "cumulative_length", None)
-        length = layer.keys.shape[-2]
-        if isinstance(counted, int) and length < min(counted, layer.sliding_window - 1):
+        quantised = getattr(layer, "_quantized_keys", None) is not None
+        sliding = getattr(layer, "is_sliding", False)
+        full = counted if quantised else min(counted, layer.sliding_window - 1) if sliding else 0
+        if length < full:
             layer.cumulative_length = length

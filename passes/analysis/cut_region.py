@@ -6,7 +6,17 @@ from torch.fx import Node
 
 from dartfx import compat
 from dartfx.passes.analysis.token_axes import TokenAxes, infer_axes
-from dartfx.passes.graph import bases, downstream, mutated_operands, without_gradient
+from dartfx.passes.graph import (
+    aten,
+    bases,
+    downstream,
+    is_state,
+    mutated_operands,
+    packet,
+    sizes,
+    tensor,
+    without_gradient,
+)
 from dartfx.passes.op_sets import is_higher_order
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.site import Site
@@ -66,6 +76,13 @@ def _refuse_opaque(nodes: list[Node], axes: TokenAxes) -> None:
                 node,
                 advice="the default DynamicCache",
             )
+        if _continues_cache(node, operand, axes):
+            raise Refusal(
+                "the call continues a KV cache that already holds tokens (a system prompt, an "
+                "earlier turn, a prefix), and tokens are dropped only of a prompt that starts one",
+                node,
+                advice="the whole conversation without past_key_values",
+            )
         if is_higher_order(node):
             raise Refusal(
                 f"torch.{node.target} is called with {operand}, which has the token axis, and what "
@@ -79,3 +96,20 @@ def _refuse_opaque(nodes: list[Node], axes: TokenAxes) -> None:
             node,
             advice="please report the operator; meanwhile this model runs unpruned",
         )
+
+
+def _continues_cache(node: Node, operand: Node, axes: TokenAxes) -> bool:
+    """Whether a call appends tokens [B, H, S, Dh] to what an input of the graph brings."""
+    if packet(node) is not aten.cat or len(sizes(operand)) != 4:
+        return False
+    for other in node.all_input_nodes:
+        ahead = [other] if not axes.dims(other) else []
+        while ahead:
+            ahead += (found := ahead.pop()).all_input_nodes
+            if found.op == "placeholder" and not is_state(found) and len(_shape(found)) == 4:
+                return True
+    return False
+
+
+def _shape(node: Node) -> tuple[object, ...]:
+    return tuple(sizes(node)) if tensor(node) is not None else ()

@@ -150,8 +150,17 @@ class Gatherer:
             shape[dim] = new_length
             index = emit(aten.view.default, self.keep_idx, index_shape)
             index = emit(aten.expand.default, index, list(shape))
-            value = emit(aten.gather.default, value, dim, index)
+            value = _gather(emit, value, dim, index)
         return value
+
+
+def _gather(emit: Emitter, value: Node, dim: int, index: Node) -> Node:
+    dtype = value.meta["val"].dtype
+    if not dtype.is_floating_point or dtype.itemsize > 1:
+        return emit(aten.gather.default, value, dim, index)
+    # Codes of a quantised cache: torch gathers no float8 on a CPU.
+    codes = emit(aten.view.dtype, value, torch.uint8)
+    return emit(aten.view.dtype, emit(aten.gather.default, codes, dim, index), dtype)
 
 
 def _device(node: Node) -> torch.device:
