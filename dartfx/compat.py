@@ -91,7 +91,9 @@ NAMES: dict[str, PrivateName] = {
         "torch._dynamo.backends.debugging", "aot_eager", 'lowering="aot_eager" compiles graphs'
     ),
     "dynamo_config": PrivateName(
-        "torch._dynamo.config", "", "explain and bench compile the same code many times"
+        "torch._dynamo.config",
+        "",
+        "explain and bench compile the same code many times; calls say that compiling is disabled",
     ),
     # Inductor
     **_names("torch._inductor.compile_fx", "compile_fx", 'lowering="inductor" compiles graphs'),
@@ -125,6 +127,11 @@ NAMES: dict[str, PrivateName] = {
         "torch.utils._python_dispatch",
         "is_traceable_wrapper_subclass",
         "a dump leaves the shards of tensor-parallel inputs out",
+    ),
+    **_names(
+        "torch.utils._python_dispatch",
+        "is_in_any_mode_without_ignore_compile_internals",
+        "a call inside a dispatch mode is refused before it runs",
     ),
     **_names("torch._C", "_set_grad_enabled", "regions without gradients are found"),
     **_names(

@@ -30,6 +30,7 @@ from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
+from dartfx.runtime.graph_runs import NotedRun
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer
 from dartfx.runtime.rank_agreement import Ranks
@@ -87,11 +88,10 @@ def compile_graph(
     graph = GraphCompiler(config, module, caller)
     graph.dump.save_inputs(inputs)
     try:
-        if may_merge_features(graph.flat.graph):
-            compiled = graph.compile_merge(inputs)
-            if compiled is not None:
-                return compiled
-        return graph.compile_without_merge(inputs)
+        compiled = graph.compile_merge(inputs) if may_merge_features(graph.flat.graph) else None
+        if compiled is None:
+            compiled = graph.compile_without_merge(inputs)
+        return NotedRun(compiled, graph.concerns_vision_tokens)
     except compat.errors("RestartAnalysis"):
         # Dynamo traces the frame again and comes back with the graph that counts.
         graph.discard_reports()
@@ -194,6 +194,12 @@ class GraphCompiler:
             "they are with dartfx.vision_tokens",
             unsure=True,
         )
+
+    @property
+    def concerns_vision_tokens(self) -> bool:
+        """Whether a report says what became of this graph's vision tokens."""
+        outcomes = [report.outcome for report in self.reported]
+        return any(not isinstance(o, Unchanged) or o.all_retained for o in outcomes)
 
     def discard_reports(self) -> None:
         """Take back what was reported of this graph."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
@@ -25,13 +26,20 @@ from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.errors import DartfxError
 from dartfx.model import kv_cache
+from dartfx.model.arguments import Arguments, brings_media, leaves_of, swapped
 from dartfx.model.device_hooks import hooks_in_decoder
+from dartfx.model.failures import (
+    caused_by_cut,
+    failure_after_cut,
+    nothing_merged,
+    past_limit,
+    runs_eagerly,
+)
 from dartfx.model.history import History
 from dartfx.observe import report
 from dartfx.observe.report import Report
-from dartfx.passes.outcome import Pruned, Unchanged
 from dartfx.passes.refusal import Declined
-from dartfx.runtime import keep_idx, vision_mask
+from dartfx.runtime import graph_runs, keep_idx, vision_mask
 
 __all__ = ["CompiledModel", "not_one_graph"]
 
@@ -43,11 +51,20 @@ Call = Callable[..., Any]
 def not_one_graph() -> tuple[type[Exception], ...]:
     """What dynamo raises when fullgraph=True fails; some are the tracer's, which it lets out."""
     return GuardOnDataDependentSymNode, *compat.errors(
-        "TorchDynamoException",
-        "FailOnRecompileLimitHit",
-        "DataDependentOutputException",
-        "DynamicOutputShapeException",
+        "TorchDynamoException", "DataDependentOutputException", "DynamicOutputShapeException"
     )
+
+
+# Compilations of one model do not count against another's recompile_limit (torch 2.13).
+_ISOLATED: dict[str, Any] = {
+    name: True
+    for name in ("isolate_recompiles",)
+    if name in inspect.signature(torch.compile).parameters
+}
+
+# While one thread compiles, torch's flag for that is set in all of them, and transformers' code
+# reads it.  Dynamo also compiles once more for each thread that found no code before it waited.
+_COMPILING = threading.RLock()
 
 
 class CompiledModel:
@@ -63,18 +80,21 @@ class CompiledModel:
 
     def __init__(
         self,
+        model: nn.Module,
         one_graph: Call,
         with_breaks: Call,
-        eager: Call,
         config: DartConfig,
         uniform: Callable[[], CompiledModel] | None = None,
     ) -> None:
         self.config = config
         self.calls, self.history = 0, History()
-        self._one_graph, self._with_breaks, self._eager = one_graph, with_breaks, eager
+        self._model = model
+        self._eager: Call = model._call_impl
+        self._one_graph, self._with_breaks = one_graph, with_breaks
         self._uniform = None if uniform is None else cache(uniform)
         self._breaks: set[frozenset[str]] = set()
         self._fails: dict[frozenset[str], Declined] = {}
+        self._settled: set[frozenset[str]] = set()
 
     @classmethod
     def of(
@@ -94,58 +114,72 @@ class CompiledModel:
         caller = CallerCapabilities(
             fixes_sliding_lengths=True, gathers_decode_mask=gathers_decode_mask
         )
-        retrying = replace(caller, can_retry_with_graph_breaks=True)
-        in_one = partial(compile_graph, config, caller=retrying)
+        may_break = replace(caller, can_retry_with_graph_breaks=True)
+        in_one = partial(compile_graph, config, caller=may_break)
         in_several = partial(compile_graph, config, caller=caller)
         call = model._call_impl
-        one_graph = torch.compile(call, backend=in_one, dynamic=dynamic, fullgraph=True)
-        with_breaks = torch.compile(call, backend=in_several, dynamic=dynamic)
+        settings: dict[str, Any] = {"dynamic": dynamic, **_ISOLATED}
+        one_graph = torch.compile(call, backend=in_one, fullgraph=True, **settings)
+        with_breaks = torch.compile(call, backend=in_several, **settings)
         uniform = None
         if config.kv_layout != "layered":
             one_length = replace(config, kv_layout="uniform")
             uniform = partial(cls.of, model, one_length, dynamic, gathers_decode_mask=False)
-        return cls(one_graph, with_breaks, call, config, uniform)
+        return cls(model, one_graph, with_breaks, config, uniform)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return self._eager(*args, **kwargs)
+        # Unlike is_compiling(), this one is not set by other threads' compilations.
+        if torch.compiler.is_dynamo_compiling():
+            if brings_media(args, kwargs):
+                return _outside_of_graphs(self, args, kwargs)
             # transformers compiles the decode steps of static caches by itself.
             return self._eager(*args, **kwargs)
         self.calls += 1
-        tokens, kv = kv_cache.new_tokens(kwargs), kwargs.get("past_key_values")
-        kv_cache.require_unpruned(kv, tokens)
-        as_tuple = kwargs.get("return_dict") is False
-        if self._uniform is not None and not as_tuple and kv_cache.is_empty_static(kv):
+        call = Arguments.of(self._model.forward, args, kwargs)
+        if (declined := runs_eagerly() or hooks_in_decoder(self._eager)) is not None:
+            if call.media or vision_mask.given() is not None:
+                with self.reporting():
+                    self.refuse(declined)
+            return self._eager(*args, **kwargs)
+        caches = [*call.caches, *filter(kv_cache.is_cache, vars(self._model).values())]
+        for kv in caches:
+            kv_cache.require_unpruned(kv, call.tokens)
+        if self._uniform is not None and (empty := list(filter(kv_cache.is_empty_static, caches))):
             uniform = self._uniform()
             uniform.history = self.history
-            return uniform._prefill_static(kv, args, kwargs)
-        kwargs = kv_cache.gather_decode_mask(kv, kwargs)
+            return uniform._prefill_static(empty[0], call)
         with keep_idx.collect_keep_idx() as collected:
-            result = self._call(args, kwargs)
-        kv = getattr(result, "past_key_values", None) or kv
-        kv_cache.fix_sliding_lengths(kv)
-        kv_cache.mark_pruned(kv, tokens, [record.keep_idx for record in collected])
+            result = self._call(_with_decode_masks(call, caches))
+        caches += [value for _, value in leaves_of("", result) if kv_cache.is_cache(value)]
+        for kv in {id(kv): kv for kv in caches}.values():
+            kv_cache.fix_sliding_lengths(kv)
+            kv_cache.mark_pruned(kv, call.tokens, [record.keep_idx for record in collected])
         self.history.add_kept(collected)
         return result
 
-    def _prefill_static(self, static: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _prefill_static(self, static: Any, call: Arguments) -> Any:
         """The call with a dynamic cache instead of an empty static one, which gets its tokens."""
-        dynamic = {"past_key_values": kv_cache.new_dynamic_cache()}
-        if "attention_mask" in kwargs:
-            dynamic["attention_mask"] = kv_cache.strip_static_slots(kwargs["attention_mask"])
-        result = self(*args, **kwargs | dynamic)
-        kv_cache.copy_into_static(static, result.past_key_values)
-        result.past_key_values = static
-        return result
+        dynamic = kv_cache.new_dynamic_cache()
+        swaps: dict[int, Any] = {id(static): dynamic}
+        for name, value in call.named.items():
+            if name == "attention_mask":
+                swaps[id(value)] = kv_cache.strip_static_slots(value)
+        given = call.with_swaps(swaps)
+        result = self(*given.args, **given.kwargs)
+        kv_cache.copy_into_static(static, dynamic)
+        return swapped(result, {id(dynamic): static})
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.reporting() as compiled, vision_mask.collect_masks() as noted:
-            if (hooks := hooks_in_decoder(self._eager)) is not None:
-                if _vision_inputs(args, kwargs) or vision_mask.given() is not None:
-                    self.refuse(hooks)
-                return self._eager(*args, **kwargs)
-            result = self._run(compiled, args, kwargs)
-            if compiled and not any(map(_concerns_vision_tokens, compiled)):
-                self._refuse_unmerged_inputs(len(compiled), args, kwargs)
+    def _call(self, call: Arguments) -> Any:
+        with (
+            self.reporting() as compiled,
+            vision_mask.collect_masks() as noted,
+            graph_runs.collect_runs() as runs,
+        ):
+            result = self._run_by_kind(compiled, call)
+            if not any(runs) and (brought := _brought(call)):
+                self.refuse(nothing_merged(brought, len(runs)))
             lost = [mask for mask in noted if not mask.consumed.is_set()]
             if lost:
                 for mask in lost:
@@ -167,28 +201,47 @@ class CompiledModel:
         report.record(0, declined)
         refuse(self.config, declined)
 
-    def _run(
-        self, compiled: Sequence[Report], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        names = frozenset(k for k, v in kwargs.items() if v is not None)
-        if (failed_before := self._fails.get(names)) is not None:
+    def _run_by_kind(self, compiled: Sequence[Report], call: Arguments) -> Any:
+        """Run the call, alone among threads until calls of its kind compile nothing any more."""
+        if call.kind in self._settled:
+            result = self._run(compiled, call)
+            if compiled:
+                self._settled.discard(call.kind)
+            return result
+        with _COMPILING:
+            result = self._run(compiled, call)
+        if not compiled:
+            self._settled.add(call.kind)
+        return result
+
+    def _run(self, compiled: Sequence[Report], call: Arguments) -> Any:
+        if (failed_before := self._fails.get(call.kind)) is not None:
             self.refuse(failed_before)
-            return self._eager(*args, **kwargs)
-        if names not in self._breaks:
+            return self._eager(*call.args, **call.kwargs)
+        if call.kind not in self._breaks:
             try:
-                return self._one_graph(*args, **kwargs)
+                return self._one_graph(*call.args, **call.kwargs)
             except compat.errors("BackendCompilerFailed") as failed:
                 _raise_dartfx_error(failed)
                 if not isinstance(needs := _inner(failed), NeedsGraphBreaks):
                     raise
                 log.info("%s", needs)
-                self._breaks.add(names)
+            except compat.errors("FailOnRecompileLimitHit"):
+                # Raised before anything ran.
+                if brought := _brought(call):
+                    self.refuse(past_limit(brought))
+                return self._eager(*call.args, **call.kwargs)
             except not_one_graph() as error:
                 # Raised while tracing, before anything ran.
-                log.info("not one graph for a call with %s: %s", sorted(names), error)
-                self._breaks.add(names)
+                log.info("not one graph for a call with %s: %s", sorted(call.kind), error)
+        result = self._run_in_several(compiled, call)
+        # Not before: an error of the caller's (a hook that raises once) is no graph break.
+        self._breaks.add(call.kind)
+        return result
+
+    def _run_in_several(self, compiled: Sequence[Report], call: Arguments) -> Any:
         try:
-            return self._with_breaks(*args, **kwargs)
+            return self._with_breaks(*call.args, **call.kwargs)
         except DartfxError:
             raise
         except compat.errors("BackendCompilerFailed") as failed:
@@ -197,27 +250,42 @@ class CompiledModel:
         except Exception as error:
             pruned = [made for made in compiled if made.pruned]
             # A cache may hold tokens of the call that failed, so it cannot run again.
-            if kwargs.get("past_key_values") is not None or not _caused_by_cut(error, pruned):
+            if call.caches or not caused_by_cut(error, pruned):
                 raise
             for made in pruned:
                 report.discard(made)
-            self._fails[names] = _failure_after_cut(error)
-            self.refuse(self._fails[names])
-            return self._eager(*args, **kwargs)
-
-    def _refuse_unmerged_inputs(
-        self, graphs: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Refuse where the call has vision inputs that none of its graphs merges."""
-        if inputs := _vision_inputs(args, kwargs):
-            declined = Declined(
-                f"the call was given {', '.join(inputs)}, but none of its {graphs} graphs merges "
-                "vision features into a decoder's embeddings: that happens in code which dynamo "
-                "leaves to Python, or they enter by an encoder or by cross-attention",
-                advice="dartfx.vision_tokens(mask) around the call, if the decoder's own sequence "
-                "holds vision tokens",
-            )
+            declined = failure_after_cut(error)
             self.refuse(declined)
+            result = self._eager(*call.args, **call.kwargs)
+            self._fails[call.kind] = declined
+            return result
+
+
+def _call_outside(compiled: CompiledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The compiled call where another torch.compile traces the code around it."""
+    return compiled(*args, **kwargs)
+
+
+_outside_of_graphs: Call = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _call_outside,
+    reason="dartfx.compile compiles this model's calls with vision inputs by itself, as graphs of "
+    "their own: leave out fullgraph=True, or the torch.compile around the model",
+)
+
+
+def _with_decode_masks(call: Arguments, caches: Sequence[Any]) -> Arguments:
+    """The call with its masks gathered as the caches were."""
+    swaps = {}
+    for kv in caches:
+        for _, value in call.leaves:
+            if (gathered := kv_cache.gather_decode_mask(kv, value)) is not value:
+                swaps[id(value)] = gathered
+    return call.with_swaps(swaps)
+
+
+def _brought(call: Arguments) -> str:
+    """What a call brought that may hold vision tokens; "" if nothing."""
+    return ", ".join(call.media)
 
 
 def _inner(failed: Exception) -> Exception | None:
@@ -229,61 +297,3 @@ def _raise_dartfx_error(failed: Exception) -> None:
     """Raise an error of dartfx out of dynamo's wrapping."""
     if isinstance(error := _inner(failed), DartfxError):
         raise error from failed
-
-
-def _caused_by_cut(error: Exception, pruned: Sequence[Report]) -> bool:
-    """Whether code behind a pruned graph failed on the shorter sequence.
-
-    torch says so in errors about shapes and indices, which name the length S' that it met, or a
-    number of rows made of it.  Anything else (no memory, a hook's own bug) is the caller's.
-    """
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    if not isinstance(error, RuntimeError | ValueError | IndexError):
-        return False
-    named = {int(number) for number in re.findall(r"\d+", str(error))}
-    for outcome in (made.outcome for made in pruned):
-        assert isinstance(outcome, Pruned)
-        length = outcome.sequence[1]
-        if named & {rows * n for rows in (1, outcome.batch) for n in (length, length - 1)}:
-            return True
-    return False
-
-
-def _failure_after_cut(error: Exception) -> Declined:
-    """A refusal for code between graphs, or in a later one, that needs the prompt's length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Dynamo wraps the operator's message and appends where the user's code called it.
-    message = next((line for line in lines if " got " in line), lines[0] if lines else repr(error))
-    files = [line for line in lines if line.startswith("File ")]
-    return Declined(
-        "the call has several graphs, one was pruned, and the code after it failed on the shorter "
-        f"sequence: {message.rpartition(' got ')[2]}",
-        where=files[-1] if files else "",
-        advice="give inputs_embeds that you merged, within dartfx.vision_tokens(mask), so that one "
-        "graph holds the whole call; or compute what failed (a loss, say) outside the model",
-    )
-
-
-# Floating tensors that are never vision features.
-_NO_MEDIA = {"attention_mask", "past_key_values"}
-
-
-def _vision_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """The arguments of a call that may bring vision features."""
-    inputs = [f"argument {i}" for i, value in enumerate(args) if _has_floats(value)]
-    return inputs + sorted(k for k, v in kwargs.items() if k not in _NO_MEDIA and _has_floats(v))
-
-
-def _concerns_vision_tokens(made: Report) -> bool:
-    """Whether a report says what became of a graph's vision tokens."""
-    outcome = made.outcome
-    return not isinstance(outcome, Unchanged) or outcome.all_retained
-
-
-def _has_floats(value: Any, depth: int = 4) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.is_floating_point()
-    parts = value.values() if isinstance(value, Mapping) else value
-    nested = depth > 0 and isinstance(value, Mapping | list | tuple)
-    return nested and any(_has_floats(part, depth - 1) for part in parts)

@@ -116,7 +116,7 @@ def _explaining_call(
         return CompiledModel.of(model, config)
     prepare_dynamo()
     call = torch.compile(model._call_impl, backend=partial(compile_graph, config))
-    return CompiledModel(call, call, model._call_impl, config)
+    return CompiledModel(model, call, call, config)
 
 
 def _kept_tokens_of_call(arguments: Mapping[str, Any]) -> tuple[tuple[KeptTokens, ...], list[str]]:

@@ -9,7 +9,7 @@ shapes (CUDA graphs); a pruned prefill fills a dynamic cache instead, whose S' t
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,22 +21,19 @@ __all__ = [
     "copy_into_static",
     "fix_sliding_lengths",
     "gather_decode_mask",
+    "is_cache",
     "is_empty_static",
     "mark_pruned",
     "new_dynamic_cache",
-    "new_tokens",
     "pruned_length",
     "require_unpruned",
     "strip_static_slots",
 ]
 
 
-def new_tokens(kwargs: Mapping[str, Any]) -> int:
-    """How many tokens of each row a call computes; 0 where its arguments do not say."""
-    for name in ("inputs_embeds", "input_ids"):
-        if isinstance(kwargs.get(name), Tensor):
-            return int(kwargs[name].shape[1])
-    return 0
+def is_cache(value: Any) -> bool:
+    """Whether something is a transformers cache with layers."""
+    return hasattr(value, "get_seq_length") and isinstance(getattr(value, "layers", None), list)
 
 
 def pruned_length(cache: Any) -> int:
@@ -110,25 +107,26 @@ def _expected_length(layer: Any, tokens: int) -> int:
     return tokens
 
 
-def gather_decode_mask(cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A decode step's arguments, its mask [B, S + t] gathered as the cache was: [B, S' + t].
+def gather_decode_mask(cache: Any, mask: Any) -> Any:
+    """A decode step's mask [B, S + t] gathered as the cache was, [B, S' + t]; others unchanged.
 
     transformers reads as many of the mask's first columns as the cache holds tokens.  That fits
     when every row kept its pads; a row with fewer vision tokens than others lost some of them.
     """
-    pruning, mask = getattr(cache, _KEEP_IDX, None), kwargs.get("attention_mask")
-    if pruning is None or not isinstance(mask, Tensor) or mask.ndim != 2:
-        return kwargs
+    pruning = getattr(cache, _KEEP_IDX, None)
+    if pruning is None or not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return mask
     prompt, keep_idx = pruning
-    if mask.shape[1] <= prompt:
-        return kwargs
+    if mask.shape[-1] <= prompt or (mask.ndim == 2 and mask.is_floating_point()):
+        return mask
     if len(mask) != len(keep_idx):
         raise SelectionError(
             f"an attention mask of {len(mask)} rows came with a cache that was pruned with "
             f"{len(keep_idx)} rows; give generate the batch as it will be decoded"
         )
-    gathered = mask[:, :prompt].gather(1, keep_idx)
-    return {**kwargs, "attention_mask": torch.cat([gathered, mask[:, prompt:]], 1)}
+    old, new = mask[..., :prompt], mask[..., prompt:]
+    columns = keep_idx if mask.ndim == 2 else keep_idx[:, None, None].expand(*old.shape[:3], -1)
+    return torch.cat([old.gather(-1, columns), new], -1)
 
 
 # Attributes, so that a copy of the cache has them, too.

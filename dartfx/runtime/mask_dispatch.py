@@ -17,7 +17,7 @@ from dartfx.passes.graph import is_one, is_state, module_paths, same_size, split
 from dartfx.passes.outcome import Outcome, Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
-from dartfx.runtime import vision_mask
+from dartfx.runtime import graph_runs, vision_mask
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.rank_agreement import Ranks
 
@@ -112,6 +112,7 @@ class MaskDispatcher:
 
     def __call__(self, *args: Any) -> Any:
         incoming = self._incoming(args)
+        graph_runs.note_run(incoming is not None)
         pruned = self._pruned_for(incoming) if incoming is not None else None
         if incoming is not None and pruned is not None:
             mask, rows = incoming.record.mask, incoming.record.rows

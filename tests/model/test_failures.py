@@ -9,7 +9,12 @@ import pytest
 import torch
 
 import dartfx
+<<<<<<< HEAD
 from dartfx.model.compiled_model import _caused_by_cut
+=======
+from dartfx.model.failures import caused_by_cut
+from dartfx.observe import report
+>>>>>>> f51e4c8 (Say it when a call with vision inputs ran without a compiled graph)
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Cut, Pruned
 from dartfx.tools.zoo import hooked
@@ -66,11 +71,11 @@ CUT = Pruned("layers", "merge", 2, (Cut(2, 16, 6, (29, 19), ()),), "layered", (2
 def test_only_errors_about_the_shorter_sequence_are_the_cuts(
     error: Exception, caused: bool
 ) -> None:
-    assert _caused_by_cut(error, [Report(0, 1, CUT)]) is caused
+    assert caused_by_cut(error, [Report(0, 1, CUT)]) is caused
 
 
 def test_nothing_is_the_cuts_where_nothing_was_pruned() -> None:
-    assert not _caused_by_cut(RuntimeError("19"), [])
+    assert not caused_by_cut(RuntimeError("19"), [])
 
 
 def test_a_copy_generates_with_its_own_weights() -> None:

@@ -25,20 +25,19 @@ def test_decode_mask_has_the_kept_columns() -> None:
     padded = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]])
     for mask, kept in ((prompt, [[1, 1, 1], [1, 1, 1]]), (padded, [[0, 1, 1], [0, 1, 1]])):
         decoding = torch.cat([mask, torch.ones(2, 2, dtype=torch.int64)], 1)
-        given = kv_cache.gather_decode_mask(cache, {"attention_mask": decoding, "use_cache": True})
-        assert given["attention_mask"].tolist() == [[*row, 1, 1] for row in kept]
-        assert given["use_cache"] is True
+        expected = [[*row, 1, 1] for row in kept]
+        assert kv_cache.gather_decode_mask(cache, decoding).tolist() == expected
+        four = kv_cache.gather_decode_mask(cache, decoding[:, None, None].float())
+        assert four[:, 0, 0].tolist() == expected
 
 
 def test_other_rows_than_the_caches_are_refused() -> None:
     cache = pruned_cache(torch.tensor([[0, 2], [1, 2]]), prompt=3)
     with pytest.raises(SelectionError, match=r"mask of 4 rows .* pruned with 2 rows"):
-        kv_cache.gather_decode_mask(cache, {"attention_mask": torch.ones(4, 4)})
+        kv_cache.gather_decode_mask(cache, torch.ones(4, 4, dtype=torch.int64))
 
 
 def test_a_mask_of_the_prompt_or_none_stays() -> None:
     cache = pruned_cache(torch.tensor([[0, 2], [1, 2]]), prompt=3)
     for mask in (None, torch.ones(2, 3)):
-        assert (
-            kv_cache.gather_decode_mask(cache, {"attention_mask": mask})["attention_mask"] is mask
-        )
+        assert kv_cache.gather_decode_mask(cache, mask) is mask

@@ -1,0 +1,153 @@
+"""A call's arguments by what they are, however they are passed: by position, by name, nested."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dartfx.model import kv_cache
+
+__all__ = ["Arguments", "brings_media", "leaves_of", "swapped"]
+
+_DEPTH = 4  # of lists and dicts inside each other
+
+
+class Arguments:
+    """The arguments of one call; ``signature`` names those that were passed by position."""
+
+    def __init__(
+        self,
+        signature: Callable[[], inspect.Signature | None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.args, self.kwargs, self._signature = args, kwargs, signature
+
+    @classmethod
+    def of(
+        cls, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments:
+        """The arguments of a call of a module with this ``forward``."""
+        return cls(lambda: _signature(forward), args, kwargs)
+
+    @cached_property
+    def named(self) -> dict[str, Any]:
+        """Every argument by its name; by ``argument 0`` where the signature gives none."""
+        signature = self._signature() if self.args else None
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = [
+            name
+            for name, parameter in (signature.parameters.items() if signature else ())
+            if parameter.kind in positional
+        ]
+        names += [f"argument {i}" for i in range(len(names), len(self.args))]
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+    @property
+    def kind(self) -> frozenset[str]:
+        """The names of the arguments that hold something: calls of one kind trace alike."""
+        return frozenset(name for name, value in self.named.items() if value is not None)
+
+    @cached_property
+    def leaves(self) -> list[tuple[str, Any]]:
+        """What lists and dicts hold in the end, each with the innermost name."""
+        return [leaf for name, value in self.named.items() for leaf in leaves_of(name, value)]
+
+    @cached_property
+    def caches(self) -> list[Any]:
+        """transformers' KV caches among the arguments."""
+        return [value for _, value in self.leaves if kv_cache.is_cache(value)]
+
+    @cached_property
+    def tokens(self) -> int:
+        """How many tokens of each row the call computes; 0 where its arguments do not say."""
+        tensors = {name: value for name, value in self.leaves if isinstance(value, Tensor)}
+        for name in ("inputs_embeds", "input_ids"):
+            if name in tensors and tensors[name].ndim > 1:
+                return int(tensors[name].shape[1])
+        for name, value in tensors.items():
+            if value.ndim == 2 and value.dtype in (torch.int32, torch.int64) and "mask" not in name:
+                return int(value.shape[1])
+        return 0
+
+    @property
+    def media(self) -> list[str]:
+        """Arguments that may bring vision tokens; none in a decode step."""
+        if self.tokens == 1 and (self.caches or self.named.get("past_key_values") is not None):
+            return []
+        return [name for name, value in self.named.items() if _has_media(name, value)]
+
+    def with_swaps(self, swaps: Mapping[int, Any]) -> Arguments:
+        """The same call with other objects in place of those with these ``id``."""
+        if not swaps:
+            return self
+        args = tuple(swapped(value, swaps) for value in self.args)
+        kwargs = {name: swapped(value, swaps) for name, value in self.kwargs.items()}
+        return Arguments(self._signature, args, kwargs)
+
+
+def brings_media(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether arguments may bring vision tokens, in code that dynamo traces."""
+    for name, value in [("", value) for value in args] + list(kwargs.items()):
+        parts = value if isinstance(value, list | tuple) and name != "past_key_values" else [value]
+        for part in parts:
+            if _is_media(name, part) and not (name == "inputs_embeds" and part.shape[1] == 1):
+                return True
+    return False
+
+
+def _is_media(name: str, value: Any) -> bool:
+    """Pixels, features and embeddings are floats, pixels perhaps bytes; masks bring nothing."""
+    if not isinstance(value, Tensor) or name.endswith("mask") or name == "past_key_values":
+        return False
+    if value.dtype == torch.uint8:
+        return value.ndim > 2
+    return value.is_floating_point() and value.ndim > 1
+
+
+def _has_media(name: str, value: Any) -> bool:
+    return any(_is_media(inner, part) for inner, part in leaves_of(name, value))
+
+
+def _signature(forward: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def leaves_of(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
+    if depth and isinstance(value, Mapping):
+        for key, part in value.items():
+            # A mask per kind of layer is a mask still.
+            inner = key if isinstance(key, str) and not name.endswith("mask") else name
+            yield from leaves_of(inner, part, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for part in value:
+            yield from leaves_of(name, part, depth - 1)
+    else:
+        yield name, value
+
+
+def swapped(value: Any, swaps: Mapping[int, Any], depth: int = _DEPTH) -> Any:
+    """``value``, copied as far as needed, with the swaps made inside."""
+    if id(value) in swaps:
+        return swaps[id(value)]
+    if not depth or not isinstance(value, Mapping | list | tuple):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value
+    made = [swapped(part, swaps, depth - 1) for part in parts]
+    if all(new is old for new, old in zip(made, parts, strict=True)):
+        return value
+    if isinstance(value, Mapping):
+        changed: Any = copy.copy(value)
+        for key, part in zip(value, made, strict=True):
+            changed[key] = part
+        return changed
+    return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)

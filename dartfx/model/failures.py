@@ -1,0 +1,92 @@
+"""Failures of a compiled call: which of them the cut caused, and how they are reported."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+import torch
+
+from dartfx import compat
+from dartfx.observe.report import Report
+from dartfx.passes.outcome import Pruned
+from dartfx.passes.refusal import Declined
+
+__all__ = ["caused_by_cut", "failure_after_cut", "nothing_merged", "past_limit", "runs_eagerly"]
+
+
+def caused_by_cut(error: Exception, pruned: Sequence[Report]) -> bool:
+    """Whether code behind a pruned graph failed on the shorter sequence.
+
+    torch says so in errors about shapes and indices, which name the length S' that it met, or a
+    number of rows made of it.  Anything else (no memory, a hook's own bug) is the caller's.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if not isinstance(error, RuntimeError | ValueError | IndexError):
+        return False
+    named = {int(number) for number in re.findall(r"\d+", str(error))}
+    for outcome in (made.outcome for made in pruned):
+        assert isinstance(outcome, Pruned)
+        length = outcome.sequence[1]
+        if named & {rows * n for rows in (1, outcome.batch) for n in (length, length - 1)}:
+            return True
+    return False
+
+
+def failure_after_cut(error: Exception) -> Declined:
+    """A refusal for code between graphs, or in a later one, that needs the prompt's length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Dynamo wraps the operator's message and appends where the user's code called it.
+    message = next((line for line in lines if " got " in line), lines[0] if lines else repr(error))
+    files = [line for line in lines if line.startswith("File ")]
+    return Declined(
+        "the call has several graphs, one was pruned, and the code after it failed on the shorter "
+        f"sequence: {message.rpartition(' got ')[2]}",
+        where=files[-1] if files else "",
+        advice="give inputs_embeds that you merged, within dartfx.vision_tokens(mask), so that one "
+        "graph holds the whole call; or compute what failed (a loss, say) outside the model",
+    )
+
+
+def nothing_merged(brought: str, graphs: int) -> Declined:
+    """A refusal for a call that brought something to ``graphs`` that made nothing of it."""
+    if not graphs:
+        return Declined(
+            f"the call was given {brought}, but torch ran the model without any compiled graph, as "
+            "it does past torch._dynamo.config.recompile_limit, under torch.compiler.set_stance, "
+            "and inside another dispatch mode",
+            advice="a higher torch._dynamo.config.recompile_limit or accumulated_recompile_limit, "
+            "torch.compiler.reset(), or the default stance",
+        )
+    return Declined(
+        f"the call was given {brought}, but none of its {graphs} graphs merges vision features "
+        "into a decoder's embeddings: that happens in code which dynamo leaves to Python, or they "
+        "enter by an encoder or by cross-attention",
+        advice="dartfx.vision_tokens(mask) around the call, if the decoder's own sequence holds "
+        "vision tokens",
+    )
+
+
+def past_limit(brought: str) -> Declined:
+    """A refusal for a call that dynamo compiles no more."""
+    return Declined(
+        f"the call was given {brought}, and dynamo has compiled this model as often as "
+        "torch._dynamo.config.recompile_limit or accumulated_recompile_limit allows",
+        advice="a higher torch._dynamo.config.recompile_limit, dartfx.compile(..., dynamic=True), "
+        'or torch.compiler.reset(); TORCH_LOGS="recompiles" says what differed between calls',
+    )
+
+
+def runs_eagerly() -> Declined | None:
+    """A refusal where torch would compile nothing of a call that is made now."""
+    if compat.dynamo_config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return Declined(
+            "torch.compile is disabled (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or "
+            "torch._dynamo.config.disable), so the model runs as it is"
+        )
+    in_mode = compat.find("is_in_any_mode_without_ignore_compile_internals")
+    if in_mode is not None and in_mode():
+        return Declined("dynamo compiles nothing inside a dispatch mode (a FLOP counter, say)")
+    return None
