@@ -20,7 +20,7 @@ from dartfx.errors import (
     UnsupportedGraphError,
 )
 from dartfx.export.metadata import ChangedOutput, ExportedPruning, exported_pruning
-from dartfx.model.compile import compile, reset
+from dartfx.model.compile import compile, reset, uncompile
 from dartfx.model.explain import explain
 from dartfx.model.history import kept_tokens, reports
 from dartfx.observe.report import Report
@@ -80,6 +80,7 @@ __all__ = [
     "reports",
     "reset",
     "select_tokens",
+    "uncompile",
     "verify",
     "vision_tokens",
 ]

@@ -170,6 +170,12 @@ NAMES: dict[str, PrivateName] = {
         "the ranks of a tensor-parallel model agree on what is pruned",
     ),
     # transformers
+    "output_capturing": PrivateName(
+        "transformers.utils.output_capturing",
+        "",
+        "vision towers run in threads while another thread compiles",
+        TRANSFORMERS,
+    ),
     **_names(
         "transformers.utils.output_capturing",
         "maybe_install_capturing_hooks",

@@ -1,21 +1,20 @@
-"""``dartfx.compile`` and ``dartfx.reset``: the backend made easy to use."""
+"""``dartfx.compile``, ``uncompile`` and ``reset``: the backend made easy to use."""
 
 from __future__ import annotations
 
-import sys
 from typing import Literal, TypeVar
 
 from torch import nn
 
-from dartfx import compat
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
+from dartfx.model.attached import attach, detach
+from dartfx.model.capturing import prepare_capturing
 from dartfx.model.compiled_model import CompiledModel
-from dartfx.model.own_generate import watch_generate
 from dartfx.observe import report
 from dartfx.runtime import keep_idx, vision_mask
 
-__all__ = ["compile", "reset"]
+__all__ = ["compile", "reset", "uncompile"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -42,15 +41,26 @@ def compile(
     if not isinstance(model, nn.Module):
         raise TypeError(f"dartfx.compile needs a torch.nn.Module, got {type(model).__name__}")
     config = DartConfig.from_options(options, mode)
-    if decode is not None:
-        _use_static_cache(model, decode, config)
-    _install_capturing_hooks(model)
-    model._compiled_call_impl = compiled = CompiledModel.of(model, config, dynamic)
-    watch_generate(model, compiled)
+    _check_decode(model, decode, config)
+    prepare_capturing(model)
+    attach(model, CompiledModel.of(model, config, dynamic), static=decode == "static")
     return model
 
 
-def _use_static_cache(model: nn.Module, decode: object, config: DartConfig) -> None:
+def uncompile(model: Module) -> Module:
+    """Undo :func:`compile`: ``model`` runs as its class defines it.
+
+    Does nothing to a model that is not compiled.  Returns ``model``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"dartfx.uncompile needs a torch.nn.Module, got {type(model).__name__}")
+    detach(model)
+    return model
+
+
+def _check_decode(model: nn.Module, decode: object, config: DartConfig) -> None:
+    if decode is None:
+        return
     if decode != "static":
         raise ConfigError(f'decode is {decode!r}; it can be "static" or None')
     if config.kv_layout == "layered":
@@ -58,28 +68,11 @@ def _use_static_cache(model: nn.Module, decode: object, config: DartConfig) -> N
             'decode="static" needs as many tokens in the caches of all layers, and '
             'kv_layout="layered" leaves two lengths; try kv_layout="uniform" or "auto"'
         )
-    settings = getattr(model, "generation_config", None)
-    if settings is None:
+    if getattr(model, "generation_config", None) is None:
         raise ConfigError(
-            f'decode="static" sets model.generation_config, and {type(model).__name__} has none'
+            f'decode="static" is a default of generate, and {type(model).__name__} has no '
+            "generation_config"
         )
-    settings.cache_implementation = "static"
-
-
-def _install_capturing_hooks(model: nn.Module) -> None:
-    """What transformers does lazily inside the first forward, under a lock dynamo cannot trace."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None:
-        return
-    install = compat.find("maybe_install_capturing_hooks")
-    if install is None:  # then the first call has a graph break, and is compiled as several graphs
-        return
-    # Installing on a model installs on every model inside, once more where that was done before.
-    for module in model.modules():
-        if isinstance(module, transformers.PreTrainedModel) and not any(
-            getattr(inner, "_output_capturing_hooks_installed", False) for inner in module.modules()
-        ):
-            install(module)
 
 
 def reset() -> None:

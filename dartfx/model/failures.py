@@ -81,7 +81,8 @@ def past_limit(brought: str) -> Declined:
 
 def runs_eagerly() -> Declined | None:
     """A refusal where torch would compile nothing of a call that is made now."""
-    if compat.dynamo_config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+    settings = compat.find("dynamo_config")
+    if getattr(settings, "disable", False) or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return Declined(
             "torch.compile is disabled (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or "
             "torch._dynamo.config.disable), so the model runs as it is"

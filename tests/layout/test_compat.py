@@ -98,7 +98,9 @@ def reset_on_cuda(tmp_path: Path) -> str:
 
 USES: dict[str, Callable[[Path], object]] = {
     "DataDependentOutputException DynamicOutputShapeException FailOnRecompileLimitHit "
-    "TorchDynamoException": lambda _: dartfx.compile(Tiny(), **EAGER)(*prompt("cpu")),
+    "TorchDynamoException is_in_any_mode_without_ignore_compile_internals": lambda _: (
+        dartfx.compile(Tiny(), **EAGER)(*prompt("cpu"))
+    ),
     "BackendCompilerFailed RestartAnalysis InstructionTranslatorBase LazySymNodeFormatString "
     "LazyVariableTracker StringFormatVariable FakeTensor FakeTensorMode enable_python_dispatcher "
     "set_grad_enabled enter_autocast exit_autocast autograd_function_apply TensorPropertySource "
@@ -117,7 +119,7 @@ USES: dict[str, Callable[[Path], object]] = {
     ),
     "reset_cudagraph_trees": reset_on_cuda,
     "get_default_store resolve_process_group": exchanged,
-    "maybe_install_capturing_hooks": lambda _: dartfx.compile(Tiny(), **EAGER),
+    "maybe_install_capturing_hooks output_capturing": lambda _: dartfx.compile(Tiny(), **EAGER),
 }
 USE = {name: use for names, use in USES.items() for name in names.split()}
 

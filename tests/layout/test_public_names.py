@@ -24,7 +24,7 @@ NAMES = """
     ChangedOutput ConfigError DartConfig DartfxError ExportedPruning KernelUnavailableError PrePass
     PruningWarning RanksError Report SelectionError UnsupportedGraphError Verification as_pre_pass
     compile explain exported_pruning kept_tokens media_tokens overlay overlay_html prune_exported
-    register_selector reports reset select_tokens verify vision_tokens
+    register_selector reports reset select_tokens uncompile verify vision_tokens
 """
 
 ENTRY_POINTS = {
