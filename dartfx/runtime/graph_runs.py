@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
-from dartfx.observe.collecting import collecting
+from dartfx.runtime.collecting import collecting
 
 __all__ = ["NotedRun", "collect_runs", "note_run"]
 

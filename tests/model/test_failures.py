@@ -9,12 +9,7 @@ import pytest
 import torch
 
 import dartfx
-<<<<<<< HEAD
-from dartfx.model.compiled_model import _caused_by_cut
-=======
 from dartfx.model.failures import caused_by_cut
-from dartfx.observe import report
->>>>>>> f51e4c8 (Say it when a call with vision inputs ran without a compiled graph)
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Cut, Pruned
 from dartfx.tools.zoo import hooked
