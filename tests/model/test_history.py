@@ -51,7 +51,9 @@ def test_nothing_grows_with_the_calls_of_a_server() -> None:
         assert vision_mask.find(embeds) is not None
         return KeepIdxRecorder(lambda: (x, mask, mask), added=2)()[0]
 
-    model = CompiledModel(call, call, call, DartConfig(tokens=True, on_unsupported="ignore"))
+    model = CompiledModel(
+        torch.nn.Identity(), call, call, DartConfig(tokens=True, on_unsupported="ignore")
+    )
     model(torch.ones(1, dtype=torch.int64))
     gc.collect()
     before = len(gc.get_objects())
