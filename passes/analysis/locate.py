@@ -20,6 +20,7 @@ from dartfx.passes.graph import (
     aten,
     downstream,
     is_one,
+    is_state,
     module_paths,
     only_of_state,
     packet,
@@ -56,8 +57,10 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
         value, chosen, rows = tensor(node), tensor(mask), tensor(features)
         if value is None or chosen is None or rows is None or chosen.dtype != torch.bool:
             continue
-        # One row for many positions is no feature: a mask token, pads set to zero.
-        whole = rows.ndim >= 2 and not is_one(rows.shape[-2]) and not is_one(rows.shape[-1])
+        whole = rows.ndim >= 1 and not is_one(rows.shape[-1])
+        if whole and (rows.ndim == 1 or is_one(rows.shape[-2])):
+            # One row for many positions is no feature: a mask token, pads set to zero.
+            whole = not _float_inputs(features) <= _float_inputs(argument(node, "self"))
         if only_of_state(features):
             continue  # a learned prompt
         embeds = _as_embeddings(node)
@@ -65,6 +68,17 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
         if embeds is not None and onto_zeros == spread and (whole or kind in MASKED_SCATTER):
             merges.append(Merge(embeds, mask, features))
     return merges
+
+
+def _float_inputs(node: Node) -> set[Node]:
+    """The floating inputs that a call brings, no parameters, which a value is computed from."""
+    found, ahead = {node}, [node]
+    while ahead:
+        new = set(ahead.pop().all_input_nodes) - found
+        found |= new
+        ahead += new
+    inputs = {n for n in found if n.op == "placeholder" and not is_state(n)}
+    return {n for n in inputs if (value := tensor(n)) is not None and value.is_floating_point()}
 
 
 def _as_embeddings(node: Node) -> Node | None:

@@ -187,7 +187,8 @@ def vision_mask(emit: Emitter, vision: Vision) -> Node:
     shape = [emit.size(embeds, 0), emit.size(embeds, 1)]
     united: Node | None = None
     for mask in vision.masks:
-        if len(sizes(mask)) < 3 and not same_size(sizes(mask)[-1], sizes(embeds)[1]):
+        of_rows = len(sizes(mask)) < 3 and not same_size(sizes(mask)[-1], sizes(embeds)[1])
+        if of_rows or len(sizes(mask)) == 1:
             mask = _mask_of_rows(emit, mask, shape)
         rank = len(sizes(mask))
         if rank not in (2, 3) or not same_size(sizes(mask)[1], sizes(embeds)[1]):

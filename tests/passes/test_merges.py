@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,3 +70,50 @@ def test_features_that_are_joined_do_not_pass_in_silence() -> None:
     assert "float32 ['12', '16']" in outcome.because
     with torch.no_grad():
         assert_same(outputs, model(**inputs), rtol=0, atol=0)
+
+
+def _assign(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    x = x.clone()
+    x[mask] = rows
+    return x
+
+
+ONE_ROW = {
+    "assigned": _assign,
+    "index_put": lambda x, mask, rows: x.index_put((mask,), rows),
+    "masked_scatter": lambda x, mask, rows: x.masked_scatter(mask[..., None], rows),
+    "rows": lambda x, mask, rows: _assign(x.flatten(0, 1), mask.flatten(), rows).view_as(x),
+}
+
+
+@pytest.mark.parametrize("put", ONE_ROW.values(), ids=ONE_ROW)
+def test_an_image_of_one_token_has_nothing_to_drop(put: Callable[..., Tensor]) -> None:
+    class OneToken(Decoder):
+        def merge(self, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+            vision = ids == IMAGE
+            return put(self.embed(ids), vision, features * 2), vision
+
+    model, inputs = OneToken(SMALL).eval(), prompt(SMALL)
+    one = {"ids": inputs["ids"].clone(), "features": inputs["features"][:1]}
+    one["ids"][0, 3:14] = 5
+    outputs, outcome = run(model, one, retain_tokens=RETAIN, layer=1)
+    assert isinstance(outcome, Unchanged)
+    assert outcome.all_retained, outcome
+    with torch.no_grad():
+        assert_same(outputs, model(**one), rtol=0, atol=0)
+    assert_pruned(model, inputs)  # the next image
+
+
+def test_one_row_computed_from_the_embeddings_is_no_feature() -> None:
+    """As pads that are set to the mean: the merge behind it is the only one."""
+
+    class MeanPads(Decoder):
+        def merge(self, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.embed(ids)
+            x[ids == LEARNED] = x.mean(1)
+            vision = ids == IMAGE
+            return x.masked_scatter(vision.unsqueeze(-1), features), vision
+
+    inputs = prompt(SMALL)
+    inputs["ids"][0, -3] = LEARNED
+    assert_pruned(MeanPads(SMALL), inputs)
