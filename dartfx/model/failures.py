@@ -12,6 +12,7 @@ from dartfx import compat
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
+from dartfx.runtime import vision_mask
 
 __all__ = ["caused_by_cut", "failure_after_cut", "nothing_merged", "past_limit", "runs_eagerly"]
 
@@ -64,8 +65,22 @@ def nothing_merged(brought: str, graphs: int) -> Declined:
         f"the call was given {brought}, but none of its {graphs} graphs merges vision features "
         "into a decoder's embeddings: that happens in code which dynamo leaves to Python, or they "
         "enter by an encoder or by cross-attention",
-        advice="dartfx.vision_tokens(mask) around the call, if the decoder's own sequence holds "
-        "vision tokens",
+        advice=_how_to_give_a_mask(),
+    )
+
+
+def _how_to_give_a_mask() -> str:
+    if (given := vision_mask.given()) is not None:
+        shape = list(given.mask.shape)
+        return f"a mask that fits the prompt; dartfx.vision_tokens was given one of shape {shape}"
+    if vision_mask.given_elsewhere():
+        return (
+            "dartfx.vision_tokens(mask) inside the function that the thread runs: it was entered "
+            "in another thread, and a new thread does not see it"
+        )
+    return (
+        "dartfx.vision_tokens(mask) around the call, if the decoder's own sequence holds vision "
+        "tokens"
     )
 
 

@@ -146,10 +146,11 @@ class MaskDispatcher:
             noted = vision_mask.find(inputs[place])
             if noted is not None:
                 return IncomingMask(place, place, noted)
-        given = vision_mask.given()
-        for place in (*self._embeds, *self._ids) if given is not None else ():
-            if given is not None and inputs[place].shape[:2] == given.mask.shape:
-                return IncomingMask(None, place, given)
+        if vision_mask.given() is not None:
+            for place in (*self._embeds, *self._ids):
+                given = vision_mask.given_for(*inputs[place].shape[:2])
+                if given is not None:
+                    return IncomingMask(None, place, given)
         return None
 
     def _pruned_for(self, incoming: IncomingMask) -> Compiled | None:

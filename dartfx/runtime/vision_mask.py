@@ -26,6 +26,8 @@ __all__ = [
     "collect_masks",
     "find",
     "given",
+    "given_elsewhere",
+    "given_for",
     "media_tokens",
     "record",
     "vision_tokens",
@@ -63,6 +65,7 @@ _LOCK = threading.Lock()
 # record dies with its embeddings.
 _records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _given: ContextVar[MaskRecord | None] = ContextVar("dartfx_vision_tokens", default=None)
+_open: dict[int, MaskRecord] = {}  # of all threads
 _collected: ContextVar[list[MaskRecord] | None] = ContextVar("dartfx_masks", default=None)
 
 
@@ -105,6 +108,27 @@ def given() -> MaskRecord | None:
     return _given.get()
 
 
+def given_for(rows: int, length: int) -> MaskRecord | None:
+    """The given mask for a prompt of ``rows`` [rows, length]; None where it does not fit.
+
+    ``generate`` repeats each row of a prompt for its beams and for ``num_return_sequences``.
+    """
+    found = given()
+    if found is None or found.mask.shape[1] != length:
+        return None
+    copies, rest = divmod(rows, found.mask.shape[0])
+    if rest or not copies:
+        return None
+    if copies == 1:
+        return found
+    return MaskRecord(found.mask.repeat_interleave(copies, 0), found.rows * copies, found.how)
+
+
+def given_elsewhere() -> bool:
+    """Whether a :func:`vision_tokens` is open in another thread and none in this one."""
+    return given() is None and bool(_open)
+
+
 def clear() -> None:
     """Drop every record."""
     with _LOCK:
@@ -116,17 +140,23 @@ def vision_tokens(mask: Tensor) -> Iterator[None]:
     """Say which positions hold vision tokens, for callers who build ``inputs_embeds`` themselves.
 
     mask: [B, S] bool, as long as the prompt; calls of another length (decode steps) ignore it.
+    ``generate`` may repeat its rows (beams, num_return_sequences).  It holds for this thread only.
     A merge found in the graph itself goes first.  Reads ``mask`` once (a host synchronisation on
     an accelerator).  Raises ValueError for another shape or dtype.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
         shown = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
         raise ValueError(f"vision_tokens needs a bool tensor [B, S], got {shown}")
-    token = _given.set(MaskRecord(mask, int(mask.sum()), "given"))
+    found = MaskRecord(mask, int(mask.sum()), "given")
+    token = _given.set(found)
+    with _LOCK:
+        _open[id(found)] = found
     try:
         yield
     finally:
         _given.reset(token)
+        with _LOCK:
+            del _open[id(found)]
 
 
 # The same for tokens of any kind: all that is looked at is where they are.

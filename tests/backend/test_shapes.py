@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.family import Family, Inputs
 from dartfx.tools.zoo.registry import load
 from tests.support.slow import slow
@@ -324,10 +325,10 @@ def test_bfloat16(name: str) -> None:
 @contextmanager
 def pinned(built: Family, inputs: Inputs, keep_idx: Tensor) -> Iterator[None]:
     """The eager model pruned by hooks to ``keep_idx`` [B, S'], with gradients on."""
-    hooks = hooked._Hooks(built.model, inputs, 2, RETAIN, lambda *_: keep_idx)
+    hooks = hooks_of.Hooks(built.model, inputs, 2, RETAIN, lambda *_: keep_idx)
     # Without a cache nothing is stored, and a selection that is given needs no keys.
     hooks.stored[1] = (keep_idx, keep_idx)
-    with hooked._hooked(hooks, "layered"), torch.enable_grad():
+    with hooks_of.installed(hooks, "layered"), torch.enable_grad():
         yield
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dartfx
 from dartfx.model.arguments import Arguments
 from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
 from tests.support.tolerances import CLOSE, RETAIN
@@ -95,8 +96,8 @@ def decoded(model: Any, inputs: dict[str, Any], decode: Decode) -> Tensor:
 @pytest.mark.parametrize("decode", [by_position, as_tuple, through_wrapper])
 def test_a_ragged_batch_decodes_alike_however_it_is_called(decode: Decode) -> None:
     built, inputs = llava(), llava().make_inputs("ragged")
-    hooks = hooked._Hooks(built.model, inputs, 2, RETAIN, hooked.float64_selector)
-    with hooked._hooked(hooks, "uniform"), torch.no_grad():
+    hooks = hooks_of.Hooks(built.model, inputs, 2, RETAIN, hooked.float64_selector)
+    with hooks_of.installed(hooks, "uniform"), torch.no_grad():
         oracle = decoded(built.model, inputs, by_name)
     model = compiled(Wrapper(built.model) if decode is through_wrapper else None)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import nn
 
 import dartfx
 from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.registry import load
 from tests.support.slow import slow
 from tests.support.tolerances import RETAIN
@@ -65,8 +66,8 @@ def test_a_training_step_by_accelerate(lowering: str) -> None:
     built = load("llava", layers=3)
     inputs = built.make_inputs("one")
     plain = by_accelerate(copy.deepcopy(built.model).train().requires_grad_(True))
-    hooks = hooked._Hooks(plain, inputs, 2, RETAIN, hooked.float64_selector)
-    with hooked._hooked(hooks, "layered"), torch.enable_grad():
+    hooks = hooks_of.Hooks(plain, inputs, 2, RETAIN, hooked.float64_selector)
+    with hooks_of.installed(hooks, "layered"), torch.enable_grad():
         expected = plain(**inputs, use_cache=True).logits
     model = copy.deepcopy(built.model).train().requires_grad_(True)
     options: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": lowering}

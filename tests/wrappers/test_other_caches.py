@@ -12,6 +12,7 @@ import torch
 import dartfx
 from dartfx.model.kv_cache import held_tokens, pruned_length
 from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.registry import load
 from tests.support.tolerances import CLOSE, RETAIN
 
@@ -38,8 +39,8 @@ def test_a_text_prompt_fills_a_quantised_cache() -> None:
 def test_an_image_is_pruned_into_a_quantised_cache(variant: str) -> None:
     built = load("llava", layers=3)
     inputs = built.make_inputs(variant)
-    hooks = hooked._Hooks(built.model, inputs, 2, RETAIN, hooked.float64_selector)
-    with hooked._hooked(hooks, "layered"):
+    hooks = hooks_of.Hooks(built.model, inputs, 2, RETAIN, hooked.float64_selector)
+    with hooks_of.installed(hooks, "layered"):
         right = built.model.generate(**inputs, max_new_tokens=1, **QUANTISED)
     model = dartfx.compile(copy.deepcopy(built.model), on_unsupported="error", **OPTIONS)
     ours = model.generate(**inputs, max_new_tokens=4, **QUANTISED)
@@ -58,8 +59,8 @@ def test_decode_on_a_pruned_quantised_cache() -> None:
     """Later tokens are those of the hook-pruned model, whose layers count their tokens eagerly."""
     built = load("llava", layers=3)
     inputs = built.make_inputs("one")
-    hooks = hooked._Hooks(built.model, inputs, 2, RETAIN, hooked.float64_selector)
-    with hooked._hooked(hooks, "layered"):
+    hooks = hooks_of.Hooks(built.model, inputs, 2, RETAIN, hooked.float64_selector)
+    with hooks_of.installed(hooks, "layered"):
         right = built.model.generate(**inputs, max_new_tokens=4, **QUANTISED)
     model = dartfx.compile(copy.deepcopy(built.model), on_unsupported="error", **OPTIONS)
     ours = model.generate(**inputs, max_new_tokens=4, **QUANTISED)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.registry import load
 from tests.support.decoders import (
     Decoder,
@@ -131,8 +132,8 @@ def test_a_training_step_of_a_family(family: str, reentrant: bool) -> None:
     built = load(family, layers=3)
     inputs = built.make_inputs("one")
     ids, model = inputs["input_ids"], built.model.train().requires_grad_(True)
-    hooks = hooked._Hooks(model, inputs, 2, RETAIN, hooked.float64_selector)
-    with hooked._hooked(hooks, "layered"), torch.enable_grad():
+    hooks = hooks_of.Hooks(model, inputs, 2, RETAIN, hooked.float64_selector)
+    with hooks_of.installed(hooks, "layered"), torch.enable_grad():
         logits = model(**inputs, use_cache=True).logits
     labels = ids.masked_fill(ids == built.image_token_id, -100)
     assert hooks.keep_idx is not None
