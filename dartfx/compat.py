@@ -133,6 +133,7 @@ NAMES: dict[str, PrivateName] = {
         "is_in_any_mode_without_ignore_compile_internals",
         "a call inside a dispatch mode is refused before it runs",
     ),
+    **_names("torch", "_assert_async", "a GPU reports rows that lose text"),
     **_names("torch._C", "_set_grad_enabled", "regions without gradients are found"),
     **_names(
         "torch.amp.autocast_mode",

@@ -18,6 +18,7 @@ from dartfx.backend.graph_compiler import compile_graph, prepare_dynamo
 from dartfx.config.options import DartConfig
 from dartfx.model.compiled_model import CompiledModel
 from dartfx.model.history import kept_tokens
+from dartfx.model.target import model_of, replaced_call
 from dartfx.observe import report
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Outcome, Unchanged
@@ -81,19 +82,12 @@ def explain(
     their cells in the image if kwargs give its size (:mod:`dartfx.token_map.infer_layout`).
     Raises what the call raises; TypeError when target belongs to no module.
     """
-    if isinstance(target, nn.Module):
-        target = getattr(target, "_orig_mod", target)  # the model inside torch.compile's wrapper
-    model = target if isinstance(target, nn.Module) else getattr(target, "__self__", None)
-    if not isinstance(model, nn.Module):
-        raise TypeError("dartfx.explain needs a model or a method of one, such as model.generate")
+    target, model = model_of(target, "dartfx.explain")
     current = model._compiled_call_impl
     with report.isolate_reports() as reports, _many_compilations():
-        model._compiled_call_impl = _explaining_call(model, options, tokens)
-        try:
-            with torch.no_grad():
-                target(*args, **kwargs)
-        finally:
-            model._compiled_call_impl = current
+        call = _explaining_call(model, options, tokens)
+        with torch.no_grad(), replaced_call(model, call):
+            target(*args, **kwargs)
     pruned = any(made.pruned for made in reports)
     shown, notes = _kept_tokens_of_call(kwargs) if tokens and pruned else ((), [])
     if current is None and _is_bypassed(model, target):

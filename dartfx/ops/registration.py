@@ -68,7 +68,7 @@ def require_rows(value: Tensor, ok: Tensor, message: str) -> Tensor:
             if not holds:
                 raise SelectionError(message.replace("{row}", str(row)))
     else:
-        torch.ops.aten._assert_async.msg(ok if rows == 1 else ok.all(), assertion(message, rows))
+        compat.assert_async(ok if rows == 1 else ok.all(), assertion(message, rows))
     return value.clone()
 
 

@@ -1,4 +1,8 @@
-"""``dartfx.select_tokens``: the operator with its arguments checked."""
+"""``dartfx.select_tokens``: the operator with its arguments checked.
+
+Inside a compiled graph call ``torch.ops.dartfx.select_tokens``, which takes N and reads nothing on
+the host.
+"""
 
 from __future__ import annotations
 
@@ -29,42 +33,25 @@ def select_tokens(
     hidden: [B, S, D] float, decoder layer output after the model's final norm.  keys: [B, H, S,
     Dh] float, the same layer's keys after rotary embedding.  vision_mask: [B, S] bool.
     valid_mask: [B, S] bool, False at pads; None means no pads.  queries: [B, Hq, S, Dh] float, the
-    same layer's queries after rotary embedding, for selectors that ask for them (Hq a multiple of
-    H; scaled so that their products with the keys over sqrt(Dh) are attention scores).
+    same layer's queries after rotary embedding, for selectors that take them; Hq is a multiple of
+    H, and queries @ keys.T / sqrt(Dh) are the attention scores.
 
     Returns keep_idx: [B, S'] int64, ascending in every row, with S' = S - N + min(retain, N) and N
-    the vision tokens per row, rounded down.  Every row keeps all its valid text; pads, lowest
-    position first, and in rows of unequal vision tokens also the number of vision tokens kept,
-    make up the difference.
-
-    Arithmetic is float32 (float64 for float64 inputs), ties go to the lowest position, NaN ranks
-    last.  Source: DART (arXiv 2502.11494) section 3.  N is read from ``vision_mask`` on the host,
-    once per call; inside a compiled graph call ``torch.ops.dartfx.select_tokens``, which takes N.
+    the vision tokens per row, rounded down; N is read from ``vision_mask`` on the host.  Every row
+    keeps all its valid text; pads, lowest position first, and where rows differ in vision tokens
+    also the number of those, make up the difference.  Arithmetic is float32 (float64 for float64
+    inputs), ties go to the lowest position, NaN ranks last (arXiv 2502.11494, section 3).
 
     Raises SelectionError for arguments of the wrong rank, shape, dtype, device or range, for a row
-    whose text would not fit, and for a selector that asks for queries where none are given;
-    ConfigError for an unknown selector or kernel; KernelUnavailableError for a kernel that cannot
-    run here.
+    whose text does not fit, and for queries that the selector needs and does not get; ConfigError
+    for an unknown selector or kernel; KernelUnavailableError for a kernel that cannot run here.
     """
-    counts = {
-        "retain": retain,
-        "pivot_image_tokens": pivot_image_tokens,
-        "pivot_text_tokens": pivot_text_tokens,
-    }
-    check_arguments(hidden, keys, vision_mask, valid_mask, queries, **counts)
+    pivots = {"pivot_image_tokens": pivot_image_tokens, "pivot_text_tokens": pivot_text_tokens}
+    check_arguments(hidden, keys, vision_mask, valid_mask, queries, retain=retain, **pivots)
     vision_tokens = _read_vision_tokens(vision_mask, valid_mask, retain)
     keep_idx: Tensor = torch.ops.dartfx.select_tokens(
-        hidden,
-        keys,
-        vision_mask,
-        valid_mask,
-        vision_tokens,
-        retain,
-        pivot_image_tokens,
-        pivot_text_tokens,
-        selector,
-        kernel,
-        queries,
+        *(hidden, keys, vision_mask, valid_mask, vision_tokens, retain),
+        *(pivot_image_tokens, pivot_text_tokens, selector, kernel, queries),
     )
     return keep_idx
 

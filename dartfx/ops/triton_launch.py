@@ -100,8 +100,6 @@ def select(
     Arguments are those of the operator, checked.  traced: launches become nodes of the graph that
     is being traced, for a compiler to schedule; otherwise the kernels run now.
     """
-    from dartfx.ops import triton_kernels
-
     launch = _in_graph if traced else _now
     batch, sequence, _ = hidden.shape
     slots = pivot_image_tokens + pivot_text_tokens
@@ -120,17 +118,38 @@ def select(
         scores = _cosines(launch, hidden, vision_mask, pivots, **counts)
         ranks = _ranks(launch, scores, order)
 
-    keep_idx = new((batch, length), dtype=torch.int64)
-    fits = new((batch,), dtype=torch.bool)
-    columns = max(8, _power_of_two(slots))
+    lengths = sequence, length, smaller(retain, vision_tokens)
+    ranked = norm_ranks, pivots, ranks, order
+    return _keep(launch, vision_mask, valid_mask, ranked, lengths, counts)
+
+
+def _keep(
+    launch: Launch,
+    vision_mask: Tensor,
+    valid_mask: Tensor | None,
+    ranked: tuple[Tensor, Tensor, Tensor, Tensor],
+    lengths: tuple[Size, Size, Size],
+    counts: dict[str, int],
+) -> tuple[Tensor, Tensor]:
+    """The results of :func:`select`.
+
+    ranked: ranks by key norm, pivots, ranks and orders by similarity; lengths: S, S' and R; counts:
+    image and text pivots.
+    """
+    from dartfx.ops import triton_kernels
+
+    batch, device = vision_mask.shape[0], vision_mask.device
+    keep_idx = torch.empty((batch, lengths[1]), dtype=torch.int64, device=device)
+    fits = torch.empty((batch,), dtype=torch.bool, device=device)
+    columns = max(8, _power_of_two(sum(counts.values())))
     launch(
         triton_kernels.select,
         (batch,),
         *(vision_mask, vision_mask if valid_mask is None else valid_mask),
-        *(norm_ranks, pivots, ranks, order, keep_idx, fits),
-        *(sequence, length, smaller(retain, vision_tokens)),
+        *(*ranked, keep_idx, fits),
+        *lengths,
         **counts,
-        CAPACITY=pivots.shape[2],
+        CAPACITY=ranked[1].shape[2],
         HAS_VALID=valid_mask is not None,
         SLOTS=columns,
         BLOCK=_SELECT_TILE // columns,

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from dartfx import compat
 from dartfx.config.options import DartConfig
 from dartfx.errors import UnsupportedGraphError
+from dartfx.model.target import model_of, replaced_call
 from dartfx.passes.analysis.prefilter import may_merge_features
 from dartfx.passes.outcome import Outcome, Pruned, Unchanged
 from dartfx.passes.refusal import Declined, Refusal
@@ -93,18 +94,11 @@ def verify(
     Graphs run eagerly; Inductor's code is not part of it.  Raises UnsupportedGraphError when the
     call is not pruned, or is not one graph; TypeError when target belongs to no module.
     """
-    if isinstance(target, nn.Module):
-        target = getattr(target, "_orig_mod", target)
-    owner = target if isinstance(target, nn.Module) else getattr(target, "__self__", None)
-    if not isinstance(owner, nn.Module):
-        raise TypeError("dartfx.verify needs a model or a method of one, such as model.generate")
+    target, owner = model_of(target, "dartfx.verify")
     backend = _Backend(DartConfig.from_options(options), tolerance)
-    current = owner._compiled_call_impl
-    owner._compiled_call_impl = torch.compile(
-        owner._call_impl, backend=backend, fullgraph=True, dynamic=False
-    )
+    call = torch.compile(owner._call_impl, backend=backend, fullgraph=True, dynamic=False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), replaced_call(owner, call):
             target(*args, **kwargs)
     except compat.errors("TorchDynamoException") as error:
         advice = "dartfx.verify(model.generate, ...), which computes image features outside of it"
@@ -112,8 +106,6 @@ def verify(
             f"dynamo does not hold this call in one graph: {str(error).splitlines()[0]}",
             advice=advice if target is owner else "",
         ) from error
-    finally:
-        owner._compiled_call_impl = current
     return backend.result()
 
 

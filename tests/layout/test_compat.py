@@ -18,6 +18,7 @@ import dartfx
 from dartfx import compat
 from dartfx.cli import doctor
 from dartfx.cli.tiny_model import Tiny, prompt
+from dartfx.ops.registration import require_rows
 from dartfx.runtime import rank_agreement
 from tests.layout.test_layout import sources
 
@@ -90,6 +91,11 @@ def exchanged(tmp_path: Path) -> str:
         dist.destroy_process_group()
 
 
+def checked_on_a_device(tmp_path: Path) -> str:
+    value, ok = (torch.empty(1, dtype=t, device="meta") for t in (torch.int64, torch.bool))
+    return str(require_rows._init_fn(value, ok, "row {row} is lost"))
+
+
 def reset_on_cuda(tmp_path: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -117,6 +123,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "get_cpp_compiler InvalidCxxCompiler": lambda _: next(
         str(f) for f in doctor.examine("inductor", quick=True) if "C++" in str(f)
     ),
+    "assert_async": checked_on_a_device,
     "reset_cudagraph_trees": reset_on_cuda,
     "get_default_store resolve_process_group": exchanged,
     "maybe_install_capturing_hooks output_capturing": lambda _: dartfx.compile(Tiny(), **EAGER),
