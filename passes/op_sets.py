@@ -84,5 +84,9 @@ SIZED = {
 
 
 def is_higher_order(node: Node) -> bool:
-    """Whether a node calls a graph or another function, as ``torch.cond`` does."""
-    return isinstance(node.target, compat.HigherOrderOperator)
+    """Whether a node calls a graph or another function, as ``torch.cond`` does.
+
+    False where torch lacks the class: a region around vision tokens is then declined.
+    """
+    higher_order = compat.find("HigherOrderOperator")
+    return higher_order is not None and isinstance(node.target, higher_order)
