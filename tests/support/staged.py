@@ -15,17 +15,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from dartfx.tools.zoo.hooked import (
-    _CACHE_UPDATE,
-    Inputs,
-    SelectionInputs,
-    Selector,
-    _Hooks,
-    float64_selector,
-    take,
-)
+from dartfx.tools.zoo.hooked import Inputs, SelectionInputs, Selector, float64_selector, take
+from dartfx.tools.zoo.hooks import Hooks
 from dartfx.tools.zoo.oracle import as_float64
 from dartfx.tools.zoo.oracle import select as oracle_select
+
+_UPDATE = Cache.update
 
 
 def selector(vision_tokens: int | None) -> Selector:
@@ -64,7 +59,7 @@ class Stages:
     ) -> None:
         held = [None, *retain]
         self.hooks = [
-            _Hooks(model, inputs, layer, left, selector(before))
+            Hooks(model, inputs, layer, left, selector(before))
             for layer, left, before in zip(layers, retain, held, strict=False)
         ]
         self.decoder = self.hooks[0].decoder
@@ -97,7 +92,7 @@ class Stages:
         for hooks in self.hooks:
             if index < hooks.layer and hooks.selection_inputs is None:
                 hooks.stored[index] = keys, values
-        return _CACHE_UPDATE(cache, keys, values, index, *more)
+        return _UPDATE(cache, keys, values, index, *more)
 
     def compact(self, cache: Any) -> None:
         """Uniform caches: every layer's keys go through the cuts that come after it.
