@@ -30,6 +30,7 @@ from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
+from dartfx.passes.transform.return_mask import earlier_embeddings
 from dartfx.runtime.graph_runs import NotedRun
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer
@@ -144,8 +145,9 @@ class GraphCompiler:
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
             return self.ranks.wrap(KeepIdxRecorder(lowered, added) if added else lowered)
         if isinstance(outcome, ReturnsMask) and place is not None:
+            earlier = earlier_embeddings(rewritten, place)
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
-            return self.ranks.wrap(MaskProducer(lowered, place))
+            return self.ranks.wrap(MaskProducer(lowered, place, earlier))
         return self.lower(self.module, inputs)
 
     def lower(self, module: GraphModule, inputs: Sequence[Any]) -> Compiled:

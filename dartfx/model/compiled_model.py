@@ -180,10 +180,9 @@ class CompiledModel:
             result = self._run_by_kind(compiled, call)
             if not any(runs) and (brought := _brought(call)):
                 self.refuse(nothing_merged(brought, len(runs)))
-            lost = [mask for mask in noted if not mask.consumed.is_set()]
-            if lost:
-                for mask in lost:
-                    mask.consumed.set()  # refused here, so no second warning when its tensor dies
+            # A graph with a merge of its own, or a refused one.
+            elsewhere = sum(runs) > len(noted)
+            if vision_mask.lost(noted, call.tokens, elsewhere):
                 self.refuse(Declined(vision_mask.LOST, advice=vision_mask.LOST_ADVICE))
         return result
 

@@ -28,14 +28,23 @@ Lower = Callable[[GraphModule, Sequence[Any]], Compiled]
 
 
 class MaskProducer:
-    """Runs a graph that returns ``(*outputs, mask, row_count)``; records the mask of one output."""
+    """Runs a graph that returns ``(*outputs, mask, row_count)``; records the mask of one output.
 
-    def __init__(self, compiled: Compiled, place: int) -> None:
-        self._compiled, self._place = compiled, place
+    earlier: the inputs that the output continues; what an earlier graph merged into one of them
+    (pictures, where this one merges videos) is part of its mask.
+    """
+
+    def __init__(self, compiled: Compiled, place: int, earlier: Sequence[int] = ()) -> None:
+        self._compiled, self._place, self._earlier = compiled, place, earlier
 
     def __call__(self, *args: Any) -> Any:
+        # Before the graph runs, which may write to its inputs.
+        noted = [found for i in self._earlier if (found := vision_mask.find(args[i])) is not None]
         *outputs, mask, row_count = self._compiled(*args)
-        vision_mask.record(outputs[self._place], mask, row_count.shape[0])
+        rows = row_count.shape[0]
+        for found in noted:
+            mask, rows = mask | found.mask, rows + found.rows
+        vision_mask.record(outputs[self._place], mask, rows)
         return tuple(outputs)
 
 

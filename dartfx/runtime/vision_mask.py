@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ __all__ = [
     "given",
     "given_elsewhere",
     "given_for",
+    "lost",
     "media_tokens",
     "record",
     "vision_tokens",
@@ -96,6 +97,24 @@ def find(embeds: Tensor) -> MaskRecord | None:
 def collect_masks() -> AbstractContextManager[list[MaskRecord]]:
     """The records made inside the ``with`` block; those not consumed after it pruned nothing."""
     return collecting(_collected)
+
+
+def lost(noted: Sequence[MaskRecord], tokens: int, elsewhere: bool) -> bool:
+    """Whether one of a call's records is of tokens that should have been dropped and were not.
+
+    An audio tower that packs its frames merges as well, into a sequence that is not the decoder's.
+    tokens: the prompt's length, 0 where unknown; elsewhere: whether another graph saw to vision
+    tokens.  The records count as consumed then, so that none is reported twice.
+    """
+    used = {record.mask.shape for record in noted if record.consumed.is_set()}
+    left = [record for record in noted if not record.consumed.is_set()]
+    for record in left:
+        record.consumed.set()
+    if used:
+        left = [record for record in left if record.mask.shape in used]
+    elif elsewhere and tokens:
+        left = [record for record in left if record.mask.shape[1] == tokens]
+    return bool(left)
 
 
 def _report_lost(consumed: threading.Event) -> None:

@@ -21,7 +21,15 @@ from torch.fx import Graph, GraphModule, Node
 
 from dartfx.passes.analysis.locate import find_merges
 from dartfx.passes.analysis.token_axes import infer_axes
-from dartfx.passes.graph import Emitter, aten, downstream, tensor, written_after
+from dartfx.passes.graph import (
+    Emitter,
+    aten,
+    downstream,
+    same_size,
+    sizes,
+    tensor,
+    written_after,
+)
 from dartfx.passes.site import Vision
 from dartfx.passes.transform.insert_selection import vision_mask, vision_rows
 
@@ -66,3 +74,23 @@ def _merged_output(graph: Graph, output: Node) -> tuple[int, Vision] | None:
             features = tuple(m.features for m in entering)
             return index, Vision(entering[-1].node, masks, features, "merge in this graph")
     return None
+
+
+def earlier_embeddings(module: GraphModule, index: int) -> tuple[int, ...]:
+    """The inputs whose rows and tokens are, in order, those of the output ``index``.
+
+    Vision tokens that an earlier graph merged into one of them are among this output's, too.
+    """
+    graph = module.graph
+    (output,) = graph.find_nodes(op="output")
+    merged = output.args[0][index]
+    axes = infer_axes(graph)
+    return tuple(
+        place
+        for place, node in enumerate(graph.find_nodes(op="placeholder"))
+        if (value := tensor(node)) is not None
+        and value.ndim == 3
+        and value.is_floating_point()
+        and all(map(same_size, value.shape, sizes(merged)))
+        and axes.in_order(node, merged)
+    )
