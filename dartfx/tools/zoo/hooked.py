@@ -34,6 +34,9 @@ __all__ = [
     "unpruned_generate",
 ]
 
+# Under the names that programs written before the hooks had a file of their own import.
+_Hooks, _hooked = Hooks, installed
+
 
 @dataclass(frozen=True)
 class Pruned:
