@@ -1,4 +1,4 @@
-"""What dartfx raises and warns: one family, so ``except DartfxError`` catches all of it."""
+"""dartfx's exceptions and its warning; ``except DartfxError`` catches every exception."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class SelectionError(DartfxError, ValueError):
 
 
 class KernelUnavailableError(DartfxError, RuntimeError):
-    """The kernel that was asked for by name cannot run on this machine."""
+    """The kernel given by name cannot run on this machine."""
 
 
 class RanksError(DartfxError, RuntimeError):
-    """A rank of a tensor-parallel model did not answer, so what all must do is not known."""
+    """A rank of a tensor-parallel model did not answer, so the ranks cannot agree."""
 
 
 class UnsupportedGraphError(DartfxError, RuntimeError):

@@ -45,14 +45,14 @@ def _require_rows(value: Tensor, ok: Tensor, message: str) -> Tensor:
 def _take_in_turn(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
     """What :func:`dartfx.selection.dart.take_in_turn` returns; arguments as there."""
     sequence = members.shape[1]
-    places = order.argsort(-1)
+    ranks = order.argsort(-1)
     left = members
     for taker in range(order.shape[1]):
-        # Where a position stands in this taker's order; behind all others when it is gone.
-        place = torch.where(left, places[:, taker], sequence)
+        # A position's rank in this taker's order; after all others once it is taken.
+        rank = torch.where(left, ranks[:, taker], sequence)
         count = quota[:, taker, None]
-        last = place.sort(-1).values.gather(1, (count - 1).clamp(min=0))
-        left = left & ((place > last) | (count < 1))
+        last = rank.sort(-1).values.gather(1, (count - 1).clamp(min=0))
+        left = left & ((rank > last) | (count < 1))
     return members & ~left
 
 
@@ -61,7 +61,7 @@ def _positions_of(mask: Tensor, size: Any) -> Tensor:
     sequence = mask.shape[1]
     position = torch.arange(sequence, device=mask.device)
     ordered = torch.where(mask, position, sequence).sort(-1).values
-    # More may be asked for than there are positions.
+    # size may exceed the number of positions.
     wanted = torch.arange(size, device=mask.device).clamp(max=sequence - 1)
     return ordered.index_select(1, wanted).clamp(max=sequence - 1)
 

@@ -15,9 +15,9 @@ def lmms_eval_manifest() -> Any:
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    place = "dartfx.integrations.lmms_eval"
+    module = "dartfx.integrations.lmms_eval"
     return ModelManifest(
         model_id="dartfx",
-        chat_class_path=f"{place}.Dartfx",
-        simple_class_path=f"{place}.DartfxSimple",
+        chat_class_path=f"{module}.Dartfx",
+        simple_class_path=f"{module}.DartfxSimple",
     )

@@ -100,8 +100,8 @@ class Tally:
             for made in self.reports
             if isinstance(p := made.outcome, Pruned)
         )
-        told = [f"  {made}" for made in self.reports if not made.pruned and _matters(made)]
-        return "\n".join([*lines, *figures, *dict.fromkeys(told)])
+        unpruned = [f"  {made}" for made in self.reports if not made.pruned and _matters(made)]
+        return "\n".join([*lines, *figures, *dict.fromkeys(unpruned)])
 
 
 def _matters(made: Report) -> bool:
@@ -150,10 +150,10 @@ class Answering:
             ids = batch.inputs["input_ids"]
             new = made.sequences[:, ids.shape[1] :]
             read = batch.inputs.get("attention_mask", torch.ones_like(ids)).sum(1).tolist()
-            told = zip(batch.numbers, new, self._prompts.decode(new), read, strict=True)
-            for number, row, text, length in told:
-                written = _without_pads(row, self._prompts.tokenizer.pad_token_id)
-                yield number, Answer(how.cut(text), length, written)
+            written = zip(batch.numbers, new, self._prompts.decode(new), read, strict=True)
+            for number, row, text, length in written:
+                tokens = _without_pads(row, self._prompts.tokenizer.pad_token_id)
+                yield number, Answer(how.cut(text), length, tokens)
 
     def losses(
         self, conversations: Sequence[Conversation], continuations: Sequence[str]

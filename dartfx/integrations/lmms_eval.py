@@ -82,13 +82,15 @@ class Dartfx(lmms):  # type: ignore[misc]
     def generate_until(self, requests: list[Any]) -> list[Any]:
         """The answers, with how many tokens were read and written for each."""
         ignored: set[str] = set()
-        told = [self._generation(request.args) for request in requests]
-        settings = [settings_of(given, ignored) for given in told]
+        arguments = [self._generation(request.args) for request in requests]
+        settings = [settings_of(given, ignored) for given in arguments]
         if ignored:
             logger.info(f"dartfx ignores generation arguments {', '.join(sorted(ignored))}")
         start = time.monotonic()
-        done = self._in_order(self._answering.answer(self._conversations(requests), settings), told)
-        for request, given, answer in zip(requests, told, done, strict=True):
+        done = self._in_order(
+            self._answering.answer(self._conversations(requests), settings), arguments
+        )
+        for request, given, answer in zip(requests, arguments, done, strict=True):
             self.cache_hook.add_partial("generate_until", (request.args[0], given), answer.text)
         self._tell(time.monotonic() - start, sum(answer.written for answer in done))
         return [
@@ -127,11 +129,11 @@ class Dartfx(lmms):  # type: ignore[misc]
 
     def _conversation(self, arguments: tuple[Any, ...]) -> Conversation:
         messages = ChatMessages(messages=arguments[1](document(self.task_dict, arguments)))
-        told: Conversation = messages.to_hf_messages()
-        kinds = {part["type"] for message in told for part in message["content"]}
+        conversation: Conversation = messages.to_hf_messages()
+        kinds = {part["type"] for message in conversation for part in message["content"]}
         if unknown := kinds - {"text", "image", "video"}:
             raise TypeError(f"task {arguments[4]} has {', '.join(unknown)}, not offered here")
-        return told
+        return conversation
 
     def _continuation(self, arguments: tuple[Any, ...]) -> str:
         given = arguments[1]
@@ -173,8 +175,8 @@ class DartfxSimple(Dartfx):
         return given
 
     def _conversation(self, arguments: tuple[Any, ...]) -> Conversation:
-        asked = document(self.task_dict, arguments)
-        return from_visuals(arguments[0], arguments[2](asked))
+        shown = document(self.task_dict, arguments)
+        return from_visuals(arguments[0], arguments[2](shown))
 
 
 def _value(name: str, given: Any) -> Any:

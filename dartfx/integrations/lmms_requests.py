@@ -25,7 +25,7 @@ _TAKEN = {"max_new_tokens", "temperature", "top_p", "num_beams", "do_sample", "u
 
 
 class OnDemand(Sequence[T]):
-    """``make(i)`` for every i below ``length``, made anew each time: documents hold pictures."""
+    """``make(i)`` for i below ``length``, at every access; stored, pictures would fill memory."""
 
     def __init__(self, length: int, make: Callable[[int], T]) -> None:
         self._length, self._make = length, make

@@ -1,4 +1,4 @@
-"""Whether a command can write where its arguments say, asked before its work begins."""
+"""Checks before a command's work begins that it can write where its arguments say."""
 
 from __future__ import annotations
 

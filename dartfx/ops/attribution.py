@@ -12,7 +12,7 @@ from dartfx.selection.dart import cosines, plan_turns, stable_order, take_first
 __all__ = ["in_prompt", "picked_by"]
 
 
-# Opaque to the compiler: it runs only when somebody asked which tokens were kept, and a graph of
+# Opaque to the compiler: it runs only with the option ``tokens``, and a graph of
 # one fallback call compiles faster than a fused one. It reads nothing on the host, so it may stand
 # in a CUDA graph.
 @custom_op(

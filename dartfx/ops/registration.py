@@ -1,8 +1,8 @@
 """``torch.ops.dartfx.select_tokens``: the selection as one operator of a graph.
 
 It stays one node under ``make_fx`` and fake tensors. AOTAutograd replaces it by the plain ATen of
-``reference.py``, which the compiler then fuses, or by the Triton kernels of ``kernels.py``, which
-the compiler launches as part of its own graph; in eager it runs that same code directly.
+``selection/dart.py``, which the compiler then fuses, or by the kernels of ``triton_kernels.py``,
+which the compiler launches as part of its own graph; in eager it runs that same code directly.
 ``custom_op`` with a FunctionalTensorMode rule does what ``torch.library.triton_op`` does, but
 keeps the integer arguments of the schema apart from the symbolic sizes and does not warn at
 import where Triton is missing.
@@ -48,8 +48,8 @@ _LONGEST = 254  # characters; torch refuses to launch a CUDA assertion with more
 
 def assertion(message: str, rows: int) -> str:
     """What an assertion on the device says: the row only where there is but one."""
-    told = message.replace("{row}", "0" if rows == 1 else f"(one of {rows})")
-    return told if len(told) <= _LONGEST else f"{told[: _LONGEST - 4]} ..."
+    text = message.replace("{row}", "0" if rows == 1 else f"(one of {rows})")
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
 @custom_op("dartfx::require_rows", mutates_args=(), schema="(Tensor x, Tensor ok, str m) -> Tensor")
@@ -131,24 +131,24 @@ def selection(
         return keep_idx
     plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
     budget = torch.ops.dartfx.require_rows(plan.budget, plan.pads_kept >= 0, TEXT_LOST)
-    asked = _asked_for(selector, queries=queries, valid_mask=plan.text | vision_mask)
+    optional = _optional_inputs(selector, queries=queries, valid_mask=plan.text | vision_mask)
     kept = registry.get_selector(selector)(
-        hidden, keys, vision_mask, plan.text_after, budget, **pivots, **asked
+        hidden, keys, vision_mask, plan.text_after, budget, **pivots, **optional
     )
     if not registry.is_exact(selector):
         kept = checked(kept, vision_mask, budget, f"selector {selector!r}")
     return keep_positions(plan, kept)
 
 
-def _asked_for(selector: str, **optional: Tensor | None) -> dict[str, Tensor]:
+def _optional_inputs(selector: str, **optional: Tensor | None) -> dict[str, Tensor]:
     """Those of the optional inputs that the selector asks for by name."""
-    asked = {}
+    given = {}
     for name in registry.optional_inputs(selector):
         value = optional[name]
         if value is None:
             raise validation.fail(name, f"must be given: selector {selector!r} asks for them")
-        asked[name] = value
-    return asked
+        given[name] = value
+    return given
 
 
 def checked(kept: Tensor, vision_mask: Tensor, budget: Tensor, who: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the Triton kernels serve, and how they are launched. Imports Triton only when asked to."""
+"""Which selections the Triton kernels support, and their launches.  Imports Triton lazily."""
 
 from __future__ import annotations
 

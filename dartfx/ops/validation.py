@@ -1,4 +1,4 @@
-"""What the arguments of the selection must be, as far as it can be told without reading data."""
+"""Checks of the selection's arguments that read no data."""
 
 from __future__ import annotations
 

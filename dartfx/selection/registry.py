@@ -153,21 +153,21 @@ def _register(
         plain = inspect.unwrap(function)
         if not isinstance(plain, FunctionType):
             raise ConfigError(f"selector {name!r} must be a Python function, got {function!r}")
-        asked = _asked(name, function)
+        optional = _optional_inputs(name, function)
         _ENTRIES[name] = _Entry(
-            function, _fingerprint(plain), exact, asked, uses_key_norms_only, is_random
+            function, _fingerprint(plain), exact, optional, uses_key_norms_only, is_random
         )
         return function
 
     return add
 
 
-def _asked(name: str, function: Callable[..., Tensor]) -> tuple[str, ...]:
+def _optional_inputs(name: str, function: Callable[..., Tensor]) -> tuple[str, ...]:
     """The optional inputs in a selector's signature; raises ConfigError where it is none."""
     signature = inspect.signature(function)
     keywords = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-    asked = tuple(optional for optional in OPTIONAL if optional in keywords)
-    given = dict.fromkeys(("pivot_image_tokens", "pivot_text_tokens", *asked))
+    optional = tuple(each for each in OPTIONAL if each in keywords)
+    given = dict.fromkeys(("pivot_image_tokens", "pivot_text_tokens", *optional))
     try:
         signature.bind(*range(5), **given)
     except TypeError as error:
@@ -176,7 +176,7 @@ def _asked(name: str, function: Callable[..., Tensor]) -> tuple[str, ...]:
             "vision_mask, text_mask, budget, *, pivot_image_tokens, pivot_text_tokens) and, "
             f"keyword-only, any of {', '.join(OPTIONAL)}"
         ) from None
-    return asked
+    return optional
 
 
 def _entry(name: str) -> _Entry:

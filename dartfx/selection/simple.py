@@ -1,4 +1,4 @@
-"""Selectors that look at nothing, or at one thing: what every other is held against."""
+"""Baselines: selectors that read nothing of the tokens, or one quantity."""
 
 from __future__ import annotations
 

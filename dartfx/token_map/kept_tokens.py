@@ -51,7 +51,7 @@ class KeptTokens:
         return tuple(pick.index for pick in self.picks if pick.index is not None)
 
     def cells(self, layout: Layout | Sequence[int] | None = None) -> list[Cell | None]:
-        """The grid cell of every kept token; None for one that stands for no place (a newline).
+        """The grid cell of every kept token; None for a token without one (a newline).
 
         layout: as :func:`dartfx.token_map.layout.layout_of` takes it; by default the record's own.
         Raises ValueError when neither says where tokens are, or the number of tokens differs.

@@ -1,4 +1,4 @@
-"""A rewritten graph held against its original: unpruned, and with the dropped tokens hidden."""
+"""Compares a rewritten graph with its original: unpruned, and with the dropped tokens hidden."""
 
 from __future__ import annotations
 

@@ -168,8 +168,8 @@ def _softmax(
 
 def _dtype(more: tuple[Any, ...], options: dict[str, Any]) -> tuple[torch.dtype, ...]:
     """``softmax`` takes a dtype, ``_softmax`` whether to go from half to float."""
-    asked = [d for d in (*more, *options.values()) if isinstance(d, torch.dtype)]
-    return tuple(asked)
+    dtypes = [d for d in (*more, *options.values()) if isinstance(d, torch.dtype)]
+    return tuple(dtypes)
 
 
 def take(value: Tensor, keep_idx: Tensor, where: Watched, length: int) -> Tensor:

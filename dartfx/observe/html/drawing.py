@@ -27,7 +27,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Lane:
-    """A part beside the main path, under the bars that it feeds."""
+    """A part off the main path, drawn under the bars that it feeds."""
 
     part: Part
     y: int

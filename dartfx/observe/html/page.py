@@ -99,9 +99,9 @@ class Page:
             part.flops = sum(v.flops for v in old), sum(v.flops for v in new)
             part.held = sum(v.held for v in old), sum(v.held for v in new)
             if part.stack == self._stack:
-                places = [i for i, layer in self._cached.items() if layer == part.layer]
+                numbers = [i for i, layer in self._cached.items() if layer == part.layer]
                 one, other = sizes[0], sizes[-1] if after else sizes[0]
-                part.cached = sum(one[i] for i in places), sum(other[i] for i in places)
+                part.cached = sum(one[i] for i in numbers), sum(other[i] for i in numbers)
         return self._parts
 
     def _length(self, found: Sequence[Value]) -> int:
@@ -128,7 +128,7 @@ class Page:
         for crossing in report.outcome.crossings:
             readers: list[str] = []
             for user in graph.successors(crossing.name) if crossing.name in graph else ():
-                # A table viewed anew by every layer is gathered once, its views are repeated.
+                # A table that every layer views is gathered once; the views are computed again.
                 readers += [user] if user in region else graph.successors(user)
             labels = [part_of[r] for r in readers if r in region and r in part_of]
             yield crossing, part_of.get(crossing.name, "inputs"), list(dict.fromkeys(labels))
@@ -181,7 +181,7 @@ def _total(found: Any) -> Part:
 
 
 def _warnings(report: Report) -> Iterator[str]:
-    """What a person who asked for pruning should hear first."""
+    """What the top of the page says when not everything was pruned."""
     outcome = report.outcome
     if isinstance(outcome, Declined):
         yield f"NOT pruned: {outcome.because}"

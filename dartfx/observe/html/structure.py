@@ -18,7 +18,7 @@ __all__ = ["Part", "main_path", "parts", "quotient"]
 
 @dataclass
 class Part:
-    """The values of one layer, or of one module beside the layers.
+    """The values of one layer, or of one module that holds no layers.
 
     stack, layer: the run of layers it belongs to and its index there, or "" and -1.  length:
     tokens, before and after; flops, held, cached: operations, bytes of values, bytes of KV cache.
@@ -90,7 +90,7 @@ def main_path(graph: nx.DiGraph, found: Mapping[str, Part]) -> list[str]:
 
     Parts that feed one another in a circle (code before and after the layers) count as one.
     """
-    order = {path: place for place, path in enumerate(found)}
+    order = {path: index for index, path in enumerate(found)}
     acyclic = nx.condensation(graph)
     for _, target, edge in acyclic.edges(data=True):
         members = acyclic.nodes[target]["members"]
