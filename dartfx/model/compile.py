@@ -11,6 +11,7 @@ from dartfx.errors import ConfigError
 from dartfx.model.attached import attach, detach
 from dartfx.model.capturing import prepare_capturing
 from dartfx.model.compiled_model import CompiledModel
+from dartfx.model.target import inner_model
 from dartfx.observe import report
 from dartfx.runtime import keep_idx, vision_mask
 
@@ -33,7 +34,8 @@ def compile(
     for the whole model where dynamo can trace it and falls back to several where not.  Hooks that
     transformers would install during the first call are installed now, since installing them
     breaks the graph.  decode: "static" makes ``generate`` use a static cache by default, so that
-    decode steps share one graph (on CUDA, transformers puts them into CUDA graphs).
+    decode steps share one graph (on CUDA, transformers puts them into CUDA graphs).  Of PEFT's
+    wrappers the model inside is compiled, which is what their calls end in.
 
     Returns ``model``.  Raises ConfigError for an invalid option or a decode that the model does not
     have, TypeError for anything but a module.
@@ -41,9 +43,10 @@ def compile(
     if not isinstance(model, nn.Module):
         raise TypeError(f"dartfx.compile needs a torch.nn.Module, got {type(model).__name__}")
     config = DartConfig.from_options(options, mode)
-    _check_decode(model, decode, config)
-    prepare_capturing(model)
-    attach(model, CompiledModel.of(model, config, dynamic), static=decode == "static")
+    inner = inner_model(model)
+    _check_decode(inner, decode, config)
+    prepare_capturing(inner)
+    attach(inner, CompiledModel.of(inner, config, dynamic), static=decode == "static")
     return model
 
 
@@ -54,7 +57,7 @@ def uncompile(model: Module) -> Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"dartfx.uncompile needs a torch.nn.Module, got {type(model).__name__}")
-    detach(model)
+    detach(inner_model(model))
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from dartfx.errors import DartfxError
+from dartfx.model.target import inner_model
 from dartfx.observe import report
 from dartfx.observe.report import MOST_REPORTS, Report
 from dartfx.runtime import keep_idx
@@ -73,7 +74,8 @@ def kept_tokens(
 
 
 def _history(model: nn.Module) -> History:
-    found = getattr(getattr(model, "_compiled_call_impl", None), "history", None)
+    call = getattr(inner_model(model), "_compiled_call_impl", None)
+    found = getattr(call, "history", None)
     if not isinstance(found, History):
         raise TypeError(f"{type(model).__name__} was not compiled by dartfx.compile")
     return found
