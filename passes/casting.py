@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.fx import Graph, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from dartfx import compat
 
@@ -19,12 +19,13 @@ _NOTE = "dartfx_autocast"
 def note_autocast(graph: Graph) -> None:
     """Note on every node the regions that it stands in."""
     opened: dict[Node, tuple[Any, ...]] = {}
+    enter, leave = compat.enter_autocast, compat.exit_autocast  # a lookup takes its time
     for node in graph.nodes:
         if opened:
             node.meta[_NOTE] = tuple(opened.values())
-        if node.target is compat.enter_autocast:
+        if node.target is enter:
             opened[node] = node.args
-        elif node.target is compat.exit_autocast:
+        elif node.target is leave:
             opened.pop(node.args[0], None)
 
 
@@ -49,11 +50,22 @@ def as_noted(node: Node) -> Iterator[None]:
         yield
 
 
+def interpreter(module: GraphModule) -> Interpreter:
+    """What runs a graph under its own autocast regions.
+
+    torch's own where there are none: a frame more on the stack of every call makes a trace, which
+    records stacks, a tenth slower.
+    """
+    entered = module.graph.find_nodes(op="call_function", target=compat.enter_autocast)
+    return CastingInterpreter(module) if entered else Interpreter(module)
+
+
 class CastingInterpreter(Interpreter):
     """Runs a graph for a tracer: under its own autocast regions, which that only records."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self._opened: dict[Any, contextlib.ExitStack] = {}
+        self._enter, self._leave = compat.enter_autocast, compat.exit_autocast
         try:
             return super().run(*args, **kwargs)
         finally:
@@ -68,10 +80,10 @@ class CastingInterpreter(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        if n.target is compat.enter_autocast:
+        if n.target is self._enter:
             self._opened[n] = region = contextlib.ExitStack()
             region.enter_context(_casting(*n.args))
-        elif n.target is compat.exit_autocast and n.args[0] in self._opened:
+        elif n.target is self._leave and n.args[0] in self._opened:
             self._opened.pop(n.args[0]).close()
         return result
 

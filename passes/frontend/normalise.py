@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from dartfx import compat
-from dartfx.passes.casting import CastingInterpreter, note_autocast
+from dartfx.passes.casting import interpreter, note_autocast
 from dartfx.passes.frontend.canonicalise import canonicalise
 from dartfx.passes.frontend.expand_vmap import expand_vmap
 from dartfx.passes.frontend.inline_higher_order import CHECKPOINTS, inline_higher_order
@@ -60,7 +60,7 @@ def normalise(
 
     def run(*args: Any) -> Any:
         with torch.fx.traceback.preserve_node_meta():
-            return CastingInterpreter(source).run(*args[len(extra) :])
+            return interpreter(source).run(*args[len(extra) :])
 
     start = time.perf_counter()
     try:
