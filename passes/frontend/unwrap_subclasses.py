@@ -4,6 +4,18 @@ Quantised parameters (torchao) are tensor subclasses: codes and scales that say 
 be multiplied.  A trace would take what is inside them for constants.  Here codes and scales are the
 inputs, and the first thing the graph does is to put the subclass together again; traced, that is
 nothing at all, and the linear layers are the operators that the subclass makes of them.
+
+Before, with a weight that wraps two tensors::
+
+    l_weight_: f32[8, 8] = input
+    matmul: f32[S, 8] = matmul(l_x_, l_weight_)
+
+After::
+
+    l_weight__0: f32[8, 8] = input
+    l_weight__1: f32[8, 8] = input
+    rebuild_subclass: f32[8, 8] = rebuild_subclass(l_weight__0, l_weight__1)
+    matmul: f32[S, 8] = matmul(l_x_, rebuild_subclass)
 """
 
 from __future__ import annotations

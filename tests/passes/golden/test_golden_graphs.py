@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from dartfx import passes
@@ -28,6 +29,7 @@ from dartfx.passes.frontend.exported import import_exported
 from dartfx.passes.frontend.fix_windows import fix_windows
 from dartfx.passes.frontend.inline_higher_order import inline_higher_order
 from dartfx.passes.frontend.normalise import example_values, normalise
+from dartfx.passes.frontend.unwrap_subclasses import unwrap_subclasses
 from dartfx.passes.graph import fake_mode
 from dartfx.passes.transform.inline_ops import inline_ops
 from dartfx.passes.transform.restore_checkpoints import restore_checkpoints
@@ -152,6 +154,16 @@ def _checkpoints(name: str) -> str:
     before = render(inlined.graph)
     restore_checkpoints(inlined)
     return renamed(marked(before, render(inlined.graph)), "S")
+
+
+@golden("unwrap_subclasses")
+def _unwrap_subclasses() -> str:
+    weight = TwoTensor(torch.rand(8, 8), torch.rand(8, 8))
+    with torch.no_grad():
+        module = dynamo_graph(lambda x: x @ weight, torch.rand(6, 8), symbolic=[(0, 0)])
+        plain = unwrap_subclasses(module)
+    assert plain is not None
+    return renamed(marked(render(module.graph), render(plain.module.graph)), "S")
 
 
 @golden("exported")
