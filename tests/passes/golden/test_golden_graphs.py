@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -34,6 +33,7 @@ from dartfx.passes.graph import fake_mode
 from dartfx.passes.transform.inline_ops import inline_ops
 from dartfx.passes.transform.restore_checkpoints import restore_checkpoints
 from dartfx.passes.transform.return_mask import return_vision_mask
+from tests.passes.golden.decoder import Decoder
 from tests.passes.golden.graph_text import marked, renamed, render
 
 FOLDER, PASSES = Path(__file__).parent, Path(__file__).parents[3] / "passes"
@@ -181,39 +181,6 @@ def _exported() -> str:
 
 
 # --- transform --------------------------------------------------------------------------------
-
-
-class Layer(nn.Module):
-    """Attention of two heads with one rotary table, and nothing else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qk, self.v = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
-
-    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows, length, _ = x.shape
-        key = self.qk(x).view(rows, length, 2, 4).transpose(1, 2) * table.unsqueeze(1)
-        value = self.v(x).view(rows, length, 2, 4).transpose(1, 2)
-        y = sdpa(key, key, value, is_causal=True).transpose(1, 2).reshape(rows, length, 8)
-        return x + y, key, value
-
-
-class Decoder(nn.Module):
-    """ids [1, S], features [N, 8] -> the last hidden state and the keys of both layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(10, 8), nn.LayerNorm(8)
-        self.layers = nn.ModuleList([Layer(), Layer()])
-
-    def forward(self, ids: Tensor, features: Tensor) -> tuple[Tensor, ...]:
-        x = self.embed(ids).masked_scatter((ids == 1)[..., None], features)
-        table = torch.arange(ids.shape[1])[None, :, None].expand(1, -1, 4).cos()
-        keys = []
-        for layer in self.layers:
-            x, key, _ = layer(x, table)
-            keys.append(key)
-        return self.norm(x), *keys
 
 
 STEPS = ("insert_selection", "gather_frontier", "shrink_sizes", "trim_kv_cache", "check_shapes")
