@@ -168,9 +168,10 @@ def test_a_rank_that_does_not_answer_is_named(two: Callable[[str], list[Result]]
 def test_four_ranks_with_one_key_head_each(tmp_path: Path) -> None:
     """A model with biased key projections and positions in three dimensions."""
     built = load("qwen2_5_vl", num_key_value_heads=4)
-    found = run(tmp_path, built, 4, SAME[:2])
+    found = run(tmp_path, built, 4, [*SAME[:2], case("forward", "pad2")])
     for variant in ("one", "pad2"):
         check_generated(built, variant, [rank[f"generate {variant}"] for rank in found])
+    check_forwarded(built, "pad2", [rank["forward pad2"] for rank in found])
 
 
 def test_one_key_head_on_every_rank(tmp_path: Path) -> None:
