@@ -204,9 +204,9 @@ class Answering:
     def _generate(self, batch: Batch, **arguments: Any) -> Any:
         """``generate``, counted."""
         inputs = batch.inputs.to(device=self.model.device, dtype=self.model.dtype)
-        before = len(report.reports())
+        before = report.latest()
         output = self.model.generate(**inputs, **arguments, return_dict_in_generate=True)
-        self.tally.reports += report.reports()[before:]
+        self.tally.reports += report.since(before)
         rows, length = inputs["input_ids"].shape
         dropped = kv_cache.pruned_length(output.past_key_values)
         self.tally.prompts += rows

@@ -20,8 +20,10 @@ __all__ = [
     "collect_reports",
     "discard",
     "isolate_reports",
+    "latest",
     "record",
     "reports",
+    "since",
 ]
 
 
@@ -131,6 +133,17 @@ def reports() -> list[Report]:
     """The last 1000 graphs compiled since the last :func:`dartfx.reset`, oldest first."""
     with _LOCK:
         return list(_REPORTS)
+
+
+def latest() -> int:
+    """The number of the last graph reported; -1 without any."""
+    with _LOCK:
+        return _REPORTS[-1].graph if _REPORTS else -1
+
+
+def since(graph: int) -> list[Report]:
+    """The reports of the graphs after number ``graph``, of the last 1000."""
+    return [made for made in reports() if made.graph > graph]
 
 
 def clear() -> None:

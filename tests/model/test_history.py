@@ -26,6 +26,9 @@ def test_reports_of_a_server_are_bounded() -> None:
         report.record(1, Unchanged("no vision tokens"))
     graphs = [made.graph for made in dartfx.reports()]
     assert graphs == list(range(9_000, 10_000))
+    before = report.latest()  # a tally must go on once the list is full
+    made = report.record(1, Unchanged("one more"))
+    assert report.since(before) == [made]
 
 
 def test_a_model_knows_its_own_reports_and_kept_tokens() -> None:

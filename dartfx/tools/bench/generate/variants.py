@@ -124,10 +124,9 @@ def _dart(work: Workload, settings: Settings, **more: Any) -> Ready:
         lowering=settings.lowering,
         on_unsupported="error",  # a row without pruning would be a wrong number
     )
-    before = len(dartfx.reports())
 
     def check() -> Pruned:
-        made = dartfx.reports()[before:]
+        made = dartfx.reports(model)
         for report in made:
             if isinstance(report.outcome, Pruned):
                 return report.outcome
