@@ -25,6 +25,7 @@ from dartfx.model.explain import explain
 from dartfx.model.history import kept_tokens, reports
 from dartfx.observe.report import Report
 from dartfx.ops import select_tokens
+from dartfx.runtime.kept_positions import kept_positions
 from dartfx.runtime.vision_mask import media_tokens, vision_tokens
 from dartfx.selection.registry import register_selector
 
@@ -71,6 +72,7 @@ __all__ = [
     "compile",
     "explain",
     "exported_pruning",
+    "kept_positions",
     "kept_tokens",
     "media_tokens",
     "overlay",

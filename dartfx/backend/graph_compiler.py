@@ -33,6 +33,7 @@ from dartfx.passes.request import Request
 from dartfx.passes.transform.return_mask import earlier_embeddings
 from dartfx.runtime.graph_runs import NotedRun
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
+from dartfx.runtime.kept_positions import TakesShortened
 from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer
 from dartfx.runtime.rank_agreement import Ranks
 from dartfx.runtime.vision_mask import LOST_ADVICE
@@ -92,6 +93,8 @@ def compile_graph(
         compiled = graph.compile_merge(inputs) if may_merge_features(graph.flat.graph) else None
         if compiled is None:
             compiled = graph.compile_without_merge(inputs)
+        if caller.knows_positions and not caller.can_retry_with_graph_breaks:
+            compiled = TakesShortened(compiled, module.graph)
         return NotedRun(compiled, graph.concerns_vision_tokens)
     except compat.errors("RestartAnalysis"):
         # Dynamo traces the frame again and comes back with the graph that counts.
@@ -140,7 +143,7 @@ class GraphCompiler:
         self.announce(outcome)
         if isinstance(outcome, Pruned):
             added = 0
-            if self.config.tokens or outcome.needs_keep_idx(request):
+            if self.returns_keep_idx(outcome, request):
                 added = return_keep_idx(rewritten, tokens=self.config.tokens)
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
             return self.ranks.wrap(KeepIdxRecorder(lowered, added) if added else lowered)
@@ -149,6 +152,11 @@ class GraphCompiler:
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
             return self.ranks.wrap(MaskProducer(lowered, place, earlier))
         return self.lower(self.module, inputs)
+
+    def returns_keep_idx(self, outcome: Pruned, request: Request) -> bool:
+        """Whether somebody outside of the pruned graph needs to know which tokens it kept."""
+        wanted = self.config.tokens or self.caller.knows_positions
+        return wanted or outcome.needs_keep_idx(request)
 
     def lower(self, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph that the passes are done with."""
@@ -166,6 +174,7 @@ class GraphCompiler:
             self.lower,
             self.ranks,
             original=self.module,
+            returns_keep_idx=self.returns_keep_idx,
         )
 
     def compile_without_merge(self, inputs: Sequence[Any]) -> Compiled:

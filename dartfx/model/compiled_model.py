@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dartfx import compat
 from dartfx.backend.graph_compiler import (
@@ -24,15 +23,17 @@ from dartfx.backend.graph_compiler import (
 )
 from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
-from dartfx.errors import DartfxError
 from dartfx.model import kv_cache
 from dartfx.model.arguments import Arguments, brings_media, leaves_of, swapped
 from dartfx.model.device_hooks import hooks_in_decoder
 from dartfx.model.failures import (
     caused_by_cut,
     failure_after_cut,
+    inner,
+    not_one_graph,
     nothing_merged,
     past_limit,
+    raise_ours,
     runs_eagerly,
 )
 from dartfx.model.history import History
@@ -41,18 +42,11 @@ from dartfx.observe.report import Report
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import graph_runs, keep_idx, vision_mask
 
-__all__ = ["CompiledModel", "not_one_graph"]
+__all__ = ["CompiledModel"]
 
 log = logging.getLogger(__name__)
 
 Call = Callable[..., Any]
-
-
-def not_one_graph() -> tuple[type[Exception], ...]:
-    """What dynamo raises when fullgraph=True fails; some are the tracer's, which it lets out."""
-    return GuardOnDataDependentSymNode, *compat.errors(
-        "TorchDynamoException", "DataDependentOutputException", "DynamicOutputShapeException"
-    )
 
 
 # Compilations of one model do not count against another's recompile_limit (torch 2.13).
@@ -112,7 +106,9 @@ class CompiledModel:
         """
         prepare_dynamo()
         caller = CallerCapabilities(
-            fixes_sliding_lengths=True, gathers_decode_mask=gathers_decode_mask
+            fixes_sliding_lengths=True,
+            gathers_decode_mask=gathers_decode_mask,
+            knows_positions=True,
         )
         may_break = replace(caller, can_retry_with_graph_breaks=True)
         in_one = partial(compile_graph, config, caller=may_break)
@@ -215,21 +211,19 @@ class CompiledModel:
 
     def _run(self, compiled: Sequence[Report], call: Arguments) -> Any:
         if (failed_before := self._fails.get(call.kind)) is not None:
-            self.refuse(failed_before)
-            return self._eager(*call.args, **call.kwargs)
+            return self._unpruned(call, failed_before)
         if call.kind not in self._breaks:
             try:
                 return self._one_graph(*call.args, **call.kwargs)
             except compat.errors("BackendCompilerFailed") as failed:
-                _raise_dartfx_error(failed)
-                if not isinstance(needs := _inner(failed), NeedsGraphBreaks):
+                raise_ours(failed)
+                if not isinstance(needs := inner(failed), NeedsGraphBreaks):
                     raise
                 log.info("%s", needs)
             except compat.errors("FailOnRecompileLimitHit"):
                 # Raised before anything ran.
-                if brought := _brought(call):
-                    self.refuse(past_limit(brought))
-                return self._eager(*call.args, **call.kwargs)
+                brought = _brought(call)
+                return self._unpruned(call, past_limit(brought) if brought else None)
             except not_one_graph() as error:
                 # Raised while tracing, before anything ran.
                 log.info("not one graph for a call with %s: %s", sorted(call.kind), error)
@@ -241,10 +235,8 @@ class CompiledModel:
     def _run_in_several(self, compiled: Sequence[Report], call: Arguments) -> Any:
         try:
             return self._with_breaks(*call.args, **call.kwargs)
-        except DartfxError:
-            raise
         except compat.errors("BackendCompilerFailed") as failed:
-            _raise_dartfx_error(failed)
+            raise_ours(failed)
             raise
         except Exception as error:
             pruned = [made for made in compiled if made.pruned]
@@ -254,10 +246,16 @@ class CompiledModel:
             for made in pruned:
                 report.discard(made)
             declined = failure_after_cut(error)
-            self.refuse(declined)
-            result = self._eager(*call.args, **call.kwargs)
+            result = self._unpruned(call, declined)
             self._fails[call.kind] = declined
             return result
+
+    def _unpruned(self, call: Arguments, declined: Declined | None) -> Any:
+        """The uncompiled call, and why it is that."""
+        if declined is not None:
+            self.refuse(declined)
+            graph_runs.note_run(vision=True)  # which says that all is said
+        return self._eager(*call.args, **call.kwargs)
 
 
 def _call_outside(compiled: CompiledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -285,14 +283,3 @@ def _with_decode_masks(call: Arguments, caches: Sequence[Any]) -> Arguments:
 def _brought(call: Arguments) -> str:
     """What a call brought that may hold vision tokens; "" if nothing."""
     return ", ".join(call.media)
-
-
-def _inner(failed: Exception) -> Exception | None:
-    """What a backend raised, which dynamo wraps."""
-    return getattr(failed, "inner_exception", None)
-
-
-def _raise_dartfx_error(failed: Exception) -> None:
-    """Raise an error of dartfx out of dynamo's wrapping."""
-    if isinstance(error := _inner(failed), DartfxError):
-        raise error from failed

@@ -7,14 +7,49 @@ import re
 from collections.abc import Sequence
 
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dartfx import compat
+from dartfx.errors import DartfxError
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import vision_mask
+from dartfx.runtime.kept_positions import PositionsAfterCut
 
-__all__ = ["caused_by_cut", "failure_after_cut", "nothing_merged", "past_limit", "runs_eagerly"]
+__all__ = [
+    "caused_by_cut",
+    "failure_after_cut",
+    "inner",
+    "not_one_graph",
+    "nothing_merged",
+    "past_limit",
+    "raise_ours",
+    "runs_eagerly",
+]
+
+_MAP_POSITIONS = (
+    "that step outside of the compiled model, with dartfx.kept_positions(output), which is the "
+    "prompt's position of every token that is left"
+)
+
+
+def not_one_graph() -> tuple[type[Exception], ...]:
+    """What dynamo raises when fullgraph=True fails; some are the tracer's, which it lets out."""
+    return GuardOnDataDependentSymNode, *compat.errors(
+        "TorchDynamoException", "DataDependentOutputException", "DynamicOutputShapeException"
+    )
+
+
+def inner(failed: Exception) -> Exception | None:
+    """What a backend raised, which dynamo wraps."""
+    return getattr(failed, "inner_exception", None)
+
+
+def raise_ours(failed: Exception) -> None:
+    """Raise an error of dartfx out of dynamo's wrapping."""
+    if isinstance(error := inner(failed), DartfxError):
+        raise error from failed
 
 
 def caused_by_cut(error: Exception, pruned: Sequence[Report]) -> bool:
@@ -23,7 +58,9 @@ def caused_by_cut(error: Exception, pruned: Sequence[Report]) -> bool:
     torch says so in errors about shapes and indices, which name the length S' that it met, or a
     number of rows made of it.  Anything else (no memory, a hook's own bug) is the caller's.
     """
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, PositionsAfterCut):
+        return True
+    if isinstance(error, DartfxError | torch.OutOfMemoryError):
         return False
     if not isinstance(error, RuntimeError | ValueError | IndexError):
         return False
@@ -38,6 +75,8 @@ def caused_by_cut(error: Exception, pruned: Sequence[Report]) -> bool:
 
 def failure_after_cut(error: Exception) -> Declined:
     """A refusal for code between graphs, or in a later one, that needs the prompt's length."""
+    if isinstance(error, PositionsAfterCut):
+        return Declined(str(error), advice=_MAP_POSITIONS)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # Dynamo wraps the operator's message and appends where the user's code called it.
     message = next((line for line in lines if " got " in line), lines[0] if lines else repr(error))

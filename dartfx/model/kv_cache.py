@@ -70,9 +70,15 @@ def mark_pruned(cache: Any, tokens: int, keep_idx: Sequence[Tensor]) -> None:
     ]
     if missing and max(missing) > 0:
         setattr(cache, _PRUNED_LENGTH, max(missing))
-        if keep_idx and keep_idx[-1].shape[0] > 1:
+        if keep_idx and keep_idx[-1].shape[0] > 1 and _is_uniform(cache, keep_idx[-1].shape[1]):
             setattr(cache, _KEEP_IDX, (tokens, keep_idx[-1]))
             _count_kept_tokens(cache, keep_idx[-1].shape[1])
+
+
+def _is_uniform(cache: Any, length: int) -> bool:
+    """Whether all layers without a window hold ``length`` tokens, so that one mask fits all."""
+    layers = [layer for layer in cache.layers if not getattr(layer, "is_sliding", False)]
+    return {held_tokens(layer) for layer in layers} <= {None, length}
 
 
 def held_tokens(layer: Any) -> int | None:

@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 import dartfx.ops.attribution  # noqa: F401  registers torch.ops.dartfx.picked_by
 from dartfx.passes.graph import Emitter, argument, argument_names
 from dartfx.runtime.collecting import collecting
+from dartfx.runtime.kept_positions import mark
 
 __all__ = [
     "KeepIdxRecord",
@@ -88,6 +89,7 @@ class KeepIdxRecorder:
             collected.append(record)
         if record.vision_mask is not None:
             _store(record)
+        mark(outputs[: -self._added], record.keep_idx)
         return outputs[: -self._added]
 
 

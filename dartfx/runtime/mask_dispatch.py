@@ -62,7 +62,8 @@ class MaskDispatcher:
 
     Which of the two a call needs is known only at run time, and dynamo guards on neither, so each
     is built when first needed.  rewrite: the graph pruned for such a mask; announce: reports every
-    outcome; lower: compiles a graph; original: what runs unpruned, where it is not ``module``.
+    outcome; lower: compiles a graph; original: what runs unpruned, where it is not ``module``;
+    returns_keep_idx: whether a pruned graph returns which tokens it kept.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class MaskDispatcher:
         lower: Lower,
         ranks: Ranks | None = None,
         original: GraphModule | None = None,
+        returns_keep_idx: Callable[[Pruned, Request], bool] = Pruned.needs_keep_idx,
     ) -> None:
         self._config, self._module, self._request = config, module, request
         self._original = module if original is None else original
+        self._returns_keep_idx = returns_keep_idx
         self._announce, self._rewrite, self._lower = announce, rewrite, lower
         self._ranks = Ranks(module) if ranks is None else ranks
         self._embeds, self._ids = prompts(module)
@@ -183,7 +186,7 @@ class MaskDispatcher:
     def _recorded(self, outcome: Outcome, module: GraphModule) -> Compiled | None:
         if not isinstance(outcome, Pruned):
             return None
-        if not self._config.tokens and not outcome.needs_keep_idx(self._request):
+        if not self._config.tokens and not self._returns_keep_idx(outcome, self._request):
             return self._compile(module)
         added = return_keep_idx(module, tokens=self._config.tokens)
         return KeepIdxRecorder(self._compile(module), added)

@@ -11,7 +11,7 @@ import torch
 from transformers import CompileConfig
 
 import dartfx
-from dartfx.model.compiled_model import not_one_graph
+from dartfx.model.failures import not_one_graph
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.bench.generate.hooks import pruned_by_hooks
 from dartfx.tools.bench.generate.workload import Workload

@@ -1,0 +1,133 @@
+"""Which tokens of the prompt a pruned graph's outputs hold, and graphs that must not take them.
+
+Outputs with a token axis carry keep_idx [B, S'] with them: to the caller, who may look up labels
+or the last token by it, and to later graphs of the call.  Such a graph (behind a graph break) may
+index by a position of the prompt, which is in range, but another token of the shorter sequence.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from dartfx.errors import SelectionError
+from dartfx.passes.graph import is_state, source_line
+
+__all__ = ["PositionsAfterCut", "TakesShortened", "kept_positions", "mark", "uses_of_positions"]
+
+_KEPT = "_dartfx_keep_idx"
+_INDEXES = {
+    torch.gather,
+    torch.index_select,
+    torch.take_along_dim,
+    torch.Tensor.gather,
+    torch.Tensor.index_select,
+}
+_METHODS = {"gather", "index_select", "take_along_dim"}
+
+
+class PositionsAfterCut(SelectionError):
+    """A later graph of a call indexes what a pruned one returned by positions of the prompt."""
+
+
+def kept_positions(output: Any) -> Tensor | None:
+    """The prompt's position of every token in a pruned call's output: [B, S'] int64, ascending.
+
+    output: what a model returned that :func:`dartfx.compile` compiled, or a tensor of it [B, S',
+    ...].  None where nothing was pruned: then positions are the prompt's.  Gather labels by it for
+    a loss of your own: ``labels.gather(1, dartfx.kept_positions(output))``.
+    """
+    parts = output.values() if isinstance(output, Mapping) else output
+    if isinstance(output, Tensor) or not isinstance(output, Mapping | list | tuple):
+        parts = [output]
+    for part in parts:
+        found: Tensor | None = getattr(part, _KEPT, None)
+        if found is not None:
+            return found
+    return None
+
+
+def mark(outputs: Sequence[Any], keep_idx: Tensor) -> None:
+    """Let outputs [B, S', ...] carry keep_idx [B, S']."""
+    for output in outputs:
+        if isinstance(output, Tensor) and output.ndim > 2 and output.shape[:2] == keep_idx.shape:
+            setattr(output, _KEPT, keep_idx)
+
+
+def uses_of_positions(graph: Graph) -> dict[int, str]:
+    """Inputs of a dynamo graph that are indexed by numbers from elsewhere, and where."""
+    uses = {place: _position_use(node) for place, node in _may_be_shortened(graph)}
+    return {place: source_line(use) for place, use in uses.items() if use is not None}
+
+
+def _may_be_shortened(graph: Graph) -> list[tuple[int, Node]]:
+    """Inputs of a dynamo graph that may have a token axis: floats [B, S, ...], no parameters."""
+    return [
+        (place, node)
+        for place, node in enumerate(graph.find_nodes(op="placeholder"))
+        if isinstance(value := node.meta.get("example_value"), Tensor)
+        and value.is_floating_point()
+        and value.ndim > 2
+        and not is_state(node)
+    ]
+
+
+def _position_use(start: Node) -> Node | None:
+    """The first node that indexes what is computed of ``start`` by something that is not."""
+    derived = {start}
+    for node in start.graph.nodes:
+        if derived.intersection(node.all_input_nodes):
+            derived.add(node)
+    return next((node for node in start.graph.nodes if _indexes(node, derived)), None)
+
+
+def _indexes(node: Node, derived: set[Node]) -> bool:
+    if node.target in _INDEXES or (node.op == "call_method" and node.target in _METHODS):
+        given = [n for n in node.all_input_nodes if n not in derived]
+        return bool(given) and node.all_input_nodes[0] in derived
+    if node.target is not operator.getitem or not isinstance(of := node.args[0], Node):
+        return False
+    value, index = of.meta.get("example_value"), node.args[1]
+    if of not in derived:
+        return False
+    if not isinstance(value, Tensor):
+        return False
+    parts = index if isinstance(index, tuple) else (index,)
+    token_axis = min(1, value.ndim - 2)  # [B, S, ...], or rows [B * S, D]
+    at = parts if Ellipsis in parts else parts[token_axis : token_axis + 1]
+    return any(_is_position(part, derived) for part in at)
+
+
+def _is_position(part: Any, derived: set[Node]) -> bool:
+    if isinstance(part, Node):
+        value = part.meta.get("example_value")
+        return part not in derived and not (isinstance(value, Tensor) and value.dtype == torch.bool)
+    # The first token stays the first, and those counted from the end stay there.
+    return isinstance(part, int) and part > 0
+
+
+class TakesShortened:
+    """Runs a later graph: refuses a shortened input that it indexes by positions, marks outputs."""
+
+    def __init__(self, compiled: Callable[..., Any], graph: Graph) -> None:
+        self._compiled, self._uses = compiled, uses_of_positions(graph)
+        self._floats = [place for place, _ in _may_be_shortened(graph)]
+
+    def __call__(self, *args: Any) -> Any:
+        marks = {place: getattr(args[place], _KEPT, None) for place in self._floats}
+        kept = {place: keep_idx for place, keep_idx in marks.items() if keep_idx is not None}
+        for place in kept:
+            if place in self._uses:
+                raise PositionsAfterCut(
+                    "a later graph of the call takes tokens by their positions in the prompt out "
+                    f"of the shortened sequence, at: {self._uses[place]}"
+                )
+        outputs = self._compiled(*args)
+        if kept and isinstance(outputs, tuple | list):
+            mark(outputs, next(iter(kept.values())))
+        return outputs
