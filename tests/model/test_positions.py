@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dartfx
@@ -42,6 +43,17 @@ def test_the_output_knows_the_positions_that_are_left(name: str, return_dict: bo
     assert kept.tolist() == oracle.keep_idx.tolist()
     assert dartfx.kept_positions(output[0]) is kept
     assert dartfx.kept_positions(model(**built.make_inputs("text"))) is None
+
+
+@torch.no_grad()
+def test_a_loss_outside_of_the_model_is_the_one_inside() -> None:
+    inputs = family("llava").make_inputs()
+    labels, model = inputs["input_ids"], compiled(family("llava").model)
+    output = model(**inputs)
+    kept = dartfx.kept_positions(output)
+    assert kept is not None
+    outside = F.cross_entropy(output.logits[0, :-1], labels.gather(1, kept)[0, 1:])
+    torch.testing.assert_close(outside, model(**inputs, labels=labels).loss, **CLOSE)
 
 
 class Embedder(nn.Module):
