@@ -2,7 +2,7 @@
 # Repeat the measurements on a GPU that the docs tell of: docs/measure_gpu.sh [-j] FOLDER [STEP ...]
 #
 #   tests           the Triton kernels against the float64 oracle, on the device
-#   kernel          docs/kernel.md: the selection beside its floor
+#   kernel          docs/kernel.md: the selection and its floor
 #   llava-1.5-7b    docs/benchmarks.md: the first token (any shape of `bench generate`)
 #   llava-next-7b
 #   qwen2.5-vl-7b

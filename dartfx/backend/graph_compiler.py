@@ -183,7 +183,7 @@ class GraphCompiler:
         incoming = dispatcher.incoming(inputs)
         could_come = has_indexed_layers(self.flat.graph) and dispatcher.may_receive_masks
         if incoming is not None and not could_come and self.ranks.group:
-            # Whether masks came is asked of all ranks, so only where all of them would ask.
+            # All ranks exchange whether masks came, so all of them must get there.
             self.announce(Declined(_NO_LAYERS, advice=LOST_ADVICE))
             return self.lower(self.module, inputs)
         if could_come or incoming is not None:
@@ -218,7 +218,7 @@ class GraphCompiler:
             discard(report)
 
     def announce(self, outcome: Outcome) -> None:
-        """Report, log and dump what became of the graph; a refusal as loudly as asked for."""
+        """Report, log and dump what became of the graph; a refusal as ``on_unsupported`` says."""
         if (
             self.caller.can_retry_with_graph_breaks
             and isinstance(outcome, Declined)

@@ -74,9 +74,9 @@ def examine(lowering: str, quick: bool = False) -> Iterator[Finding]:
     for check in checks:
         try:
             yield check()
-        except Exception as error:  # whatever is broken here is what the doctor is asked for
-            told = f"{type(error).__name__}: {error}"
-            yield Finding("bad", told.strip().split("\n")[0], "see the error; please report it if "
+        except Exception as error:  # whatever is broken is a finding
+            text = f"{type(error).__name__}: {error}"
+            yield Finding("bad", text.strip().split("\n")[0], "see the error; please report it if "
                           "it comes from dartfx")  # fmt: skip
 
 
@@ -89,10 +89,10 @@ def _version(name: str, needed: bool) -> Finding:
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        told = f"{name} is not installed"
+        text = f"{name} is not installed"
         if needed:
-            return Finding("bad", told, f"pip install '{name}>={least}'")
-        return Finding("note", f"{told}; only models that come from it need it", "")
+            return Finding("bad", text, f"pip install '{name}>={least}'")
+        return Finding("note", f"{text}; only models that come from it need it", "")
     numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
     if numbers < LEAST[name]:
         wanted = f"pip install --upgrade '{name}>={least}'"
@@ -127,8 +127,8 @@ def _entry_point() -> Finding:
         )
     values = sorted({point.value for point in found})
     if values != ["dartfx.backend:dart"]:
-        told = f"the entry point dart means {', '.join(values)}"
-        return Finding("bad", told, "uninstall the other package that registers a backend dart")
+        text = f"the entry point dart means {', '.join(values)}"
+        return Finding("bad", text, "uninstall the other package that registers a backend dart")
     if "dart" not in torch.compiler.list_backends():
         return Finding("bad", "torch does not list the backend dart", "restart Python")
     return Finding("ok", f'backend="dart" is {values[0]} of {dartfx.__file__}')
@@ -149,8 +149,8 @@ def _compiler(lowering: str) -> Finding:
         return Finding("ok", f"C++ compiler: {compat.get_cpp_compiler()}")
     except compat.errors("InvalidCxxCompiler"):
         state = "note" if torch.cuda.is_available() else "bad"
-        told = "no C++ compiler, which Inductor needs for the CPU"
-        return Finding(state, told, "apt-get install g++, or set CXX")
+        text = "no C++ compiler, which Inductor needs for the CPU"
+        return Finding(state, text, "apt-get install g++, or set CXX")
 
 
 def _no_model() -> Finding:
@@ -179,14 +179,14 @@ def _tiny_model(lowering: str) -> Finding:
         made, reports = _run(model, inputs, lowering)
         seconds = time.perf_counter() - start
     if not any(report.pruned for report in reports):
-        told = "; ".join(str(report.outcome) for report in reports) or "dynamo made no graph"
-        return Finding("bad", f"a tiny model was not pruned: {told}", "please report it")
+        text = "; ".join(str(report.outcome) for report in reports) or "dynamo made no graph"
+        return Finding("bad", f"a tiny model was not pruned: {text}", "please report it")
     apart = float((made - wanted).abs().max())
     if not apart < 1e-3:
-        told = f"a tiny model compiled by {lowering} is off by {apart:.1e}"
-        return Finding("bad", told, "please report it; until then: options={'lowering': 'eager'}")
-    told = f"a tiny model was pruned and compiled by {lowering} in {seconds:.1f} s"
-    return Finding("ok", f"{told}; largest difference from eager {apart:.1e}")
+        text = f"a tiny model compiled by {lowering} is off by {apart:.1e}"
+        return Finding("bad", text, "please report it; until then: options={'lowering': 'eager'}")
+    text = f"a tiny model was pruned and compiled by {lowering} in {seconds:.1f} s"
+    return Finding("ok", f"{text}; largest difference from eager {apart:.1e}")
 
 
 def _run(model: Tiny, inputs: Any, lowering: str) -> tuple[torch.Tensor, list[dartfx.Report]]:

@@ -82,7 +82,7 @@ def _is_uniform(cache: Any, length: int) -> bool:
 
 
 def held_tokens(layer: Any) -> int | None:
-    """How many tokens of each row a cache layer holds; None where that cannot be told.
+    """How many tokens of each row a cache layer holds; None where that is not known.
 
     Quantised layers hold their first tokens in codes, and keep an empty tensor as their keys.
     """

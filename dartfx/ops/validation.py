@@ -90,7 +90,7 @@ def _check_queries(queries: object, keys: Tensor) -> None:
         raise fail(
             "queries",
             "must be [B, Hq, S, Dh] as keys, with a multiple of their heads, "
-            f"got shape {tuple(queries.shape)} beside keys of {tuple(keys.shape)}",
+            f"got shape {tuple(queries.shape)} with keys of {tuple(keys.shape)}",
         )
 
 

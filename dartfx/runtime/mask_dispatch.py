@@ -140,13 +140,13 @@ class MaskDispatcher:
         came = None if incoming is None else [incoming.embeds, incoming.like, incoming.record.rows]
         # A graph without embeddings has no notes on them, as in every decode step.
         asks = self._embeds or vision_mask.given() is not None
-        told = self._ranks.alike(came) if asks else None
-        if told is None:
+        by_rank = self._ranks.alike(came) if asks else None
+        if by_rank is None:
             return incoming
         self._announce(
             Declined(
                 "the vision tokens that came with a call are not the same on every rank of a "
-                f"tensor-parallel model (input, its like, feature rows by rank: {told})",
+                f"tensor-parallel model (input, its like, feature rows by rank: {by_rank})",
                 advice="the same inputs, and dartfx.vision_tokens, on every rank",
             )
         )

@@ -45,7 +45,7 @@ class Ranks:
     def __init__(self, module: GraphModule) -> None:
         self._module = module
         named = groups(module.graph)
-        # Of several groups none can be told to be the one; every rank refuses such a graph.
+        # Which of several groups is meant cannot be known; every rank refuses such a graph.
         self.group = min(named) if len(named) == 1 else ""
 
     @cached_property
@@ -90,19 +90,21 @@ class Ranks:
         """
         if not self.group:
             return outcome
-        mine = _Told.of(outcome)
-        told = [_Told(**t) for t in _exchange(self.group, mine.__dict__)]
-        if all(t == told[0] for t in told):
+        mine = _RankOutcome.of(outcome)
+        outcomes = [_RankOutcome(**t) for t in _exchange(self.group, mine.__dict__)]
+        if all(t == outcomes[0] for t in outcomes):
             return outcome
-        refused = [(rank, t) for rank, t in enumerate(told) if t.kind == "Declined"]
+        refused = [(rank, t) for rank, t in enumerate(outcomes) if t.kind == "Declined"]
         if not refused:
-            return Declined(f"the ranks would do different things: {_listed(told)}; {_ALL_OR_NONE}")
+            return Declined(
+                f"the ranks would do different things: {_listed(outcomes)}; {_ALL_OR_NONE}"
+            )
         rank, first = refused[0]
         if isinstance(outcome, Declined):
             return replace(outcome, may_retry_with_graph_breaks=first.may_retry_with_graph_breaks)
         return Declined(
-            f"rank {rank} of {len(told)} cannot prune its part of this graph ({first.what}), and "
-            f"{_ALL_OR_NONE}",
+            f"rank {rank} of {len(outcomes)} cannot prune its part of this graph ({first.what}), "
+            f"and {_ALL_OR_NONE}",
             advice=first.advice,
             may_retry_with_graph_breaks=first.may_retry_with_graph_breaks,
         )
@@ -111,12 +113,12 @@ class Ranks:
         """The ranks' ``fact`` (plain data) if they differ; None if they are the same everywhere."""
         if not self.group:
             return None
-        told = [t["fact"] for t in _exchange(self.group, {"fact": fact})]
-        return None if all(t == told[0] for t in told) else told
+        facts = [t["fact"] for t in _exchange(self.group, {"fact": fact})]
+        return None if all(fact == facts[0] for fact in facts) else facts
 
 
 @dataclass(frozen=True)
-class _Told:
+class _RankOutcome:
     """What a rank tells the others of an outcome; what must be equal on all of them."""
 
     kind: str
@@ -125,7 +127,7 @@ class _Told:
     may_retry_with_graph_breaks: bool = False
 
     @classmethod
-    def of(cls, outcome: Outcome | None) -> _Told:
+    def of(cls, outcome: Outcome | None) -> _RankOutcome:
         kind = type(outcome).__name__
         if isinstance(outcome, Declined):
             return cls(kind, outcome.because, outcome.advice, outcome.may_retry_with_graph_breaks)
@@ -137,8 +139,8 @@ class _Told:
         return cls(kind, str(isinstance(outcome, Unchanged) and outcome.all_retained))
 
 
-def _listed(told: Sequence[_Told]) -> str:
-    return ", ".join(f"rank {rank}: {t.kind} {t.what}" for rank, t in enumerate(told))
+def _listed(outcomes: Sequence[_RankOutcome]) -> str:
+    return ", ".join(f"rank {rank}: {t.kind} {t.what}" for rank, t in enumerate(outcomes))
 
 
 _LOCK = threading.Lock()
@@ -176,7 +178,7 @@ def _exchange(group: str, mine: object) -> list[Any]:
 def _next(store: Any, group: str) -> int:
     global _exchanged_in
     with _LOCK:
-        if store is not _exchanged_in:  # the process group was made anew
+        if store is not _exchanged_in:  # the process group was created again
             _exchanged.clear()
             _exchanged_in = store
         _exchanged[group] = _exchanged.get(group, 0) + 1

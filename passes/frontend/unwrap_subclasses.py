@@ -47,7 +47,7 @@ class PlainGraph:
 def unwrap_subclasses(module: GraphModule) -> PlainGraph | None:
     """Rewrite a dynamo graph; the graph itself is not changed.  None where all is plain.
 
-    Raises Refusal for subclasses whose own gradients are asked for.
+    Raises Refusal for subclasses whose own gradients are requested.
     """
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     wrapped = [n for n in placeholders if _is_wrapper(n.meta.get("example_value"))]

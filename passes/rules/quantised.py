@@ -55,7 +55,7 @@ def quantise(axes: Axes, node: Node, out: Node) -> None:
     "torchao::dequantize_affine_float8_non_decomposed",
 )
 def quantise_float8(axes: Axes, node: Node, out: Node) -> None:
-    """The same where blocks are told by the scales' shape: as many scales as values, or fewer."""
+    """The same where the scales' shape gives the blocks: as many scales as values, or fewer."""
     values, *scales = node.all_input_nodes
     for dim, size in enumerate(sizes(values)):
         if all(len(sizes(s)) > dim and same_size(sizes(s)[dim], size) for s in scales):

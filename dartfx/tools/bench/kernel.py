@@ -1,4 +1,4 @@
-"""The selection beside what it could be measured against, at the shapes of real models.
+"""The selection and what it could be compared with, at the shapes of real models.
 
   image   LLaVA-1.5-7B, one image of 576 vision tokens, 64 kept
   tiles   LLaVA-NeXT-7B, one image in five tiles, 2880 vision tokens, 320 kept
@@ -43,7 +43,7 @@ from dartfx.tools.bench.timing import device_name
 
 __all__ = ["HELP", "SHAPES", "Shape", "configure", "run"]
 
-HELP = "the selection, beside its floor, its torch form, the published loop and a decoder layer"
+HELP = "the selection, its floor, its torch form, the published loop and a decoder layer"
 
 _COPY_BYTES = 1 << 28
 OTHERS = ("tiled", "spread", "uniform", "random")

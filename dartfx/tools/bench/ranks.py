@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m dartfx bench ranks
 
 Timed are the all-reduce of the key norms (selector "dart"), the all-gather of all heads' keys (a
-selector that reads keys otherwise), the comparison of the option check_ranks, and beside them two
+selector that reads keys otherwise), the comparison of the option check_ranks, and two
 things that a decoder layer exchanges anyway.  Times are medians of the slowest rank's.
 """
 

@@ -1,7 +1,7 @@
 """``python -m dartfx eval``: what pruning costs in answers, selector against selector.
 
 A model answers questions about pictures unpruned, and then pruned by the backend with every
-selector, number of retained tokens, layer and seed asked for. Reported for each type of question:
+selector, number of retained tokens, layer and seed requested. Reported for each type of question:
 accuracy, exact agreement with the unpruned answers, and the divergence of the first answer token.
 """
 
@@ -108,12 +108,12 @@ def _measure(arguments: argparse.Namespace) -> Results:
         for one, answered in zip(choices, made, strict=True):
             key = (layer, one.selector, one.retain)
             results.add(key, one.seed, score(questions, full, answered))
-        told = ", ".join(
+        accuracies = ", ".join(
             f"{name} {results.figures((layer, name, retain), 'accuracy')[MEAN].value:.1%}"
             for name in dict.fromkeys(one.selector for one in choices)
         )
         print(
-            f"[{number}/{len(plan)}] layer {layer}, {retain} kept: {told} "
+            f"[{number}/{len(plan)}] layer {layer}, {retain} kept: {accuracies} "
             f"(after {time.monotonic() - start:.0f} s)",
             file=sys.stderr,
             flush=True,

@@ -54,9 +54,9 @@ def answer(model: Any, processor: Any, batches: Iterable[Batch], most: int) -> A
             output_logits=True,
         )
         new = made.sequences[:, inputs["input_ids"].shape[1] :]
-        told = processor.batch_decode(new, skip_special_tokens=True)
+        decoded = processor.batch_decode(new, skip_special_tokens=True)
         logits = made.logits[0].float().log_softmax(-1).cpu()
-        texts.update(zip(batch.numbers, told, strict=False))
+        texts.update(zip(batch.numbers, decoded, strict=False))
         first.update(zip(batch.numbers, logits, strict=False))
     order = sorted(texts)
     return Answers(tuple(texts[i].strip() for i in order), torch.stack([first[i] for i in order]))
@@ -65,8 +65,8 @@ def answer(model: Any, processor: Any, batches: Iterable[Batch], most: int) -> A
 class PrunedModel:
     """The model compiled by dartfx to prune before one layer; ``model`` itself stays as it is.
 
-    selectors: all that it will be asked for.  retain: the number of tokens that it is compiled
-    with; where some are dropped, any other that drops some may be asked for later.
+    selectors: all that will be used.  retain: the number of tokens that it is compiled
+    with; where some are dropped, any other that drops some may be used later.
 
     The rewritten graph is run eagerly: compiling it would take longer than running it, and the
     selector is then looked up in every call.  Raises UnsupportedModelError, when first called,
@@ -104,7 +104,7 @@ def encode_once(model: Any) -> None:
     """Let the model, and copies made later, remember what it makes of each tensor of pixels.
 
     ``generate`` calls for image features before the decoder's graph, so that they are the same
-    whatever is dropped there.  A model without that call computes them anew every time.
+    whatever is dropped there.  A model without that call computes them every time.
     """
     base = getattr(model, "base_model", model)
     if not hasattr(base, "get_image_features"):
@@ -117,7 +117,7 @@ def encode_once(model: Any) -> None:
         pixels = kwargs.get("pixel_values")
         if torch.compiler.is_compiling() or args or pixels is None:
             return encode(*args, **kwargs)
-        if id(pixels) not in known:  # the tensor is kept beside, so its id is not used again
+        if id(pixels) not in known:  # the tensor is kept as well, so its id is not used again
             known[id(pixels)] = pixels, encode(**kwargs)
         return known[id(pixels)][1]
 
@@ -130,17 +130,17 @@ def vision_tokens(model: Any, batch: Batch) -> int:
     Raises ValueError when there are none to prune.
     """
     inputs: dict[str, Any] = dict(batch.inputs)
-    told = dartfx.explain(
+    explanation = dartfx.explain(
         _twin(model).generate,
         **inputs,
         max_new_tokens=1,
         do_sample=False,
         options={"retain_tokens": 0},
     )
-    for report in told.reports:
+    for report in explanation.reports:
         if isinstance(report.outcome, Pruned):
             return int(report.outcome.vision_tokens)
-    raise ValueError(f"dartfx finds no vision token to prune:\n{told}")
+    raise ValueError(f"dartfx finds no vision token to prune:\n{explanation}")
 
 
 def _twin(model: Any) -> Any:

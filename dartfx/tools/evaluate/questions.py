@@ -32,7 +32,7 @@ class Question:
 class Batch:
     """Prompts of one shape: which questions they are, and the model's arguments.
 
-    A batch of one question holds it twice: sizes that are 1 would be compiled anew.
+    A batch of one question holds it twice: sizes that are 1 would be compiled again.
     """
 
     numbers: tuple[int, ...]
@@ -52,8 +52,8 @@ def load(path: Path, pictures: int | None = None) -> list[Question]:
         raise InputError("questions", f"cannot read {str(path)!r}: {error}") from error
     for number, line in enumerate(lines, 1):
         try:
-            told = json.loads(line)
-            given = [told[key] for key in ("image", "type", "question", "answer")]
+            entry = json.loads(line)
+            given = [entry[key] for key in ("image", "type", "question", "answer")]
         except (ValueError, TypeError, KeyError) as error:
             wanted = '{"image": ..., "type": ..., "question": ..., "answer": ...}'
             why = f"{path}, line {number}: not a question like {wanted}"

@@ -90,8 +90,8 @@ class Results:
         layer, selector, retain = key
         right = {seed: _bits(m["accuracy"]) for seed, m in self.values[key].items()}
         figures = {metric: _as_json(self.figures(key, metric)) for metric in METRICS}
-        told = {"layer": layer, "selector": selector, "retained": retain}
-        return told | figures | {"right_by_seed": right}
+        entry = {"layer": layer, "selector": selector, "retained": retain}
+        return entry | figures | {"right_by_seed": right}
 
     def as_markdown(self) -> str:
         """Tables of every metric for each layer, then each selector against the first."""
@@ -164,10 +164,10 @@ def _bits(right: Tensor) -> str:
     return f"{int(bits.ljust(4 * digits, '0'), 2):0{digits}x}"
 
 
-def as_lines(told: dict[str, Any]) -> str:
+def as_lines(entry: dict[str, Any]) -> str:
     """JSON with one line for each entry, and one for each setting."""
-    entries = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in told.items() if k != "settings"]
-    settings = ",\n".join(map(json.dumps, told["settings"]))
+    entries = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in entry.items() if k != "settings"]
+    settings = ",\n".join(map(json.dumps, entry["settings"]))
     return "{\n" + ",\n".join([*entries, f'"settings": [\n{settings}\n]']) + "\n}\n"
 
 

@@ -46,8 +46,8 @@ class Asker:
         ]
         self._ask = (model, processor, prompts, arguments.max_new_tokens)
         self._selectors = arguments.selectors
-        asked = [r for r in (*arguments.retain, *arguments.retain_elsewhere) if r > 0]
-        self._fewest = min(asked, default=0)
+        retained = [r for r in (*arguments.retain, *arguments.retain_elsewhere) if r > 0]
+        self._fewest = min(retained, default=0)
         self._pruned: tuple[object, PrunedModel] | None = None
 
     def full(self) -> Answers:

@@ -3,7 +3,7 @@
 Nothing here comes from the compiler. Before decoder layer K, every tensor argument of the decoder
 layers is gathered along its token dimensions by ``keep_idx``, one row of indices per sample.
 Positions and masks are gathered, never rebuilt: every token keeps the position it had, and a mask
-made anew from positions with gaps would treat each gap as the border of another sequence.
+built from positions with gaps would treat each gap as the border of another sequence.
 Decode steps (one query token) pass through the hooks untouched.
 """
 

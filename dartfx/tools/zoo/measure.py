@@ -1,4 +1,4 @@
-"""One family through the compiler: what became of it, held against the hooks and the oracle."""
+"""One family through the compiler: what became of it, compared with the hooks and the oracle."""
 
 from __future__ import annotations
 
@@ -217,11 +217,11 @@ def _compiled(model: Any, options: dict[str, Any]) -> Iterator[Any]:
 @contextmanager
 def _quiet() -> Iterator[list[str]]:
     """Collects what dartfx warns of, and keeps torch's and transformers' warnings away."""
-    told: list[str] = []
+    warned: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield told
-    told += [str(w.message) for w in caught if issubclass(w.category, PruningWarning)]
+        yield warned
+    warned += [str(w.message) for w in caught if issubclass(w.category, PruningWarning)]
 
 
 def _told(reports: list[Report], warned: list[str]) -> Call:

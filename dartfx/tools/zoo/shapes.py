@@ -172,7 +172,7 @@ def load(
 
 def _place(name: str, model: Any, inputs: dict[str, Any]) -> Workload:
     """The workload with its inputs moved to the model's device, floats in its dtype."""
-    # Without an end token every answer has exactly the length that is asked for.
+    # Without an end token every answer has exactly the length that is requested.
     model.generation_config.eos_token_id = None
     cast = to_model(inputs, model)
     vision = cast["input_ids"] == model.config.image_token_id

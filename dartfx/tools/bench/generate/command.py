@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # they import transformers, which `bench kernel` does without
 
 __all__ = ["HELP", "configure", "run"]
 
-HELP = "generate, beside eager execution, hooks and plain Inductor"
+HELP = "generate, compared with eager execution, hooks and plain Inductor"
 
 # Every variant shares the model's code, so dynamo counts the compilations of all of them together.
 _RECOMPILE_LIMIT = 256
@@ -208,7 +208,7 @@ def _figures(rows: list[Row], batch: int, towers: list[float], unpruned: float) 
     """What follows from the samples; ``unpruned`` is the share of layers before the cut."""
     tower = median(towers) if towers else None
     good = {row.name: row for row in rows if not row.failed}
-    told = [
+    table = [
         {
             "name": row.name,
             "label": row.label,
@@ -227,7 +227,7 @@ def _figures(rows: list[Row], batch: int, towers: list[float], unpruned: float) 
                 "flops": limits(base, tower, pruned.flops[1] / pruned.flops[0]),
                 "unpruned": limits(base, tower, unpruned),
             }
-    return {"vision_tower_seconds": tower, "vision_tower_samples": towers, "rows": told, **ratios}
+    return {"vision_tower_seconds": tower, "vision_tower_samples": towers, "rows": table, **ratios}
 
 
 def _row(row: Row, batch: int, tower: float | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ Totals = Mapping[int, float]
 def row_figures(totals: Totals, tower: float | None, batch: int = 1) -> dict[str, Any]:
     """Time to first token, decode tokens per second, and the parts of every total.
 
-    tower: seconds of the vision tower, None where it could not be told apart.  batch: prompts in
+    tower: seconds of the vision tower, None where it could not be separated.  batch: prompts in
     every call; rates count the tokens of all.
     """
     longest = max(totals)
@@ -93,7 +93,7 @@ def _times(rows: Sequence[Any], lengths: Sequence[int]) -> str:
 def _parts(result: Mapping[str, Any], lengths: Sequence[int]) -> str:
     tower = result["vision_tower_seconds"]
     if tower is None:
-        return "vision tower: not told apart (the model has no get_image_features of its own)"
+        return "vision tower: not measured (the model has no get_image_features of its own)"
     head = ["vision tower / prefill / decode, %", *(f"{n} new" for n in lengths)]
     lines = []
     for row in result["rows"]:

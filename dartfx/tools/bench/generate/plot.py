@@ -44,7 +44,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _panel(panel: Any, rows: list[Any], n: int) -> None:
-    """Bars of the three parts, or of the total where the vision tower is not told apart."""
+    """Bars of the three parts, or of the total where the vision tower cannot be separated."""
     labels = [row["label"] for row in rows]
     totals = [1e3 * row["seconds"][n] for row in rows]
     if any(row["shares"] is None for row in rows):

@@ -22,7 +22,7 @@ from dartfx.tools.bench.timing import seconds, wait
 
 __all__ = ["Progress", "Row", "prepare", "rewarm", "time_round", "vision_seconds", "weight_bytes"]
 
-_MOST_TOLD = 600  # characters of a reason; a C++ compiler's may be thousands of lines
+_REASON_LENGTH = 600  # characters of a reason; a C++ compiler's may be thousands of lines
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Row:
         try:
             yield
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-            self.failed = textwrap.shorten(told, _MOST_TOLD, placeholder=" ...")
+            reason = f"{type(error).__name__}: {error}"
+            self.failed = textwrap.shorten(reason, _REASON_LENGTH, placeholder=" ...")
             self.ready = None
 
     def totals(self) -> dict[int, float]:
@@ -106,7 +106,7 @@ def rewarm(rows: list[Row]) -> None:
 
 
 def time_round(rows: list[Row], work: Workload, progress: Progress) -> None:
-    """One timed call of each length of each row, in turns, and the vision tower beside them."""
+    """One timed call of each length of each row, in turns, and the vision tower between them."""
     tower = vision_seconds(work)
     if tower is not None:
         progress.towers.append(tower)
@@ -122,7 +122,7 @@ def time_round(rows: list[Row], work: Workload, progress: Progress) -> None:
 
 
 def vision_seconds(work: Workload) -> float | None:
-    """Seconds of vision tower and projector in one eager ``generate``; None where not told apart.
+    """Seconds of vision tower and projector in one eager ``generate``; None where not separated.
 
     transformers calls ``get_image_features`` of the base model for each prompt.
     """
