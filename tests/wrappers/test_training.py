@@ -69,16 +69,18 @@ def assert_pruned() -> None:
     assert any(report.pruned for report in dartfx.reports())
 
 
-def test_trainer(family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer(family: Family, tmp_path: Path, bf16: bool) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     inputs = family.make_inputs("one")
-    wanted = expected_step(family, inputs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        wanted = expected_step(family, inputs).float()
     dartfx.compile(family.model, **OPTIONS)
     row = {name: value[0] for name, value in inputs.items()}
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=1, per_device_train_batch_size=1, use_cpu=True, report_to=[],
-        save_strategy="no", disable_tqdm=True,
+        save_strategy="no", disable_tqdm=True, bf16=bf16,
     )  # fmt: skip
     trainer = transformers.Trainer(
         family.model, arguments, train_dataset=[row | {"labels": labels(family, inputs)[0]}]
