@@ -29,6 +29,7 @@ from dartfx.config.options import DartConfig
 from dartfx.errors import SelectionError
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.refusal import Declined
+from dartfx.runtime.graph_runs import NotedRun
 from dartfx.tools.zoo import oracle
 from tests.support.decoders import Inputs, assert_same, compiled, pruned_by_hand
 from tests.support.random_attention import LayerStyle
@@ -261,5 +262,7 @@ def unchanged(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     assert list(module.graph.nodes) == nodes
     assert module.print_readable(print_output=False)
     assert module.code == code
-    assert getattr(compiled, "_unpruned", compiled) == module.forward
+    assert isinstance(compiled, NotedRun)
+    runs = compiled._compiled
+    assert getattr(runs, "_unpruned", runs) == module.forward
     return compiled
