@@ -188,7 +188,7 @@ def test_a_selector_that_asks_for_queries_must_be_given_them() -> None:
     [
         ((2, 4, 24), r"queries must be \[B, Hq, S, Dh\], got shape \(2, 4, 24\)"),
         ((2, 3, 24, 4), "a multiple of their heads"),
-        ((1, 4, 24, 4), r"got shape \(1, 4, 24, 4\) beside keys of \(2, 2, 24, 4\)"),
+        ((1, 4, 24, 4), r"got shape \(1, 4, 24, 4\) with keys of \(2, 2, 24, 4\)"),
         ((2, 4, 23, 4), "must be"),
         ((2, 4, 24, 8), "must be"),
     ],
