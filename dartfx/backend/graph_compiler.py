@@ -93,9 +93,12 @@ def compile_graph(
         compiled = graph.compile_merge(inputs) if may_merge_features(graph.flat.graph) else None
         if compiled is None:
             compiled = graph.compile_without_merge(inputs)
+        # A dispatcher notes by itself, since its runs differ: a mask comes with some of them only.
+        if not isinstance(compiled, MaskDispatcher):
+            compiled = NotedRun(compiled, graph.concerns_vision_tokens)
         if caller.knows_positions and not caller.can_retry_with_graph_breaks:
             compiled = TakesShortened(compiled, module.graph)
-        return NotedRun(compiled, graph.concerns_vision_tokens)
+        return compiled
     except compat.errors("RestartAnalysis"):
         # Dynamo traces the frame again and comes back with the graph that counts.
         graph.discard_reports()

@@ -254,3 +254,24 @@ def test_threads_that_call_a_freshly_compiled_model_at_once() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert Counter(pool.map(answer, range(12))) == {"right": 12}
+
+
+@pytest.mark.parametrize("order", ["given first", "bare first"])
+def test_a_graph_that_ran_pruned_once_is_no_excuse_for_a_call_without_its_mask(order: str) -> None:
+    inputs, model = llava().make_inputs(), compiled()
+    vision = inputs["input_ids"] == llava().image_token_id
+    call = {
+        "inputs_embeds": llava().model.get_input_embeddings()(inputs["input_ids"]).detach(),
+        "attention_mask": inputs["attention_mask"],
+    }
+
+    def given() -> None:
+        with torch.no_grad(), dartfx.vision_tokens(vision):
+            assert model(**call).logits.shape[1] < vision.shape[1]
+
+    def bare() -> None:
+        with torch.no_grad(), pytest.raises(dartfx.UnsupportedGraphError, match="inputs_embeds"):
+            model(**call)
+
+    for call_it in (given, bare) if order == "given first" else (bare, given, bare):
+        call_it()

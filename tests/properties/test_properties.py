@@ -30,6 +30,7 @@ from dartfx.errors import SelectionError
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.refusal import Declined
 from dartfx.runtime.graph_runs import NotedRun
+from dartfx.runtime.mask_dispatch import MaskDispatcher
 from dartfx.tools.zoo import oracle
 from tests.support.decoders import Inputs, assert_same, compiled, pruned_by_hand
 from tests.support.random_attention import LayerStyle
@@ -262,7 +263,7 @@ def unchanged(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     assert list(module.graph.nodes) == nodes
     assert module.print_readable(print_output=False)
     assert module.code == code
-    assert isinstance(compiled, NotedRun)
-    runs = compiled._compiled
-    assert getattr(runs, "_unpruned", runs) == module.forward
+    assert isinstance(compiled, NotedRun | MaskDispatcher)
+    runs = compiled._compiled if isinstance(compiled, NotedRun) else compiled._unpruned
+    assert runs == module.forward
     return compiled
