@@ -50,11 +50,11 @@ Call = Callable[..., Any]
 
 
 # Compilations of one model do not count against another's recompile_limit (torch 2.13).
-_ISOLATED: dict[str, Any] = {
-    name: True
-    for name in ("isolate_recompiles",)
-    if name in inspect.signature(torch.compile).parameters
-}
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
 
 # While one thread compiles, torch's flag for that is set in all of them, and transformers' code
 # reads it.  Dynamo also compiles once more for each thread that found no code before it waited.
@@ -134,7 +134,7 @@ class CompiledModel:
             return self._eager(*args, **kwargs)
         self.calls += 1
         call = Arguments.of(self._model.forward, args, kwargs)
-        if (declined := runs_eagerly() or hooks_in_decoder(self._eager)) is not None:
+        if (declined := runs_eagerly() or hooks_in_decoder(self._model)) is not None:
             if call.media or vision_mask.given() is not None:
                 with self.reporting():
                     self.refuse(declined)

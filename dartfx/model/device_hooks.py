@@ -19,14 +19,12 @@ __all__ = ["hooks_in_decoder"]
 _INDEXED = re.compile(r"(^|\.)\d+(\.|$)")
 
 
-def hooks_in_decoder(call: Any) -> Declined | None:
-    """Why no graph of a model's ``call`` (a bound method) holds a whole decoder, or None."""
-    model = getattr(call, "__self__", None)
+def hooks_in_decoder(model: nn.Module) -> Declined | None:
+    """Why no graph of a model's call holds a whole decoder, or None."""
     # Both mark the model itself as well, so that decode steps need not look at all modules.
     sharded = isinstance(model, FSDPModule)
     if not (sharded or hasattr(model, "_hf_hook") or hasattr(model, "hf_device_map")):
         return None
-    assert isinstance(model, nn.Module)
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else model
     for path, module in decoder.named_modules():

@@ -109,7 +109,7 @@ class MaskDispatcher:
             f"{str(value.dtype).removeprefix('torch.')} {[str(s) for s in value.shape]}"
             for node in self._module.graph.nodes
             if node.op == "placeholder" and isinstance(value := node.meta["example_value"], Tensor)
-            if value.is_floating_point() and value.ndim > 1 and not _is_state(node)
+            if value.is_floating_point() and value.ndim > 1 and not _is_state_or_cache(node)
             if not any(_same_shape(value.shape, shape) for shape in of_ids)
         ]
 
@@ -209,11 +209,11 @@ def _same_shape(one: torch.Size, other: torch.Size) -> bool:
     return len(one) == len(other) and all(map(same_size, one, other))
 
 
-def _is_state(node: Node) -> bool:
+def _is_state_or_cache(node: Node) -> bool:
     """Whether a dynamo input is a parameter, a buffer, or a layer's KV cache."""
     if is_state(node):
         return True
-    # Whoever makes the decode mask asks for a cache's size, and that tells nothing of its contents.
+    # The code of a decode mask reads a cache's size, which says nothing of its contents.
     reads = [user for user in node.users if user.target not in ("numel", "size")]
     in_layers = all(any(map(split_index, module_paths(user))) for user in reads)
     return node.meta["example_value"].ndim == 4 and in_layers
