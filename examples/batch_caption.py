@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dartfx
+from dartfx.integrations.hf import to_model
 
 HERE = Path(__file__).parent
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -161,9 +162,7 @@ class Captioner:
         images = [Image.open(self.folder / line["image"]).convert("RGB") for line in lines]
         texts = [self._prompt(line["question"]) for line in lines]
         made = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
-        weight = next(self.model.parameters())
-        inputs = {k: v.to(weight.device) for k, v in made.items()}
-        inputs = {k: v.to(weight.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        inputs = to_model(made, self.model)
         with torch.inference_mode():
             out = self.model.generate(
                 **inputs, max_new_tokens=self.args.max_new_tokens, do_sample=False

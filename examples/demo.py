@@ -29,6 +29,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dartfx
+from dartfx.integrations.hf import to_model
 from dartfx.passes.outcome import Pruned
 
 SAMPLES = ("china.jpg", "flower.jpg")
@@ -113,9 +114,7 @@ def make_inputs(processor: Any, image: Image.Image, prompt: str, model: nn.Modul
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
     else:
         text = f"USER: {processor.image_token}\n{prompt} ASSISTANT:"
-    weight = next(model.parameters())
-    made = processor(images=image, text=text, return_tensors="pt").to(weight.device)
-    return {k: v.to(weight.dtype) if v.is_floating_point() else v for k, v in made.items()}
+    return to_model(processor(images=image, text=text, return_tensors="pt"), model)
 
 
 def compile_plain(model: nn.Module, inputs: vlm.Inputs, lowering: str) -> tuple[float, str]:

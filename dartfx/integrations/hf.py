@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dartfx.errors import InputError
+from dartfx.integrations.prompts import prompt_text
 
 __all__ = [
     "load_model",
@@ -146,12 +147,9 @@ def prompt_inputs(processor: Any, image: Any, prompt: str) -> dict[str, Any]:
     token = getattr(processor, "image_token", None)
     if token is not None and token in prompt:
         text = prompt
-    elif getattr(processor, "chat_template", None):
+    elif token is not None or getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        chat = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    elif token is not None:
-        text = f"{token}\n{prompt}"
+        text = prompt_text(processor, [{"role": "user", "content": content}])
     else:
         raise InputError(
             "model",

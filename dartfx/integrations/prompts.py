@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Batch", "Conversation", "Prompts"]
+__all__ = ["Batch", "Conversation", "Prompts", "prompt_text"]
 
 # [{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": ...}]}]
 Conversation = list[dict[str, Any]]
@@ -88,7 +88,7 @@ class Prompts:
 
     def _inputs(self, conversations: Sequence[Conversation]) -> Any:
         more: dict[str, Any] = {"padding": len(conversations) > 1, "return_tensors": "pt"}
-        if self._templated:
+        if _has_template(self._processor):
             if self._frames and any(p["type"] == "video" for c in conversations for p in _parts(c)):
                 more["num_frames"] = self._frames
             return self._processor.apply_chat_template(
@@ -102,28 +102,9 @@ class Prompts:
         texts = [self.text(one) for one in conversations]
         return self._processor(text=texts, images=images if any(images) else None, **more)
 
-    @property
-    def _templated(self) -> bool:
-        return bool(getattr(self._processor, "chat_template", None))
-
     def text(self, conversation: Conversation) -> str:
-        """The prompt as text, images and videos as placeholders.
-
-        Without a chat template: an image token a line, then the texts.  Raises ValueError for a
-        video there, since nothing says how one is written.
-        """
-        if self._templated:
-            text = self._processor.apply_chat_template(conversation, add_generation_prompt=True)
-            return str(text)
-        lines = []
-        for part in _parts(conversation):
-            if part["type"] == "video":
-                raise ValueError(
-                    "the processor has no chat template, so how it writes a video is not known"
-                )
-            is_image = part["type"] == "image"
-            lines.append(self._processor.image_token if is_image else part["text"])
-        return "\n".join(lines)
+        """The prompt as text; see :func:`prompt_text`."""
+        return prompt_text(self._processor, conversation)
 
     def continuation(self, conversation: Conversation, text: str) -> list[int]:
         """The token ids that ``text`` adds to the prompt.
@@ -138,6 +119,28 @@ class Prompts:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def prompt_text(processor: Any, conversation: Conversation) -> str:
+    """A conversation as the text of a prompt, images and videos as placeholders.
+
+    Without a chat template: an image token a line, then the texts.  Raises ValueError for a video
+    there, since nothing says how one is written.
+    """
+    if _has_template(processor):
+        return str(processor.apply_chat_template(conversation, add_generation_prompt=True))
+    lines = []
+    for part in _parts(conversation):
+        if part["type"] == "video":
+            raise ValueError(
+                "the processor has no chat template, so how it writes a video is not known"
+            )
+        lines.append(processor.image_token if part["type"] == "image" else part["text"])
+    return "\n".join(lines)
+
+
+def _has_template(processor: Any) -> bool:
+    return bool(getattr(processor, "chat_template", None))
 
 
 def _shown(value: Any) -> Hashable:
