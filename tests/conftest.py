@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +85,21 @@ def fresh_state() -> Iterator[None]:
     dartfx.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a LLaVA of 4 by 4 vision tokens, its processor, and an image of noise."""
+    from PIL import Image
+
+    examples = str(Path(__file__).parents[1] / "examples")
+    sys.path.insert(0, examples)
+    try:
+        import vlm
+    finally:
+        sys.path.remove(examples)
+    folder, size = tmp_path_factory.mktemp("model"), vlm.SIZES["tiny"]
+    vlm.build_model(size, seed=3).save_pretrained(folder)
+    vlm.build_processor(size).save_pretrained(folder)
+    Image.effect_noise((56, 56), 80.0).save(folder / "image.png")
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,6 @@ from tests.support.tolerances import CLOSE, RETAIN
 
 OPTIONS = {"retain_tokens": RETAIN, "lowering": "eager", "on_unsupported": "error"}
 ONCE = {"max_new_tokens": 3, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a LLaVA and its processor."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    try:
-        import vlm
-    finally:
-        sys.path.pop(0)
-    folder, size = tmp_path_factory.mktemp("model"), vlm.SIZES["tiny"]
-    vlm.build_model(size, seed=3).save_pretrained(folder)
-    vlm.build_processor(size).save_pretrained(folder)
-    return folder
 
 
 def chat(question: str) -> list[dict[str, Any]]:
