@@ -95,6 +95,12 @@ NAMES: dict[str, PrivateName] = {
         "",
         "explain and bench compile the same code many times; calls say that compiling is disabled",
     ),
+    **_names(
+        "torch._dynamo.utils",
+        "get_metrics_context",
+        "the index of a dump names the guard that made dynamo compile again",
+    ),
+    **_names("torch._guards", "CompileContext", "the index of a dump names dynamo's frames"),
     # Inductor
     **_names("torch._inductor.compile_fx", "compile_fx", 'lowering="inductor" compiles graphs'),
     **_names("torch._inductor", "list_mode_options", "the option mode is checked and applied"),

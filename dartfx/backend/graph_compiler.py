@@ -219,6 +219,7 @@ class GraphCompiler:
         """Take back what was reported of this graph."""
         for report in self.reported:
             discard(report)
+        self.dump.abandon("dynamo traces its frame again")
 
     def announce(self, outcome: Outcome) -> None:
         """Report, log and dump what became of the graph; a refusal as ``on_unsupported`` says."""
@@ -227,6 +228,7 @@ class GraphCompiler:
             and isinstance(outcome, Declined)
             and outcome.may_retry_with_graph_breaks
         ):
+            self.dump.abandon(f"compiled as several graphs instead: {outcome.because}")
             raise NeedsGraphBreaks(outcome.because)
         report = record(self.nodes, outcome)
         self.reported.append(report)

@@ -37,7 +37,7 @@ from dartfx.model.failures import (
     runs_eagerly,
 )
 from dartfx.model.history import History
-from dartfx.observe import report
+from dartfx.observe import folders, report
 from dartfx.observe.report import Report
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import graph_runs, keep_idx, vision_mask
@@ -194,6 +194,7 @@ class CompiledModel:
     def refuse(self, declined: Declined) -> None:
         """Report something of the whole call that stays unpruned; see :func:`refuse`."""
         report.record(0, declined)
+        folders.note_unpruned_call(self.config.dump, declined)
         refuse(self.config, declined)
 
     def _run_by_kind(self, compiled: Sequence[Report], call: Arguments) -> Any:

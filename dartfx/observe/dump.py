@@ -1,4 +1,7 @@
-"""Graph dumps: one folder per graph, a numbered file after every pass, a report and a repro."""
+"""Graph dumps: one folder per graph, a numbered file after every pass, a report and a repro.
+
+How the folders are named and what else is in them: :mod:`dartfx.observe.folders`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch.fx import GraphModule
 
 from dartfx import compat
 from dartfx.config.options import DartConfig
-from dartfx.observe import repro_inputs, repro_script
+from dartfx.observe import folders, repro_inputs, repro_script
 from dartfx.observe.report import Report, as_json
 from dartfx.passes.graph import hint, render, sizes, tensor
 from dartfx.passes.site import Site
@@ -40,12 +43,14 @@ class Dump:
         self, config: DartConfig, module: GraphModule, caller: Mapping[str, bool] | None = None
     ) -> None:
         self._config, self._module, self._caller = config, module, caller or {}
-        self._folder = None if config.dump is None else _new_folder(Path(config.dump))
+        self._folder = None if config.dump is None else folders.new_folder(Path(config.dump))
         self._page = None if self._folder is None else _new_page()
         self._step = itertools.count()
         self._mask: repro_script.RecordedMask | None = None
         self._report: Report | None = None
         self._output_code: list[str] = []
+        self._compilation = {} if self._folder is None else folders.describe(module)
+        self._save_compilation()
         self(self.first, module)
 
     def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None:
@@ -79,10 +84,28 @@ class Dump:
         self._write_repro(self._folder)
         self._write_report()
 
+    def abandon(self, why: str) -> None:
+        """The graph is not used after all; why: for the index, which still lists it."""
+        self._compilation["abandoned"] = why
+        self._save_compilation()
+        self._write_index()
+
     def note_output_code(self, files: Sequence[str]) -> None:
         """Add the files of Inductor's code to the report."""
         self._output_code += files
         self._write_report()
+
+    def _save_compilation(self) -> None:
+        if self._folder is not None:
+            folders.write_json(self._folder / folders.COMPILATION, self._compilation)
+
+    def _write_index(self) -> None:
+        if self._config.dump is None:
+            return
+        try:
+            _write_index(Path(self._config.dump))
+        except Exception as error:  # it reads what others write, and must not end a compilation
+            log.warning("no index.html in %s: %s", self._config.dump, error)
 
     def _write_repro(self, folder: Path) -> None:
         try:
@@ -98,10 +121,11 @@ class Dump:
         code = "".join(f"Inductor's code: {path}\n" for path in self._output_code)
         (self._folder / "report.txt").write_text(f"{self._report}\n{code}")
         written = as_json(self._report, output_code=self._output_code)
-        (self._folder / "report.json").write_text(written)
+        folders.write(self._folder / "report.json", written)
         files = sorted(f.name for f in self._folder.iterdir() if f.name != "report.html")
         page = self._page.html(self._report, files, self._output_code)
         (self._folder / "report.html").write_text(page)
+        self._write_index()
 
 
 class ExportDump(Dump):
@@ -154,14 +178,7 @@ def _new_page() -> Page:
     return Page()
 
 
-def _new_folder(directory: Path) -> Path:
-    """The first ``graph_NNN`` that does not exist yet, made here so that processes never share."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count():
-        folder = directory / f"graph_{number:03d}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError("unreachable")
+def _write_index(directory: Path) -> None:
+    from dartfx.observe.html.index import write_index
+
+    write_index(directory)

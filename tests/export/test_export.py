@@ -364,7 +364,7 @@ def uneven(family: Family, inputs: Inputs) -> Inputs:
 
 def test_dump(program: ExportedProgram, tmp_path: Path) -> None:
     dartfx.prune_exported(program, retain_tokens=RETAIN, dump=tmp_path)
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("graph_*")
     names = {file.name for file in folder.iterdir()}
     assert {"00_exported.txt", "01_normalise.txt", "report.txt", "report.html"} <= names
     assert "repro.py" not in names

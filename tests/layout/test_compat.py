@@ -115,7 +115,8 @@ USES: dict[str, Callable[[Path], object]] = {
     "compile_fx": lambda _: pruned("inductor"),
     "list_mode_options": lambda _: pruned("inductor", mode="max-autotune"),
     "list_options inductor_config": lambda _: dartfx.DartConfig(inductor={"max_autotune": True}),
-    "get_qualified_name trace_structured PyCodeCache is_traceable_wrapper_subclass": dumped,
+    "get_qualified_name trace_structured PyCodeCache is_traceable_wrapper_subclass "
+    "get_metrics_context CompileContext": dumped,
     "Mod PythonMod pytree replace_autocast_with_hop_pass replace_set_grad_with_hop_pass "
     "wrap_with_autocast wrap_with_set_grad_enabled": exported,
     "OptimizedModule dynamo_config": explained,

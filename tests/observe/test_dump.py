@@ -41,7 +41,7 @@ def test_every_stage_and_the_report(
         monkeypatch.setenv("DARTFX_DUMP", str(tmp_path))
     _, outcome = run(Decoder(style=Style(rope="one_row")), inputs, retain_tokens=5, **options)
     assert isinstance(outcome, Pruned)
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("graph_*")
     assert stages(folder) == numbered(STAGES)
     text = {n: (folder / f"{s}.txt").read_text() for n, s in enumerate(stages(folder))}
     # Shapes and source lines are shown from the first stage on, the cut from "insert" on.
@@ -74,7 +74,7 @@ def test_refusal_is_dumped_up_to_the_pass_that_refused(tmp_path: Path, inputs: I
     layer = changed(lambda m, x: x.cumsum(1))
     _, outcome = run(Decoder(layer=layer), inputs, retain_tokens=5, dump=tmp_path)
     assert isinstance(outcome, Declined)
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("graph_*")
     assert stages(folder) == numbered(STAGES[:3])
     read = json.loads((folder / "report.json").read_text())
     assert read["kind"] == "declined"
@@ -85,7 +85,7 @@ def test_one_folder_per_graph(tmp_path: Path) -> None:
     for size in (2, 3):
         torch._dynamo.reset()
         run(torch.nn.ReLU(), {"input": torch.ones(size)}, dump=tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["graph_000", "graph_001"]
+    assert sorted(f.name for f in tmp_path.glob("graph_*")) == ["graph_000", "graph_001"]
     assert stages(tmp_path / "graph_001") == ["00_dynamo"]
     read = json.loads((tmp_path / "graph_001" / "report.json").read_text())
     assert read["kind"] == "unchanged"

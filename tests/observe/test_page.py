@@ -54,7 +54,7 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pruned]:
     model = Decoder(z, Style(rope="one_row"))
     _, outcome = run(model, prompt(z), retain_tokens=5, dump=directory)
     assert isinstance(outcome, Pruned)
-    (folder,) = directory.iterdir()
+    (folder,) = directory.glob("graph_*")
     return folder, outcome
 
 

@@ -25,7 +25,7 @@ def untimed(outcome: Outcome) -> Outcome:
 
 
 def folders(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir())
+    return sorted(directory.glob("graph_*"))
 
 
 def replayed(folder: Path, *arguments: str) -> list[Outcome]:
