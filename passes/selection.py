@@ -20,8 +20,9 @@ positions that stay, ascending, where S' = S - N + R."""
 class SelectionInputs:
     """What a selection may look at, as nodes of the graph in front of the cut.
 
-    normed: emits the model's own final norm on what enters layer K, [B, S, D];
-    keys: post-RoPE keys of layer K-1 [B, H, S, Dh];
+    normed: emits the model's own final norm on what enters layer K, [B, S, D]; before layer 0 the
+    embeddings as they are;
+    keys: post-RoPE keys of layer K-1 [B, H, S, Dh]; of no heads before layer 0;
     vision_mask: bool [B, S];
     valid: bool [B, S], False at pads, or None where no mask reaches attention;
     vision_tokens, retain: N and R, literals or nodes;

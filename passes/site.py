@@ -53,9 +53,9 @@ class Vision:
 class Site:
     """Where to cut.
 
-    hidden: what layer K takes from layer K-1 [B, S, D];
-    keys: post-RoPE keys of layer K-1 [B, H, S, Dh];
-    attention_mask: the mask layer K-1 attends with, [*, *, Q, S], or None;
+    hidden: what layer K takes from layer K-1 [B, S, D], or layer 0 of the embeddings;
+    keys: post-RoPE keys of layer K-1 [B, H, S, Dh], None before layer 0;
+    attention_mask: what layer K-1 (before layer 0: layer 0) attends with, [*, *, Q, S], or None;
     mask_hides: whether its True means a hidden key;
     norm: the nodes from the last layer's output to the final norm's output, in order;
     norm_input: the last layer's output that ``norm`` starts from.
@@ -65,7 +65,7 @@ class Site:
     stack: Stack
     layer: int
     hidden: Node
-    keys: Node
+    keys: Node | None
     attention_mask: Node | None
     mask_hides: bool
     norm: tuple[Node, ...]

@@ -13,7 +13,14 @@ import torch
 
 from dartfx import compat
 from dartfx.config.fingerprint import digest
-from dartfx.config.validators import CHECKS, check_stages, choices, describe, require_kernel
+from dartfx.config.validators import (
+    CHECKS,
+    check_first_layer,
+    check_stages,
+    choices,
+    describe,
+    require_kernel,
+)
 from dartfx.errors import ConfigError
 from dartfx.selection.registry import selector_fingerprint
 
@@ -38,7 +45,8 @@ class DartConfig:
 
     retain_tokens: vision tokens kept per sample; None means: follow ``reduction_ratio``.
     reduction_ratio: share of the vision tokens that is dropped, in [0, 1).
-    layer: index of the first decoder layer that sees the pruned sequence, at least 1.  Several
+    layer: index of the first decoder layer that sees the pruned sequence; 0 for selectors that
+        need no keys.  Several
         ascending layers prune in stages; then ``retain_tokens`` (falling) or ``reduction_ratio``
         (rising; of the prompt's vision tokens) gives one value for each.
     pivot_image_tokens, pivot_text_tokens: pivots of either kind.  ``pivot_media_tokens`` in
@@ -77,6 +85,7 @@ class DartConfig:
         for name, check in CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
         check_stages(self.layer, self.retain_tokens, self.reduction_ratio)
+        check_first_layer(self.layers, self.selector)
         if self.lowering != "inductor":
             _refuse_inductor_options(self)
         if self.kernel == "triton":

@@ -12,9 +12,9 @@ import torch
 from dartfx import compat
 from dartfx.errors import ConfigError
 from dartfx.ops import registration
-from dartfx.selection.registry import selector_names
+from dartfx.selection.registry import needs_keys, selector_names
 
-__all__ = ["CHECKS", "check_stages", "choices", "describe", "require_kernel"]
+__all__ = ["CHECKS", "check_first_layer", "check_stages", "choices", "describe", "require_kernel"]
 
 Check = Callable[[str, object], object]
 """(name of the option, value) -> the value to keep; raises ConfigError for an invalid one."""
@@ -100,6 +100,16 @@ def check_stages(layer: object, retain_tokens: object, reduction_ratio: object) 
         )
 
 
+def check_first_layer(layers: Iterable[int], selector: str) -> None:
+    """Raise ConfigError where a selector would be asked for keys or queries before layer 0."""
+    if 0 in layers and needs_keys(selector):
+        able = ", ".join(repr(name) for name in selector_names() if not needs_keys(name))
+        raise ConfigError(
+            f"layer=0, but selector={selector!r} reads keys of the layer before the cut, and there "
+            f"is none before layer 0; use layer=1 or a later one, or a selector without: {able}"
+        )
+
+
 def _choice(valid: Callable[[], Iterable[str]], optional: bool = False) -> Check:
     def check(name: str, value: object) -> object:
         if optional and value is None:
@@ -166,8 +176,7 @@ def _flag(name: str, value: object) -> object:
 CHECKS: dict[str, Check] = {
     "retain_tokens": _staged(_integer(0), otherwise=_integer(0, optional=True)),
     "reduction_ratio": _staged(_ratio),
-    # The selection needs the keys of the layer before.
-    "layer": _staged(_integer(1)),
+    "layer": _staged(_integer(0)),
     "pivot_image_tokens": _integer(0),
     "pivot_text_tokens": _integer(0),
     "selector": _choice(selector_names),

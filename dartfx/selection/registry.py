@@ -28,6 +28,7 @@ __all__ = [
     "get_selector",
     "is_exact",
     "is_random",
+    "needs_keys",
     "optional_inputs",
     "register_selector",
     "selector_fingerprint",
@@ -82,19 +83,23 @@ class _Entry:
     optional_inputs: tuple[str, ...]
     uses_key_norms_only: bool
     is_random: bool
+    needs_keys: bool
 
 
 _ENTRIES: dict[str, _Entry] = {}
 
 
-def register_selector(name: str) -> Callable[[_F], _F]:
+def register_selector(name: str, *, needs_keys: bool = True) -> Callable[[_F], _F]:
     """Decorator that adds a selector to the registry under ``name``.
 
+    needs_keys: False for one that may also select before layer 0, where ``keys`` are [B, 0, S, 1].
     Raises ConfigError if the name is taken or empty, or if the function is not a plain Python
     function with the signature of ``Selector``.
     """
     # Nothing is known of it: it may read keys in any way, and draw numbers.
-    return _register(name, exact=False, uses_key_norms_only=False, is_random=True)
+    return _register(
+        name, exact=False, uses_key_norms_only=False, is_random=True, needs_keys=needs_keys
+    )
 
 
 def selector_names() -> tuple[str, ...]:
@@ -137,8 +142,18 @@ def is_random(name: str) -> bool:
     return _entry(name).is_random
 
 
+def needs_keys(name: str) -> bool:
+    """Whether the selector reads keys or queries, so that it cannot select before layer 0."""
+    return _entry(name).needs_keys or "queries" in _entry(name).optional_inputs
+
+
 def _register(
-    name: str, *, exact: bool = True, uses_key_norms_only: bool = True, is_random: bool = False
+    name: str,
+    *,
+    exact: bool = True,
+    uses_key_norms_only: bool = True,
+    is_random: bool = False,
+    needs_keys: bool = True,
 ) -> Callable[[_F], _F]:
     if not isinstance(name, str) or not name or " @ " in name:
         raise ConfigError(
@@ -155,7 +170,13 @@ def _register(
             raise ConfigError(f"selector {name!r} must be a Python function, got {function!r}")
         optional = _optional_inputs(name, function)
         _ENTRIES[name] = _Entry(
-            function, _fingerprint(plain), exact, optional, uses_key_norms_only, is_random
+            function,
+            _fingerprint(plain),
+            exact,
+            optional,
+            uses_key_norms_only,
+            is_random,
+            needs_keys,
         )
         return function
 
@@ -219,10 +240,10 @@ def _code(code: CodeType) -> Iterator[bytes]:
 
 _register("dart")(dart)
 _register("fastv", uses_key_norms_only=False)(fastv.fastv)
-_register("random", is_random=True)(simple.random)
-_register("spread")(spread.spread)
+_register("random", is_random=True, needs_keys=False)(simple.random)
+_register("spread", needs_keys=False)(spread.spread)
 _register("tiled")(spread.tiled)
-_register("uniform")(simple.uniform)
+_register("uniform", needs_keys=False)(simple.uniform)
 
 # What is there without a registration of the user's own.
 BUILT_IN = selector_names()

@@ -66,12 +66,12 @@ def spread(
 ) -> Tensor:
     """The vision tokens that farthest-point sampling takes, one after the other.
 
-    The first is that of the largest key norm; then always the one whose nearest kept token is
-    farthest.  Two tokens are apart by 1 less their cosine, and by how many of R equal stretches of
-    the row's vision tokens lie between them, up to one.  Arguments and result as in
-    :class:`dartfx.selection.registry.Selector`; the numbers of pivots have no say.  One step a
-    kept token:
-    a step for every position of the row where reading the budget would make the host wait.
+    The first is that of the largest key norm (before layer 0, the first in the row); then always
+    the one whose nearest kept token is farthest.  Two tokens are apart by 1 less their cosine, and
+    by how many of R equal stretches of the row's vision tokens lie between them, up to one.
+    Arguments and result as in :class:`dartfx.selection.registry.Selector`; the numbers of pivots
+    have no say.  One step a kept token: a step for every position of the row where reading the
+    budget would make the host wait.
     """
     hidden = hidden.to(accumulation_dtype(hidden))
     units = hidden / (hidden * hidden).sum(-1, keepdim=True).sqrt().clamp(min=EPS)

@@ -203,7 +203,7 @@ def _queries(product: Node) -> Node:
         found = argument(product, "tensors")[0] if _einsum_keys(product) is not None else None
     else:
         found = argument(product, "self")
-    queries = found if found is None or len(sizes(found)) == 4 else _through(found, SCORE_VIEWS)
+    queries = found if found is None or len(sizes(found)) == 4 else through(found, SCORE_VIEWS)
     if queries is None or found is None or not _ends_alike(queries, found):
         raise Refusal(
             "the queries of the query-key product are not [B, Hq, S, Dh]",
@@ -218,9 +218,9 @@ def _keys(product: Node) -> Node:
     if packet(product) is aten.einsum:
         found = _einsum_keys(product)
     else:
-        transposed = _through(argument(product, FACTORS[packet(product)][1]), SCORE_VIEWS)
+        transposed = through(argument(product, FACTORS[packet(product)][1]), SCORE_VIEWS)
         found = argument(transposed, "self") if _swaps_last(transposed) else None
-    keys = found if found is None or len(sizes(found)) == 4 else _through(found, SCORE_VIEWS)
+    keys = found if found is None or len(sizes(found)) == 4 else through(found, SCORE_VIEWS)
     if keys is None or found is None or not _ends_alike(keys, found):
         raise Refusal(
             "the keys of the query-key product are not a transposed [B, H, S, Dh]", product
@@ -265,17 +265,17 @@ def _swaps_last(node: Node) -> bool:
 
 def _unrepeated(keys: Node) -> Node:
     """Grouped-query keys before their heads were repeated: the ranking is the same, and cheaper."""
-    expanded = _through(keys, SCORE_VIEWS)
+    expanded = through(keys, SCORE_VIEWS)
     if packet(expanded) is not aten.expand:
         return keys
-    grouped = _through(argument(expanded, "self"), {aten.slice})
+    grouped = through(argument(expanded, "self"), {aten.slice})
     if packet(grouped) is not aten.unsqueeze:
         return keys
     source: Node = argument(grouped, "self")
     return source if len(sizes(source)) == 4 else keys
 
 
-def _through(node: Node, kinds: Collection[Any]) -> Node:
+def through(node: Node, kinds: Collection[Any]) -> Node:
     """The value before any of these operators; a slice only when it takes all there is."""
     while packet(node) in kinds:
         source = argument(node, "self")

@@ -40,6 +40,9 @@ class CutRegion:
         """Read the region off the graph again, after its outputs changed."""
         # All that the hidden states at K reach.
         starts = [u for u in self.site.hidden.users if u.op != "output"]
+        if self.site.layer == 0:
+            # Masks and positions are made of the embeddings' sizes, too, and must not be cut.
+            starts = [u for u in starts if u in self.site.stack.layer_of]
         reached = downstream(self.site.hidden.graph, starts)
         self.nodes = [n for n in reached if n.op != "output"]
 

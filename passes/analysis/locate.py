@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import Graph, Node
 
-from dartfx.passes.analysis.attention import is_attention, keys_and_mask
+from dartfx.passes.analysis.attention import is_attention, keys_and_mask, through
 from dartfx.passes.analysis.final_norm import final_norm
 from dartfx.passes.graph import (
     Size,
@@ -225,12 +226,16 @@ def locate(layer: int, vision: Vision, stack: Stack) -> Site:
     if layer >= stack.layers:
         raise Refusal(
             f"layer={layer}, but the decoder stack {stack.path} has {stack.layers} layers here",
-            advice=f"a layer from 1 to {stack.layers - 1}",
+            advice=f"a layer from 0 to {stack.layers - 1}",
         )
     graph = vision.embeds.graph
     hidden = _entering(graph, stack, layer, vision)
     last = _leaving(stack, stack.layers - 1, vision)
-    keys, mask = keys_and_mask(stack, layer - 1)
+    keys: Node | None
+    keys, mask = keys_and_mask(stack, max(layer - 1, 0))
+    if layer == 0:
+        # Its keys do not exist yet; its mask does, before the layer takes all of it with a slice.
+        keys, mask = None, replace(mask, node=mask.node and through(mask.node, {aten.slice}))
     norm = final_norm(graph, stack, last)
     return Site(vision, stack, layer, hidden, keys, mask.node, mask.hides, norm, last)
 
@@ -238,10 +243,12 @@ def locate(layer: int, vision: Vision, stack: Stack) -> Site:
 def _entering(graph: Graph, stack: Stack, index: int, vision: Vision) -> Node:
     """The one hidden-state-shaped value that a layer takes from the layer before it.
 
-    What a model adds between two layers (visual features, at every level) is in it.
+    What a model adds between two layers (visual features, at every level) is in it.  Layer 0 takes
+    the embeddings, as scaled or normalised on their way to it.
     """
     shape = sizes(vision.embeds)
-    inside, before = set(stack.nodes(index)), set(downstream(graph, stack.nodes(index - 1)))
+    earlier = stack.nodes(index - 1) if index else [vision.embeds]
+    inside, before = set(stack.nodes(index)), set(downstream(graph, earlier))
     found = [
         node
         for node in graph.nodes
@@ -251,7 +258,7 @@ def _entering(graph: Graph, stack: Stack, index: int, vision: Vision) -> Node:
         and _is_like(node, shape)
         and same_size(sizes(node)[1], shape[1])
     ]
-    return _only(found, stack, index - 1, shape)
+    return _only(found, f"layer {index - 1}" if index else "what enters layer 0", stack, shape)
 
 
 def _leaving(stack: Stack, index: int, vision: Vision) -> Node:
@@ -263,7 +270,7 @@ def _leaving(stack: Stack, index: int, vision: Vision) -> Node:
         if _is_like(node, shape)
         and any(u.op != "output" and stack.layer_of.get(u) != index for u in node.users)
     ]
-    return _only(found, stack, index, shape)
+    return _only(found, f"layer {index}", stack, shape)
 
 
 def _is_like(node: Node, shape: Sequence[Size]) -> bool:
@@ -274,11 +281,11 @@ def _is_like(node: Node, shape: Sequence[Size]) -> bool:
     return same_size(value.shape[0], shape[0]) and same_size(value.shape[-1], shape[-1])
 
 
-def _only(found: list[Node], stack: Stack, index: int, shape: Sequence[Size]) -> Node:
+def _only(found: list[Node], what: str, stack: Stack, shape: Sequence[Size]) -> Node:
     if len(found) != 1:
         names = ", ".join(n.name for n in found) or "none"
         raise Refusal(
-            f"layer {index} of {stack.path} should return one hidden state of shape "
+            f"{what} of {stack.path} should return one hidden state of shape "
             f"{[str(s) for s in shape]}, found {names}",
             found[0] if found else None,
             advice="a whole decoder in one graph (fullgraph=True or dartfx.compile)",

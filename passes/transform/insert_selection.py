@@ -139,7 +139,7 @@ def insert(
 ) -> Selected:
     """Emit mask, validity, final norm, selection and what the caches need checked at run time."""
     _require_order(site, axes)
-    if axes.dims(site.keys) != (2,):
+    if site.keys is not None and axes.dims(site.keys) != (2,):
         raise Refusal(
             f"the keys of layer {site.layer - 1} are not one per token of this call: "
             "the cache is static, or already holds earlier tokens",
@@ -152,7 +152,7 @@ def insert(
     keep = select(
         emit,
         SelectionInputs(
-            normed, site.keys, mask, valid, budget.vision_tokens, budget.retain, queries
+            normed, _keys(emit, site), mask, valid, budget.vision_tokens, budget.retain, queries
         ),
     )
     if checks.even_rows and not is_one(sizes(site.hidden)[0]):
@@ -217,6 +217,12 @@ def _valid_mask(emit: Emitter, site: Site, axes: TokenAxes) -> Node | None:
     mask = site.attention_mask
     if mask is None:
         return None
+    if site.layer == 0 and not mask < emit.anchor:
+        raise Refusal(
+            "the attention mask of layer 0 is made inside of it, so pads are not known before",
+            mask,
+            advice="layer=1",
+        )
     value = tensor(mask)
     assert value is not None
     by_row = value.ndim == 3 and not is_one(sizes(mask)[0])  # of batch times heads, perhaps
@@ -235,8 +241,21 @@ def _valid_mask(emit: Emitter, site: Site, axes: TokenAxes) -> Node | None:
     return seen
 
 
+def _keys(emit: Emitter, site: Site) -> Node:
+    """Keys of layer K-1; before layer 0 keys of no heads, whose norms are zero."""
+    if site.keys is not None:
+        return site.keys
+    batch, tokens = emit.size(site.hidden, 0), emit.size(site.hidden, 1)
+    return emit(aten.new_empty.default, site.hidden, [batch, 0, tokens, 1])
+
+
 def _queries(emit: Emitter, site: Site, axes: TokenAxes) -> Node:
     """Queries of layer K-1, so scaled that ``q @ k.T / sqrt(Dh)`` are its scores."""
+    if site.layer == 0:
+        raise Refusal(
+            "no layer before layer 0 has queries, which the selector asks for",
+            advice="layer=1 or a later one, or a selector that takes no queries",
+        )
     found = queries_of(site.stack, site.layer - 1)
     if axes.dims(found.node) != (2,):
         raise Refusal(
@@ -251,7 +270,12 @@ def _queries(emit: Emitter, site: Site, axes: TokenAxes) -> Node:
 
 
 def _normed(emit: Emitter, site: Site) -> Node:
-    """The model's final norm applied to layer K-1's output: its own nodes, copied."""
+    """The model's final norm applied to layer K-1's output: its own nodes, copied.
+
+    Embeddings are what they are: before layer 0, methods compare them without a norm.
+    """
+    if site.layer == 0:
+        return site.hidden
     order = {n: i for i, n in enumerate(emit.graph.nodes)}
     computed = set(downstream(emit.graph, [site.norm_input]))
     hidden = site.hidden

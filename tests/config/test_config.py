@@ -104,7 +104,7 @@ def test_options_that_are_no_dict_are_refused() -> None:
         ("reduction_ratio", False),
         ("reduction_ratio", "0.5"),
         ("reduction_ratio", None),
-        ("layer", 0),
+        ("layer", -1),
         ("layer", True),
         ("layer", None),
         ("pivot_image_tokens", -1),

@@ -352,7 +352,7 @@ def test_wrong_requests_are_refused_by_name() -> None:
     eager = family("llava", attn_implementation="eager").model
     with pytest.raises(ValueError, match="eager attention"):
         pruned_generate(eager, one, retain=RETAIN, max_new_tokens=2)
-    for layer in (0, 4):
+    for layer in (-1, 4):
         with pytest.raises(ValueError, match=f"layer={layer}"):
             pruned_forward(fam.model, one, layer=layer, retain=RETAIN)
     with pytest.raises(ValueError, match="unknown variant"):

@@ -129,7 +129,7 @@ def pruned_forward(
     selector: Selector = float64_selector,
     **where: Any,
 ) -> Pruned:
-    """``model(**inputs)`` with DART before decoder layer ``layer``, 1 <= layer < depth.
+    """``model(**inputs)`` with DART before decoder layer ``layer``, 0 <= layer < depth.
 
     Layered caches keep S tokens before the cut and S' after it; uniform ones hold S' everywhere.
     where: ``decoder`` (module) and ``image_token_id`` for models that do not tell themselves;

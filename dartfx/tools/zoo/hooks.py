@@ -27,7 +27,8 @@ class SelectionInputs:
 
     ``hidden`` [B, S, C]: what enters layer K, through the model's final norm.
     ``keys`` [B, H, S, D]: keys of layer K-1 after rotary embedding, as they go to the cache, or
-    to attention where the cache holds something else.
+    to attention where the cache holds something else.  Before layer 0 ``hidden`` are the embeddings
+    themselves and ``keys`` have no heads.
     ``vision`` and ``valid`` [B, S] bool: vision tokens; tokens that are not padding.
     """
 
@@ -67,9 +68,9 @@ class Hooks:
     ) -> None:
         self.decoder = model.get_decoder() if decoder is None else decoder
         depth = len(self.decoder.layers)
-        if not 1 <= layer < depth:
+        if not 0 <= layer < depth:
             raise ValueError(
-                f"layer={layer}; a model of {depth} layers can be cut at 1..{depth - 1}"
+                f"layer={layer}; a model of {depth} layers can be cut at 0..{depth - 1}"
             )
         ids = inputs["input_ids"]
         self.vision = ids == (
@@ -113,7 +114,7 @@ class Hooks:
                 self.attended = key
             return attend(query, key, *args, **kwargs)
 
-        layer = self.decoder.layers[self.layer - 1]
+        layer = self.decoder.layers[max(self.layer - 1, 0)]
         handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
         try:
             with _replaced(torch.nn.functional, "scaled_dot_product_attention", recorder):
@@ -152,12 +153,11 @@ class Hooks:
                 f"expected one prefill of shape {tuple(self.vision.shape)}, got a call with "
                 f"hidden states {tuple(hidden.shape)}"
             )
-        if self.layer - 1 not in self.stored:
-            raise ValueError(f"decoder layer {self.layer - 1} stores no keys to rank tokens by")
-        keys = self.attended if self.latent_cache else self.stored[self.layer - 1][0]
-        assert keys is not None
-        norm = _final_norm(self.decoder)
-        self.selection_inputs = SelectionInputs(norm(hidden), keys, self.vision, self.valid)
+        if self.layer == 0:
+            normed, keys = hidden, hidden.new_empty((hidden.shape[0], 0, hidden.shape[1], 1))
+        else:
+            normed, keys = _final_norm(self.decoder)(hidden), self._ranking_keys()
+        self.selection_inputs = SelectionInputs(normed, keys, self.vision, self.valid)
         everything = torch.arange(hidden.shape[-2], device=hidden.device).expand(self.vision.shape)
         keep = (
             everything
@@ -166,6 +166,13 @@ class Hooks:
         )
         self.keep_idx = keep.to(hidden.device)
         self.prefilling = True
+
+    def _ranking_keys(self) -> Tensor:
+        if self.layer - 1 not in self.stored:
+            raise ValueError(f"decoder layer {self.layer - 1} stores no keys to rank tokens by")
+        keys = self.attended if self.latent_cache else self.stored[self.layer - 1][0]
+        assert keys is not None
+        return keys
 
     def between_layers(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """DeepStack's addition of vision features, for hidden states that were pruned already."""

@@ -7,6 +7,7 @@ made: where the smallest gap is far above the rounding of float32, the operator 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,10 @@ class Batch:
     def gap(self) -> float:
         """The smallest margin of any decision; infinite when nothing had to be decided."""
         return min((gap for row in self.rows for gap in row.gaps), default=float("inf"))
+
+
+Choose = Callable[[int, list[int], list[int], int], Selection]
+"""(row, its vision positions, valid text positions after them, budget) -> what it keeps of them."""
 
 
 class TextLost(Exception):
@@ -132,13 +137,24 @@ def select_batch(
     p_img: int = 4,
     p_txt: int = 4,
 ) -> Batch:
-    """The batch rule around ``select``: every row keeps S' = S - N + min(retain, N) positions.
+    """The batch rule around ``select``.
 
-    hidden: [B, S, D].  keys: [B, H, S, Dh].  vision, valid: [B, S] bool.  N is the number of
-    vision tokens in the batch over B, rounded down.  Raises TextLost for the first row whose
-    valid text does not fit.
+    hidden: [B, S, D].  keys: [B, H, S, Dh].  vision, valid: [B, S] bool.  Raises TextLost.
     """
     hidden, keys = as_float64(hidden), as_float64(keys)
+
+    def choose(b: int, pool: list[int], after: list[int], budget: int) -> Selection:
+        return select(hidden[b], keys[b], pool, after, budget, p_img, p_txt)
+
+    return by_batch_rule(choose, vision, retain, valid)
+
+
+def by_batch_rule(choose: Choose, vision: Any, retain: int, valid: Any = None) -> Batch:
+    """The batch rule around any choice: every row keeps S' = S - N + min(retain, N) positions.
+
+    vision, valid: [B, S] bool.  N is the number of vision tokens in the batch over B, rounded
+    down.  Raises TextLost for the first row whose valid text does not fit.
+    """
     vision = np.asarray(vision, dtype=bool)
     ok: Mask = np.ones_like(vision) if valid is None else np.asarray(valid, dtype=bool)
     n_rows, n_positions = vision.shape
@@ -153,7 +169,7 @@ def select_batch(
         if len(words) + budget > length:
             raise TextLost(b)
         after = [s for s in words if pool and s > pool[-1]]
-        row = select(hidden[b], keys[b], pool, after, budget, p_img, p_txt)
+        row = choose(b, pool, after, budget)
         n_pads = length - len(words) - len(row.kept)
         keep_idx.append(sorted(row.kept + words + pads[len(pads) - n_pads :]))
         rows.append(row)
