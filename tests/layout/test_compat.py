@@ -35,8 +35,9 @@ def without_torch(name, package=None):
     return real(name, package)
 importlib.import_module = without_torch
 import dartfx
+OPTIONAL = "tools", "__main__", "integrations.lmms", "integrations.vllm."
 for module in pkgutil.walk_packages(dartfx.__path__, "dartfx."):
-    if not module.name.startswith(("dartfx.tools", "dartfx.__main__", "dartfx.integrations.lmms")):
+    if not module.name.removeprefix("dartfx.").startswith(OPTIONAL):
         real(module.name)
 assert dartfx.compat.missing() == list(dartfx.compat.NAMES.values())
 import torch

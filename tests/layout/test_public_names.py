@@ -30,6 +30,7 @@ NAMES = """
 ENTRY_POINTS = {
     "torch_dynamo_backends": {"dart": "dartfx.backend:dart"},
     "lmms_eval.models": {"dartfx": "dartfx.integrations:lmms_eval_manifest"},
+    "vllm.general_plugins": {"dartfx": "dartfx.integrations.vllm:register"},
 }
 
 OPTIONS = {

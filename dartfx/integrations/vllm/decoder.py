@@ -1,0 +1,211 @@
+"""The decoder in two halves, with the cut between them.
+
+Each half is a compiled unit of its own with its own number of tokens, as vLLM's models with fewer
+tokens in later layers have it.  The cut runs between them as plain Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dartfx.ops.registration  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
+from dartfx.config import DartConfig
+from dartfx.errors import ConfigError
+from dartfx.integrations.vllm import attention, cut, options, vllm_api
+from dartfx.integrations.vllm.batch import Dropped, plan_step
+from dartfx.integrations.vllm.prompts import lengths_of
+
+__all__ = ["PrunedDecoder"]
+
+_TRIAL_ROWS = 8
+
+
+@functools.cache
+def _watched(attention_class: Any) -> Any:
+    """A subclass of an attention layer that remembers the rotated keys of its last call."""
+
+    def forward(
+        self: Any, query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any
+    ) -> Any:
+        self.dartfx_key = key
+        return attention_class.forward(self, query, key, value, *more, **named)
+
+    return type(f"Watched{attention_class.__name__}", (attention_class,), {"forward": forward})
+
+
+@functools.cache
+def _halves() -> tuple[Any, Any]:
+    """The classes of the two halves; made once, where vLLM is."""
+    dynamic = {"positions": -1, "hidden": 0}
+
+    @vllm_api.support_torch_compile(dynamic_arg_dims=dynamic)
+    class Head(nn.Module):
+        def __init__(
+            self, *, vllm_config: Any, prefix: str = "", layers: Any, attention: Any
+        ) -> None:
+            super().__init__()
+            self.layers = layers
+            self.attention = attention
+
+        def forward(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            residual = None
+            for layer in self.layers:
+                hidden, residual = layer(positions, hidden, residual)
+            key, self.attention.dartfx_key = self.attention.dartfx_key, None
+            return hidden, residual, key  # type: ignore[return-value]
+
+    @vllm_api.support_torch_compile(dynamic_arg_dims=dynamic | {"residual": 0})
+    class Tail(nn.Module):
+        def __init__(self, *, vllm_config: Any, prefix: str = "", layers: Any, norm: Any) -> None:
+            super().__init__()
+            self.layers = layers
+            self.norm = norm
+
+        def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor) -> Tensor:
+            for layer in self.layers:
+                hidden, residual = layer(positions, hidden, residual)
+            normed: Tensor = self.norm(hidden, residual)[0]
+            return normed
+
+    return Head, Tail
+
+
+@contextlib.contextmanager
+def _without_attention(decoder: Any) -> Iterator[None]:
+    """Attention layers return their queries: there is no KV cache yet."""
+    layers = [m for m in decoder.modules() if isinstance(m, vllm_api.Attention)]
+    for layer in layers:
+        layer.forward = lambda query, *_, **__: query
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+class PrunedDecoder:
+    """Runs one decoder instance with a cut before layer ``config.layer``.
+
+    vision: [T] bool on the host, the vision tokens of the step that comes next.
+    """
+
+    def __init__(
+        self,
+        decoder: Any,
+        attentions: list[Any],
+        vllm_config: Any,
+        config: DartConfig,
+        own_blocks: bool,
+    ) -> None:
+        (layer,) = config.layers
+        before, behind = attentions[:layer], attentions[layer:]
+        for each in behind:
+            each.attn_backend = attention.backend_behind_cut(each.attn_backend, own_blocks)
+        for each in before if own_blocks else ():
+            each.attn_backend = attention.backend_before_cut(each.attn_backend)
+        watched = before[-1]
+        watched.__class__ = _watched(watched.__class__)
+        watched.dartfx_key = None
+        head, tail = _halves()
+        with vllm_api.set_model_tag("dartfx_head"):
+            self.head = head(
+                vllm_config=vllm_config, layers=decoder.layers[:layer], attention=watched
+            )
+        with vllm_api.set_model_tag("dartfx_tail"):
+            self.tail = tail(
+                vllm_config=vllm_config, layers=decoder.layers[layer:], norm=decoder.norm
+            )
+        self.config = config
+        self.vllm_config = vllm_config
+        self.attentions = behind
+        self.names = [each.layer_name for each in behind]
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        self.layer = cut.Layer(decoder.norm, watched, ranks)
+        self.dropped = Dropped()
+        self.prompt_lengths = lengths_of(vllm_config)
+        self.vision: Tensor | None = None
+        self.tokens = self.tokens_behind_cut = 0
+
+    def install(self, decoder: Any) -> None:
+        """Make calls of ``decoder``, this instance only, run this."""
+        original = type(decoder)
+
+        def call(
+            module: Any,
+            input_ids: Tensor | None,
+            positions: Tensor,
+            intermediate_tensors: Any = None,
+            inputs_embeds: Tensor | None = None,
+        ) -> Tensor:
+            hidden = module.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            return self.run(positions, hidden)
+
+        self.attentions[0].dartfx_when_ready = functools.partial(self._verify, original, decoder)
+        decoder.__class__ = type(f"Pruned{original.__name__}", (original,), {"__call__": call})
+
+    def run(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        """[T, D] hidden states after the final norm; zeros in rows that were dropped."""
+        vision, self.vision = self.vision, None
+        hidden, residual, keys = self.head(positions, hidden)
+        context = vllm_api.get_forward_context()
+        if context.attn_metadata is None:  # vLLM measures memory or compiles
+            return self.tail(positions, hidden, residual)  # type: ignore[no-any-return]
+        keep = self._cut(context, vision, hidden, residual, keys)
+        self.tokens += len(hidden)
+        self.tokens_behind_cut += len(hidden) if keep is None else len(keep)
+        if keep is None:
+            return self.tail(positions, hidden, residual)  # type: ignore[no-any-return]
+        short = self.tail(positions[..., keep].contiguous(), hidden[keep], residual[keep])
+        # Logits are read by row of the whole batch; rows of dropped tokens never are.
+        output: Tensor = short.new_zeros(hidden.shape)
+        output[keep] = short
+        return output
+
+    def _cut(
+        self, context: Any, vision: Tensor | None, hidden: Tensor, residual: Tensor, keys: Tensor
+    ) -> Tensor | None:
+        """The rows that go on; layers behind the cut get metadata for those."""
+        groups = cut.group_by_metadata(context.attn_metadata, self.names)
+        batch = context.attn_metadata[groups[0][0]].dartfx_source.batch
+        step = plan_step(
+            batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist(),
+            batch.seq_lens_cpu_upper_bound[: batch.num_reqs].tolist(),
+            self.prompt_lengths,
+            vision,
+            functools.partial(options.dropped, self.config),
+        )
+        keep = cut.rows_kept(self.config, self.layer, step, hidden, residual, keys)
+        for names in groups:
+            cut.shorten(context, names, step, self.dropped)
+        return keep
+
+    @torch.inference_mode()
+    def _verify(self, original: Any, decoder: Any, device: torch.device) -> None:
+        """Hold the two halves against the decoder's own forward, on a few random rows.
+
+        Raises ConfigError where they differ: the decoder then does something around its layers that
+        the halves do not.  Runs when weights are loaded and nothing is served yet.
+        """
+        model = self.vllm_config.model_config
+        shape = (_TRIAL_ROWS, decoder.norm.weight.shape[0])
+        rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        rows = rows.to(device, model.dtype)
+        axes = (3,) if model.uses_mrope else ()
+        at = torch.zeros((*axes, _TRIAL_ROWS), dtype=torch.int64, device=device)
+        context = vllm_api.set_forward_context(None, self.vllm_config, num_tokens=_TRIAL_ROWS)
+        with context, _without_attention(decoder):
+            wanted = original.forward(decoder, None, at, None, rows.clone())
+            middle, residual, _ = type(self.head).forward(self.head, at, rows.clone())
+            made = type(self.tail).forward(self.tail, at, middle, residual)
+        if not isinstance(wanted, Tensor) or not torch.allclose(made, wanted, rtol=1e-2, atol=1e-2):
+            raise ConfigError(
+                f"dartfx cannot prune {original.__name__}: it does more than run its layers one "
+                "after the other and norm the result; serve it without dartfx in "
+                "--additional-config"
+            )

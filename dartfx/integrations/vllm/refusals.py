@@ -1,0 +1,181 @@
+"""What vLLM can do and a pruned decoder cannot: refused at start, with the flag that lifts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dartfx.errors import ConfigError
+
+__all__ = ["REFUSALS", "Refusal", "check", "found_in"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One feature: its name, whether a VllmConfig asks for it, why not, and what to do."""
+
+    feature: str
+    is_on: Callable[[Any], object]
+    why: str
+    instead: str
+
+
+def _more_than_one(name: str) -> Callable[[Any], object]:
+    return lambda c: getattr(c.parallel_config, name, 1) > 1
+
+
+def _graphs(config: Any) -> bool:
+    # None before vLLM has chosen a mode; asked once more when the model is made.
+    mode = getattr(config.compilation_config, "cudagraph_mode", None)
+    return getattr(mode, "name", mode) not in (None, "NONE")
+
+
+def _video_pruning(config: Any) -> object:
+    return getattr(config.model_config.multimodal_config, "video_pruning_rate", None)
+
+
+_BOTH_WAYS = "image tokens attend to each other in both directions, which kept tokens cannot"
+_SHARED = "KV behind the cut depends on the whole prompt, so requests cannot share its blocks"
+
+REFUSALS = (
+    Refusal(
+        "Model Runner V2",
+        lambda c: c.use_v2_model_runner,
+        "dartfx prunes in Model Runner V1",
+        "set VLLM_USE_V2_MODEL_RUNNER=0 in the environment",
+    ),
+    Refusal(
+        "chunked prefill",
+        lambda c: c.scheduler_config.enable_chunked_prefill,
+        "tokens are selected when the whole prompt is there",
+        "--no-enable-chunked-prefill (and --max-num-batched-tokens of at least --max-model-len)",
+    ),
+    Refusal(
+        "prefix caching",
+        lambda c: c.cache_config.enable_prefix_caching,
+        _SHARED,
+        "--no-enable-prefix-caching",
+    ),
+    Refusal(
+        "CUDA graphs",
+        _graphs,
+        "a graph is chosen by the number of tokens, which differs behind the cut",
+        """--compilation-config '{"cudagraph_mode": "NONE"}', or --enforce-eager""",
+    ),
+    Refusal(
+        "speculative decoding",
+        lambda c: c.speculative_config,
+        "drafts are not shifted behind the cut",
+        "leave out --speculative-config",
+    ),
+    Refusal(
+        "pipeline parallelism",
+        _more_than_one("pipeline_parallel_size"),
+        "the number of tokens changes inside the decoder",
+        "--pipeline-parallel-size 1; --tensor-parallel-size works",
+    ),
+    Refusal(
+        "data parallelism",
+        _more_than_one("data_parallel_size"),
+        "it has not been tried",
+        "--data-parallel-size 1, and one server for each copy",
+    ),
+    Refusal(
+        "decode context parallelism",
+        _more_than_one("decode_context_parallel_size"),
+        "KV behind the cut is not split by context",
+        "--decode-context-parallel-size 1",
+    ),
+    Refusal(
+        "prefill context parallelism",
+        _more_than_one("prefill_context_parallel_size"),
+        "tokens are selected from the whole prompt",
+        "--prefill-context-parallel-size 1",
+    ),
+    Refusal(
+        "dual batch overlap",
+        lambda c: getattr(c.parallel_config, "enable_dbo", False),
+        "it has not been tried",
+        "leave out --enable-dbo",
+    ),
+    Refusal(
+        "LoRA",
+        lambda c: c.lora_config,
+        "adapters are matched to the tokens before the cut",
+        "leave out --enable-lora; merge the adapter into the weights",
+    ),
+    Refusal(
+        "KV transfer",
+        lambda c: c.kv_transfer_config,
+        "what is transferred assumes a KV entry for each token in each layer",
+        "leave out --kv-transfer-config",
+    ),
+    Refusal(
+        "KV offloading",
+        lambda c: getattr(c.cache_config, "kv_offloading_size", None),
+        "what is offloaded assumes a KV entry for each token in each layer",
+        "leave out --kv-offloading-size",
+    ),
+    Refusal(
+        "fast prefill with shared KV",
+        lambda c: getattr(c.cache_config, "kv_sharing_fast_prefill", False),
+        "it shortens the later layers itself",
+        "--no-kv-sharing-fast-prefill",
+    ),
+    Refusal(
+        "pooling",
+        lambda c: c.model_config.runner_type == "pooling",
+        "dropped tokens have no hidden state to pool",
+        "--runner generate",
+    ),
+    Refusal(
+        "prompt embeddings",
+        lambda c: getattr(c.model_config, "enable_prompt_embeds", False),
+        "they do not say which rows are vision tokens",
+        "leave out --enable-prompt-embeds",
+    ),
+    Refusal(
+        "video pruning before the decoder",
+        _video_pruning,
+        "it changes the number of vision tokens after scheduling",
+        "leave out --video-pruning-rate; dartfx prunes videos too",
+    ),
+    Refusal(
+        "a model without vision input",
+        lambda c: not c.model_config.is_multimodal_model,
+        "there is nothing to prune",
+        "leave dartfx out of --additional-config",
+    ),
+    Refusal(
+        "a model with bidirectional image attention",
+        lambda c: getattr(c.model_config, "is_mm_prefix_lm", False),
+        _BOTH_WAYS,
+        "serve this model without dartfx",
+    ),
+    Refusal(
+        "a hybrid decoder",
+        lambda c: getattr(c.model_config, "is_hybrid", False),
+        "recurrent layers hold a state, which has no tokens to drop",
+        "serve this model without dartfx",
+    ),
+    Refusal(
+        "an encoder-decoder",
+        lambda c: getattr(c.model_config, "is_encoder_decoder", False),
+        "its vision tokens never enter the decoder",
+        "serve this model without dartfx",
+    ),
+)
+
+
+def found_in(vllm_config: Any) -> list[Refusal]:
+    """The refused features that a VllmConfig asks for."""
+    return [refusal for refusal in REFUSALS if refusal.is_on(vllm_config)]
+
+
+def check(vllm_config: Any) -> None:
+    """Raise ConfigError that names each refused feature and the flag that lifts it."""
+    found = found_in(vllm_config)
+    if found:
+        lines = [f"  {r.feature}: {r.why}; {r.instead}" for r in found]
+        raise ConfigError("dartfx cannot prune with these settings:\n" + "\n".join(lines))

@@ -1,0 +1,106 @@
+"""A pruned model inside vLLM's engine: greedy tokens of the oracle, and KV blocks saved.
+
+`make test-vllm` runs these in an environment of their own, with vLLM's wheel for the CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dartfx.integrations.vllm import vllm_api
+from tests.support.vllm_oracle import RETAIN, oracle
+from tests.support.vllm_serving import ENGINE, serve
+
+pytestmark = [
+    pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("default"),
+]
+
+PRUNED = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
+VISION = 576
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path, requests: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """All requests in one queue: prefill and decode meet in one step."""
+    folder = tmp_path_factory.mktemp("run")
+    return serve(folder, requests, model=str(checkpoint), max_model_len=2048, **PRUNED)
+
+
+def test_tokens_are_those_of_the_oracle(run: Any, wanted: list[list[int]]) -> None:
+    assert run["tokens"] == wanted
+
+
+def test_the_oracle_tells_pruned_from_unpruned(
+    requests: list[Any], wanted: list[list[int]]
+) -> None:
+    pictures = [i for i, asked in enumerate(requests) if asked[1]]
+    differ = sum(oracle(requests[i], None) != wanted[i] for i in pictures)
+    assert differ > len(pictures) // 2
+
+
+def test_rows_leave_at_the_cut(run: Any, requests: list[Any]) -> None:
+    before, behind = run["rows"]
+    dropped = sum(VISION * len(asked[1]) - RETAIN for asked in requests if asked[1])
+    assert before - behind == dropped
+
+
+def test_layers_behind_the_cut_hold_blocks_for_the_kept_tokens(
+    run: Any, requests: list[Any]
+) -> None:
+    behind = [i for i, name in enumerate(run["groups"]) if name == "BehindCutSpec"]
+    assert len(behind) == 3  # of two layers, as layers 0 and 1
+    for number, (asked, prompt) in enumerate(zip(requests, run["prompts"], strict=True)):
+        kept = prompt - VISION * len(asked[1]) + RETAIN * bool(asked[1])
+        # The last token is sampled and never stored; scheduling runs one token ahead.
+        stored = [kept + asked[2] - 1, kept + asked[2]]
+        blocks = {-(-tokens // ENGINE["block_size"]) for tokens in stored}
+        assert {run["blocks"][group][str(number)] for group in behind} <= blocks
+
+
+def test_what_is_pruned_stands_in_the_log(run: Any, requests: list[Any]) -> None:
+    assert "dartfx keeps at most 64 vision tokens of each prompt" in run["log"]
+    assert "from decoder layer 2 of 8 on" in run["log"]
+    pictures = sum(bool(asked[1]) for asked in requests)
+    assert run["counters"].startswith(f"dartfx: {pictures} requests with vision tokens, ")
+    assert f" {pictures * RETAIN} of {(pictures + 1) * VISION} vision tokens" in run["counters"]
+
+
+def test_preempted_requests_keep_the_same_tokens(
+    checkpoint: Path, requests: list[Any], tmp_path: Path
+) -> None:
+    long = [[asked[0], asked[1], 40] for asked in requests if len(asked[1]) == 1][:6]
+    few = {"max_model_len": 700, "num_gpu_blocks_override": 90}
+    made = serve(tmp_path, long, model=str(checkpoint), **few, **PRUNED)
+    assert made["preemptions"] > 0
+    assert made["tokens"] == [oracle(asked, RETAIN) for asked in long]
+
+
+def test_without_the_key_nothing_changes(
+    checkpoint: Path, requests: list[Any], tmp_path: Path
+) -> None:
+    some = requests[:3]
+    made = serve(tmp_path, some, model=str(checkpoint))
+    assert made["tokens"] == [oracle(asked, None) for asked in some]
+    assert made["rows"] is None
+    assert not {"BeforeCutSpec", "BehindCutSpec"} & set(made["groups"])
+    assert "dartfx" not in made["log"].replace(str(Path(__file__).parents[3]), "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"enforce_eager": False}, {"tensor_parallel_size": 2}])
+def test_compiled_and_on_two_ranks(
+    how: dict[str, Any],
+    checkpoint: Path,
+    requests: list[Any],
+    wanted: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    made = serve(
+        tmp_path, requests, in_process=False, model=str(checkpoint), max_model_len=2048,
+        **PRUNED, **how,
+    )  # fmt: skip
+    assert made["tokens"] == wanted

@@ -1,0 +1,220 @@
+"""The parts of the vLLM plugin that need no vLLM: options, refusals, arithmetic on blocks."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dartfx.config import DartConfig
+from dartfx.errors import ConfigError
+from dartfx.integrations import vllm as integration
+from dartfx.integrations.vllm import options, refusals, vllm_api
+from dartfx.integrations.vllm.batch import Dropped, compact_slots, plan_step
+from dartfx.selection import registry
+
+
+def test_options_are_absent_or_checked() -> None:
+    assert options.read({}) is None
+    assert options.read({"dartfx": None}) is None
+    assert options.read(None) is None
+    config = options.read({"dartfx": {"retain_tokens": 64, "layer": 3}})
+    assert config == DartConfig.from_options({"retain_tokens": 64, "layer": 3})
+    assert options.read({"dartfx": {}}) == DartConfig()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"retain_token": 64}, "'retain_token'.*did you mean 'retain_tokens'"),
+        ({"lowering": "eager"}, "'lowering'.*not one that works in vLLM"),
+        ({"retain_tokens": -1}, "retain_tokens must be an int"),
+        ({"retain_tokens": 64, "reduction_ratio": 0.5}, "both set"),
+        ({"layer": [2, 4], "retain_tokens": [64, 32]}, r"layer=\[2, 4\] has several stages"),
+        ({"layer": 0, "selector": "uniform"}, "layer=0 prunes before the first decoder layer"),
+        ({"selector": "fastv"}, "'fastv' needs attention queries"),
+        (64, "must be a dict, got 64"),
+    ],
+)
+def test_bad_options_are_named(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options.read({"dartfx": given})
+
+
+def test_tokens_dropped() -> None:
+    by_number, by_share = DartConfig(retain_tokens=64), DartConfig(reduction_ratio=0.75)
+    assert [options.dropped(by_number, n) for n in (0, 10, 64, 576)] == [0, 0, 0, 512]
+    assert [options.dropped(by_share, n) for n in (0, 1, 8, 100)] == [0, 0, 6, 75]
+
+
+def test_selectors_that_ranks_could_run_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+
+    @registry.register_selector("of the user")
+    def select(hidden: Any, keys: Any, vision: Any, text: Any, budget: Any, **_: Any) -> Any:
+        return vision
+
+    config = DartConfig(selector="of the user")
+    options.check_ranks(config, 1)
+    options.check_ranks(DartConfig(), 2)
+    with pytest.raises(ConfigError, match="2 tensor-parallel ranks could keep different tokens"):
+        options.check_ranks(config, 2)
+
+
+def served(**changes: Any) -> Any:
+    """The parts of a VllmConfig that are looked at; ``group__name`` sets one."""
+    groups: dict[str, Any] = {
+        "scheduler_config": {"enable_chunked_prefill": False},
+        "cache_config": {"enable_prefix_caching": False},
+        "compilation_config": {"cudagraph_mode": None},
+        "parallel_config": {"pipeline_parallel_size": 1},
+        "model_config": {"runner_type": "generate", "is_multimodal_model": True},
+    }
+    plain: dict[str, Any] = {
+        "use_v2_model_runner": False,
+        "speculative_config": None,
+        "lora_config": None,
+        "kv_transfer_config": None,
+    }
+    groups["model_config"]["multimodal_config"] = SimpleNamespace(video_pruning_rate=None)
+    for name, value in changes.items():
+        group, _, attribute = name.partition("__")
+        if attribute:
+            groups[group][attribute] = value
+        else:
+            plain[group] = value
+    return SimpleNamespace(**plain, **{k: SimpleNamespace(**v) for k, v in groups.items()})
+
+
+ON: dict[str, tuple[dict[str, Any], str]] = {
+    "Model Runner V2": ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+    "chunked prefill": (
+        {"scheduler_config__enable_chunked_prefill": True}, "--no-enable-chunked-prefill"),
+    "prefix caching": (
+        {"cache_config__enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+    "CUDA graphs": (
+        {"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL")}, "cudagraph_mode"),
+    "speculative decoding": ({"speculative_config": object()}, "--speculative-config"),
+    "pipeline parallelism": (
+        {"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
+    "data parallelism": ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size 1"),
+    "decode context parallelism": (
+        {"parallel_config__decode_context_parallel_size": 2}, "--decode-context-parallel-size 1"),
+    "prefill context parallelism": (
+        {"parallel_config__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 1"),
+    "dual batch overlap": ({"parallel_config__enable_dbo": True}, "--enable-dbo"),
+    "LoRA": ({"lora_config": object()}, "--enable-lora"),
+    "KV transfer": ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+    "KV offloading": ({"cache_config__kv_offloading_size": 4.0}, "--kv-offloading-size"),
+    "fast prefill with shared KV": (
+        {"cache_config__kv_sharing_fast_prefill": True}, "--no-kv-sharing-fast-prefill"),
+    "pooling": ({"model_config__runner_type": "pooling"}, "--runner generate"),
+    "prompt embeddings": ({"model_config__enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+    "video pruning before the decoder": (
+        {"model_config__multimodal_config": SimpleNamespace(video_pruning_rate=0.5)},
+        "--video-pruning-rate"),
+    "a model without vision input": (
+        {"model_config__is_multimodal_model": False}, "leave dartfx out"),
+    "a model with bidirectional image attention": (
+        {"model_config__is_mm_prefix_lm": True}, "without dartfx"),
+    "a hybrid decoder": ({"model_config__is_hybrid": True}, "without dartfx"),
+    "an encoder-decoder": ({"model_config__is_encoder_decoder": True}, "without dartfx"),
+}  # fmt: skip
+
+
+def test_every_refusal_is_tested() -> None:
+    assert [refusal.feature for refusal in refusals.REFUSALS] == list(ON)
+    refusals.check(served())
+
+
+@pytest.mark.parametrize("feature", ON)
+def test_a_refusal_names_the_feature_and_the_flag(feature: str) -> None:
+    changes, flag = ON[feature]
+    config = served(**changes)
+    assert [refusal.feature for refusal in refusals.found_in(config)] == [feature]
+    with pytest.raises(ConfigError) as error:
+        refusals.check(config)
+    assert feature in str(error.value)
+    assert flag in str(error.value)
+
+
+def test_all_refusals_come_at_once() -> None:
+    config = served(lora_config=object(), cache_config__enable_prefix_caching=True)
+    with pytest.raises(ConfigError, match=r"(?s)prefix caching.*LoRA"):
+        refusals.check(config)
+
+
+def test_the_version_that_is_tested() -> None:
+    assert vllm_api.is_tested("0.32.0")
+    assert vllm_api.is_tested("0.32.1+cpu")
+    assert not vllm_api.is_tested("0.33.0")
+    assert not vllm_api.is_tested("0.3.2")
+    assert not vllm_api.is_tested("")
+
+
+@pytest.mark.skipif(vllm_api.installed() is not None, reason="vLLM is installed")
+def test_a_vllm_that_lacks_a_name_gets_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR, "vllm.dartfx"):
+        integration.register()
+    (line,) = caplog.messages
+    assert "dartfx prunes nothing in this vLLM" in line
+    assert "vllm.model_executor.models.ModelRegistry (seen in vLLM 0.32.0) is missing" in line
+
+
+def dropped(count: int) -> int:
+    return max(count - 2, 0)
+
+
+def test_a_step_of_prefills_and_decodes() -> None:
+    # A prompt of 6 with 4 vision tokens, a decode step, a text prompt, and a prompt that comes
+    # with two generated tokens behind it, after a preemption.
+    starts, lengths = [0, 6, 7, 9, 16], [6, 30, 2, 7]
+    vision = torch.zeros(16, dtype=torch.bool)
+    vision[[1, 2, 3, 4, 10, 11, 12]] = True
+    step = plan_step(starts, lengths, {0: 6, 1: 25, 2: 2, 3: 5}, vision, dropped)
+    assert step.is_prefill == [True, False, True, True]
+    assert step.dropped == [2, 0, 0, 1]
+    assert step.prompts == [6, 0, 2, 5]
+    assert step.rows_left == [4, 1, 2, 6]
+
+
+def test_the_last_token_of_a_prompt_stays() -> None:
+    vision = torch.ones(4, dtype=torch.bool)
+    step = plan_step([0, 4], [4], {0: 4}, vision, dropped)
+    assert step.dropped == [1]
+    assert step.vision is not None
+    assert step.vision.tolist() == [True, True, True, False]
+    assert bool(vision.all()), "the caller's mask is left alone"
+
+
+def test_vision_tokens_in_chunks_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="in several chunks"):
+        plan_step([0, 4], [9], {0: 9}, torch.ones(4, dtype=torch.bool), dropped)
+
+
+def test_what_a_request_dropped_is_found_by_its_first_block() -> None:
+    table = Dropped()
+    prefill = plan_step([0, 6], [6], {0: 6}, torch.tensor([1] * 5 + [0]).bool(), dropped)
+    assert table.of(torch.tensor([7]), prefill).tolist() == [3]
+    decode = plan_step([0, 1, 2], [9, 7], {}, None, dropped)
+    assert table.of(torch.tensor([40, 7]), decode).tolist() == [0, 3]
+    text = plan_step([0, 2], [2], {0: 2}, None, dropped)
+    assert table.of(torch.tensor([7]), text).tolist() == [0], "another request has the block now"
+
+
+@pytest.mark.parametrize("block", [1, 2, 16])
+def test_slots_are_those_of_the_last_tokens_in_a_row_of_blocks(block: int) -> None:
+    rows, lengths = [4, 1, 3], [4, 10, 5]
+    blocks = torch.randperm(3 * 10).view(3, 10)
+    made = compact_slots(blocks, rows, torch.tensor(lengths), block).tolist()
+    wanted = [
+        int(blocks[i, p // block]) * block + p % block
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
+        for p in range(length - row, length)
+    ]
+    assert made == wanted
+    assert len(set(itertools.chain(made))) == sum(rows)

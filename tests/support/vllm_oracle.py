@@ -1,0 +1,60 @@
+"""Requests for vLLM and the tokens that transformers, pruned by hooks, answers them with."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dartfx.tools.zoo.hooked import pruned_generate, unpruned_generate
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+HELD_OUT = EXAMPLES / "tiny_vlm" / "heldout"
+MODEL = EXAMPLES / "tiny_vlm" / "model"
+RETAIN = 64
+
+
+def make_requests() -> list[Any]:
+    """[prompt, pictures, tokens]: of several lengths, with none, one and two pictures."""
+    lines = (HELD_OUT / "questions.jsonl").read_text().splitlines()
+    asked = [json.loads(line) for line in lines][:: len(lines) // 9][:9]
+    made: list[Any] = []
+    for number, row in enumerate(asked):
+        pictures = [str(HELD_OUT / row["image"])] * (2 if number == 4 else 1)
+        words = "<image> " * len(pictures) + row["question"]
+        made.append([words, pictures, 5 + number * 3 % 8])
+        if number % 3 == 1:
+            made.append([row["question"], [], 6])
+    return made
+
+
+@functools.cache
+def _loaded() -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model, AutoProcessor.from_pretrained(MODEL)
+
+
+@torch.no_grad()
+def oracle(asked: Any, retain: int | None) -> list[int]:
+    """Greedy tokens of transformers for one request, pruned by hooks or, for None, unpruned."""
+    model, processor = _loaded()
+    prompt, pictures, tokens = asked
+    images = [Image.open(picture).convert("RGB") for picture in pictures]
+    if not images:
+        inputs = processor.tokenizer(prompt, return_tensors="pt")
+    else:
+        inputs = processor(images=images, text=prompt, return_tensors="pt")
+    inputs = {k: v for k, v in inputs.items() if k != "token_type_ids"}
+    if not images or retain is None:
+        made = unpruned_generate(model, inputs, max_new_tokens=tokens)
+    else:
+        made = pruned_generate(model, inputs, retain=retain, max_new_tokens=tokens)
+    wanted: list[int] = made.logits.argmax(-1)[0].tolist()
+    return wanted

@@ -1,0 +1,122 @@
+"""One run of vLLM in a process of its own: ``python -m tests.support.vllm_serving IN OUT``.
+
+IN and OUT are files of JSON.  IN: engine (arguments of vLLM's LLM), requests ([prompt, [picture],
+tokens]), and nothing else.  OUT: tokens of each request, and what the engine did meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 4096,
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "gpu_memory_utilization": 0.1,
+    "enable_prefix_caching": False,
+    "enable_chunked_prefill": False,
+    "limit_mm_per_prompt": {"image": 2},
+}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support/vllm_start'}",
+}
+
+
+def serve(folder: Path, requests: list[Any], *, in_process: bool = True, **engine: Any) -> Any:
+    """What a run answered; raises AssertionError with the end of its log where it failed."""
+    given, made = folder / "in.json", folder / "out.json"
+    given.write_text(json.dumps({"engine": ENGINE | engine, "requests": requests}))
+    multiprocessing = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process))}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.vllm_serving", given, made],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT | multiprocessing,
+        capture_output=True,
+        text=True,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-6000:]
+    return json.loads(made.read_text()) | {"log": log}
+
+
+def watch(llm: Any) -> dict[str, Any]:
+    """Figures of an engine in this process, which grow while it works."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    pool = scheduler.kv_cache_manager.block_pool
+    seen: dict[str, Any] = {
+        "groups": [type(manager.kv_cache_spec).__name__ for manager in managers],
+        "blocks": [{} for _ in managers],
+        "peak": 0,
+        "preemptions": 0,
+        "scheduler": scheduler,
+    }
+    schedule, preempt = scheduler.schedule, scheduler._preempt_request
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        output = schedule(*arguments, **named)
+        for manager, blocks in zip(managers, seen["blocks"], strict=True):
+            for request, held in manager.req_to_blocks.items():
+                number = request.split("-")[0]
+                blocks[number] = max(blocks.get(number, 0), len(held))
+        seen["peak"] = max(seen["peak"], pool.num_gpu_blocks - pool.get_num_free_blocks() - 1)
+        return output
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        seen["preemptions"] += 1
+        return preempt(*arguments, **named)
+
+    scheduler.schedule, scheduler._preempt_request = watched, counted
+    return seen
+
+
+def figures(llm: Any, seen: dict[str, Any]) -> dict[str, Any]:
+    """The figures as plain data, with those of the model."""
+    scheduler = seen.pop("scheduler")
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    pruned = model.__dict__.get("dartfx_decoder")
+    rows = (pruned.tokens, pruned.tokens_behind_cut) if pruned is not None else None
+    counters = str(getattr(scheduler, "counters", ""))
+    return seen | {"rows": rows, "counters": counters, "model": type(model).__name__}
+
+
+def main() -> None:
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+
+    given, made = map(Path, sys.argv[1:])
+    asked = json.loads(given.read_text())
+    llm = LLM(**asked["engine"])
+    in_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    seen = watch(llm) if in_process else {}
+    prompts: list[Any] = []
+    for prompt, pictures, _ in asked["requests"]:
+        images = [Image.open(picture).convert("RGB") for picture in pictures]
+        prompts.append({"prompt": prompt, "multi_modal_data": {"image": images}})
+    how = [
+        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        for _, _, tokens in asked["requests"]
+    ]
+    outputs = llm.generate(prompts, how, use_tqdm=False)
+    answered = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "prompts": [len(output.prompt_token_ids) for output in outputs],
+    }
+    made.write_text(json.dumps(answered | (figures(llm, seen) if in_process else {})))
+
+
+if __name__ == "__main__":
+    main()
