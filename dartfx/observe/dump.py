@@ -61,8 +61,9 @@ class Dump:
         if self._folder is None or self._page is None:
             return
         file = f"{next(self._step):02d}_{name.replace(' ', '_')}.txt"
-        (self._folder / file).write_text(render(module))
-        self._page(name, module, site)
+        text = render(module)
+        (self._folder / file).write_text(text)
+        self._page(name, module, site, text, file)
         if name in ("normalise", "locate"):
             self._mask = _recorded_mask(self._module, module, site) or self._mask
 
@@ -123,7 +124,9 @@ class Dump:
         written = as_json(self._report, output_code=self._output_code)
         folders.write(self._folder / "report.json", written)
         files = sorted(f.name for f in self._folder.iterdir() if f.name != "report.html")
-        page = self._page.html(self._report, files, self._output_code)
+        assert self._config.dump is not None
+        up = Path(*[".."] * len(self._folder.relative_to(self._config.dump).parts), "index.html")
+        page = self._page.html(self._report, files, self._output_code, up.as_posix())
         (self._folder / "report.html").write_text(page)
         self._write_index()
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dartfx
+from dartfx.observe.html.kernels import kernels
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
 from tests.support.browser import dom, needs_browser
@@ -36,7 +37,10 @@ class Shown:
         return read
 
     def table(self, name: str) -> list[list[str]]:
-        (text,) = re.findall(rf'<table id="{name}">.*?<tbody>(.*?)</tbody>', self.html, re.DOTALL)
+        (text,) = re.findall(
+            rf'<table id="{name}"[^>]*>.*?<tbody>(.*?)</tbody>', self.html, re.DOTALL
+        )
+        text = re.sub(r'(<td[^>]*data-exact="(\d+)"[^>]*>)[^<]*', r"\1\2", text)  # without units
         rows = [re.split(r"<td[^>]*>", row)[1:] for row in text.split("</tr>")[:-1]]
         return [[unescape(re.sub("<[^>]+>", "", cell)).strip() for cell in row] for row in rows]
 
@@ -179,6 +183,92 @@ def test_a_browser_shows_a_value_and_its_lineage(page: Shown) -> None:
     assert f"f32[1, {KEPT}, " in after
     (lineage,) = re.findall(r'<ul id="lineage">(.*?)</ul>', shown)
     assert re.search(r'dim 1 ← dim 1 of <a href="#\w+">\w+</a> \(\w+\).*masked_scatter', lineage)
+
+
+def test_what_each_pass_changed(page: Shown, dumped: tuple[Path, Pruned]) -> None:
+    """Counted again, in the text files."""
+
+    def code(file: str) -> dict[str, str]:
+        text = (dumped[0] / file).read_text()
+        found = re.findall(r"^ +((\w+)(?:: \"[^\"]+\")? = [^;\n]+\()", text, re.MULTILINE)
+        whole = re.findall(r"^ +((\w+)(?:: \"[^\"]+\")? = (?!\w+$)[^;\n]+)", text, re.MULTILINE)
+        assert len(found) <= len(whole)
+        return {name: line for line, name in whole}
+
+    files = sorted(f.name for f in dumped[0].glob("0[1-9]_*.txt"))
+    rows = page.table("changes")
+    assert [row[0].replace(" ", "_") for row in rows] == [f[3:-4] for f in files[1:]]
+    for row, file, other in zip(rows, files, files[1:], strict=False):
+        before, after = code(file), code(other)
+        changed = sum(before[n] != after[n] for n in before.keys() & after.keys())
+        if before == after:
+            assert row[-1] == "nothing changed"
+        else:
+            counts = [len(after.keys() - before.keys()), len(before.keys() - after.keys()), changed]
+            assert [number(text) for text in row[3:6]] == counts
+    assert "index_select.default +" in next(row for row in rows if row[0] == "gather")[-1]
+    assert rows[0][-1] == rows[1][-1] == "nothing changed"  # locate, axes
+
+
+def test_equal_layers_are_folded(page: Shown) -> None:
+    (tree,) = re.findall(r'<ul class="tree" id="modules">(.*?)<h2>', page.html, re.DOTALL)
+    folded = re.findall(r"<code>(\d+) … (\d+)</code>\s*<span class=\"badge\">(\d) equal", tree)
+    # Layer 1 also computes the keys' norms that the selection reads.
+    assert folded[-1] == (str(CUT), str(LAYERS - 1), "2")
+
+
+def test_what_comes_from_a_model_is_escaped(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"<script>alert(1)</script>": torch.nn.ReLU()})
+    layer = model["<script>alert(1)</script>"]
+    run(layer, {"input": torch.ones(2)}, dump=tmp_path)
+    for page in (tmp_path / "index.html", tmp_path / "graph_000" / "report.html"):
+        assert "<script>alert" not in page.read_text()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [400, 1000, 2000])
+def test_it_fits_into_the_window(page: Shown, tmp_path: Path, width: int) -> None:
+    """Only tables and pictures that scroll by themselves are wider."""
+    probe = tmp_path / "report.html"
+    script = "const e = document.documentElement; document.title = e.scrollWidth - e.clientWidth"
+    probe.write_text(page.html.replace("</body>", f"<script>{script}</script></body>"))
+    shown = dom(probe.as_uri(), f"--window-size={width},900")
+    assert re.findall(r"<title>(-?\d+)</title>", shown) == ["0"]
+
+
+@needs_browser
+def test_keys_search_and_go_through_the_values(page: Shown, tmp_path: Path) -> None:
+    script = """
+      const press = (key, target = document.body) =>
+        target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+      press("/");
+      const focused = document.activeElement.id;
+      search.value = "select_tokens"; search.dispatchEvent(new Event("input"));
+      press("ArrowDown", search);
+      setTimeout(() => { document.title = focused + location.hash; }, 100);
+    """
+    probe = tmp_path / "report.html"
+    probe.write_text(page.html.replace("</body>", f"<script>{script}</script></body>"))
+    shown = dom(probe.as_uri(), "--virtual-time-budget=2000")
+    assert "<title>search#select_tokens_default</title>" in shown
+    assert '<pre id="before">(new)</pre>' in shown
+
+
+KERNELS = """
+        # Topologically Sorted Source Nodes: [linear_2, view], Original ATen: [aten.mm, aten.view]
+        extern_kernels.mm(buf7, arg7_1, out=buf17)
+        # Topologically Sorted Source Nodes: [mul], Original ATen: [aten.mul]
+        stream0 = get_raw_stream(0)
+        triton_poi_fused_mul_3.run(buf17, buf3, 12, stream=stream0)
+        cpp_fused_add_0(buf3)
+"""
+
+
+def test_kernels_are_read_off_inductors_code(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(KERNELS)
+    found = kernels([str(tmp_path / "code.py"), str(tmp_path / "gone.py")])
+    product = ["extern_kernels.mm"]
+    assert found == {"linear_2": product, "view": product, "mul": ["triton_poi_fused_mul_3"]}
 
 
 class Chatty(Layer):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch.fx import GraphModule
 
+from dartfx.observe.html.changes import Change, change
 from dartfx.observe.html.drawing import Drawing
+from dartfx.observe.html.kernels import kernels
 from dartfx.observe.html.lineage import Link, Recorded, lineage
+from dartfx.observe.html.module_tree import module_tree
 from dartfx.observe.html.structure import Part, main_path, most_common, parts, quotient
-from dartfx.observe.html.values import Value, outputs, values
+from dartfx.observe.html.templating import render
+from dartfx.observe.html.values import Value, lines, outputs, values
 from dartfx.observe.report import Report
 from dartfx.passes.analysis.kv_caches import kv_caches
 from dartfx.passes.analysis.locate import find_stacks
@@ -24,6 +28,14 @@ from dartfx.passes.site import Site
 __all__ = ["Page"]
 
 CUT = "the cut"
+
+
+class Stage(NamedTuple):
+    """The graph after one pass: the pass, the dump's file of it, and its lines of code."""
+
+    name: str
+    file: str
+    lines: dict[str, str]
 
 
 class Page:
@@ -38,11 +50,18 @@ class Page:
         self._cached: dict[int, int] = {}  # which output is a KV cache of which layer
         self._stack = ""
         self._sizes: list[list[int]] = []
+        self._stages: list[Stage] = []
 
-    def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None:
-        """The graph after the pass ``name``: it is read where it is whole, before and after."""
+    def __call__(
+        self, name: str, module: GraphModule, site: Site | None, text: str, file: str
+    ) -> None:
+        """The graph after the pass ``name``; text: as rendered; file: the dump's file of it."""
         if name == "normalise":
-            self._before, self._after, self._links = values(module), {}, {}
+            self._stages = []
+        stage = Stage(name, file, lines(text))
+        self._stages.append(stage)
+        if name == "normalise":
+            self._before, self._after, self._links = values(module, stage.lines), {}, {}
             self._parts = parts(self._before, find_stacks(module.graph))
             self._sizes = [[_size(self._before, n) for n in outputs(module)]]
         elif name == "locate" and site is not None:
@@ -55,13 +74,16 @@ class Page:
             layers = kv_caches(site, output.all_input_nodes, TokenAxes(axes, site))
             self._cached = {i: layers[n] for i, n in enumerate(returned) if n in layers}
         elif name.startswith("check"):  # once for every cut; the last one counts
-            self._after = values(module)
+            self._after = values(module, stage.lines)
             self._sizes = [self._sizes[0], [_size(self._after, n) for n in outputs(module)]]
 
-    def html(self, report: Report, files: Sequence[str], output_code: Sequence[str]) -> str:
+    def html(
+        self, report: Report, files: Sequence[str], output_code: Sequence[str], index: str = ""
+    ) -> str:
         """The page of one graph: all that was observed, and what became of it.
 
-        files: names of the dump's other files, which the page links to; output_code: Inductor's.
+        files: names of the dump's other files, which the page links to; output_code: Inductor's;
+        index: where the page of all graphs is.
         """
         after = self._after if report.pruned else {}
         found = self._measured(after)
@@ -69,25 +91,31 @@ class Page:
         way = main_path(order, found)
         made = report.outcome.cuts if isinstance(report.outcome, Pruned) else ()
         cuts = [f"{self._stack}.{cut.layer}" for cut in made]
-        environment = Environment(
-            loader=PackageLoader("dartfx.observe.html"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        return environment.get_template("report.html.jinja").render(
+        return render(
+            "report.html.jinja",
             report=report,
             kind=type(report.outcome).__name__.lower(),
             warnings=list(_warnings(report)),
             files=files,
+            index=index,
             output_code=output_code,
             parts=list(found.values()),
             total=_total(found.values()),
             drawing=Drawing([found[p] for p in way], found, order, cuts) if found else None,
             crossings=list(self._crossings(report, found)),
-            graph=self._graph(found, after),
+            graph=self._graph(found, after, output_code),
+            changes=list(self._changes(report)),
+            tree=module_tree(self._before, after),
         )
+
+    def _changes(self, report: Report) -> Iterator[Change]:
+        """What each pass did to the graph, from the first that dartfx made."""
+        outcome = report.outcome
+        seconds = outcome.seconds if isinstance(outcome, Pruned) else {}
+        stages = [stage for stage in self._stages if stage.name not in ("dynamo", "exported")]
+        for one, other in itertools.pairwise(stages):
+            taken = seconds.get(other.name)
+            yield change(other.name, other.file, taken, one.lines, other.lines)
 
     def _measured(self, after: Mapping[str, Value]) -> dict[str, Part]:
         """The parts with their costs before and after; without an after, that is as before."""
@@ -133,12 +161,20 @@ class Page:
             labels = [part_of[r] for r in readers if r in region and r in part_of]
             yield crossing, part_of.get(crossing.name, "inputs"), list(dict.fromkeys(labels))
 
-    def _graph(self, found: Mapping[str, Part], after: Mapping[str, Value]) -> dict[str, Any]:
-        """Every value by number, for the page's script: code, source, operands and lineage."""
+    def _graph(
+        self,
+        found: Mapping[str, Part],
+        after: Mapping[str, Value],
+        output_code: Sequence[str],
+    ) -> dict[str, Any]:
+        """Every value by number, for the page's script: code, source, operands and lineage.
+
+        output_code: names the kernels.
+        """
         number = {name: i for i, name in enumerate({**after, **self._before})}
         labels = [part.path for part in found.values()] + [CUT]
         part_of = {n: i for i, part in enumerate(found.values()) for n in part.names}
-        sources = {"": 0}
+        sources, computed_by = {"": 0}, kernels(output_code)
         rows = []
         for name in number:
             one, other = self._before.get(name), after.get(name)
@@ -165,6 +201,8 @@ class Page:
             "values": rows,
             "links": links,
             "compared": bool(after),
+            "kernels": {number[n]: names for n, names in computed_by.items() if n in number},
+            "output_code": bool(output_code),
         }
 
 

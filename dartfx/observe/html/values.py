@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,12 +18,11 @@ from dartfx.passes.graph import (
     is_view,
     module_paths,
     mutated_operands,
-    render,
     source_line,
     tensor,
 )
 
-__all__ = ["Value", "outputs", "values"]
+__all__ = ["Value", "lines", "outputs", "values"]
 
 _LINE = re.compile(r'^ +(\w+)(?:: ".*")? = (?!\w+$).*$', re.MULTILINE)
 _FREED = re.compile(r";  (?:\w+ = )+None$")
@@ -49,13 +49,15 @@ class Value:
     flops: int
 
 
-def values(module: GraphModule) -> dict[str, Value]:
-    """Every node of a normalised graph by name, in graph order."""
-    lines = {m[1]: _FREED.sub("", m[0].strip()) for m in _LINE.finditer(render(module))}
-    return {
-        node.name: _value(node, lines.get(node.name, "").replace("torch.ops.", ""))
-        for node in module.graph.nodes
-    }
+def lines(text: str) -> dict[str, str]:
+    """The line of code of each call in a rendered graph, by the name of its node."""
+    found = {m[1]: _FREED.sub("", m[0].strip()) for m in _LINE.finditer(text)}
+    return {name: line.replace("torch.ops.", "") for name, line in found.items()}
+
+
+def values(module: GraphModule, code: Mapping[str, str]) -> dict[str, Value]:
+    """Every node of a normalised graph by name, in graph order; code: its :func:`lines`."""
+    return {node.name: _value(node, code.get(node.name, "")) for node in module.graph.nodes}
 
 
 def outputs(module: GraphModule) -> list[Node | None]:
