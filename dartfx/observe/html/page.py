@@ -191,18 +191,20 @@ class Page:
                     [number[o] for o in value.operands],
                 ]
             )
-        links = {
-            number[name]: [[dim, number.get(o, -1), d, number.get(u, -1)] for dim, o, d, u in link]
-            for name, link in self._links.items()
-        }
         return {
             "parts": labels,
             "sources": list(sources),
             "values": rows,
-            "links": links,
+            "links": self._numbered_links(number),
             "compared": bool(after),
             "kernels": {number[n]: names for n, names in computed_by.items() if n in number},
             "output_code": bool(output_code),
+        }
+
+    def _numbered_links(self, number: Mapping[str, int]) -> dict[int, list[list[int]]]:
+        return {
+            number[name]: [[dim, number.get(o, -1), d, number.get(u, -1)] for dim, o, d, u in link]
+            for name, link in self._links.items()
         }
 
 
