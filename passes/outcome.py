@@ -62,11 +62,24 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class OrderMixing:
+    """Layers behind the first cut that mix tokens by their order, and the operators that do."""
+
+    layers: int
+    operators: tuple[str, ...]
+
+    def __str__(self) -> str:
+        count = "1 layer mixes" if self.layers == 1 else f"{self.layers} layers mix"
+        return f"{count} tokens by order: {', '.join(self.operators)}"
+
+
+@dataclass(frozen=True)
 class Pruned:
     """What was done to a graph, which is now pruned.  Sizes are those of the traced example.
 
     how: where the vision mask came from; cuts: at least one, by layer; flops, kv_bytes: before and
-    after all of them; kv_layout: "layered", "uniform" or "none returned"; seconds: of each pass.
+    after all of them; kv_layout: "layered", "uniform" or "none returned"; seconds: of each pass;
+    order_mixing: what runs over the kept tokens in their order, None where nothing does.
     """
 
     stack: str
@@ -77,6 +90,7 @@ class Pruned:
     flops: tuple[int, int]
     kv_bytes: tuple[int, int]
     seconds: dict[str, float] = field(default_factory=dict)
+    order_mixing: OrderMixing | None = None
 
     @property
     def layer(self) -> int:

@@ -16,10 +16,12 @@ from dartfx.passes.analysis.cost import bytes_of, flops
 from dartfx.passes.analysis.cut_region import CutRegion
 from dartfx.passes.analysis.kv_caches import CacheLayout, plan_cache_layout
 from dartfx.passes.analysis.locate import entered_stack, find_stacks, find_vision, locate
+from dartfx.passes.analysis.order_mixing import order_mixing
 from dartfx.passes.analysis.token_axes import TokenAxes
+from dartfx.passes.frontend.causal_windows import fold_windows, unfold_windows
 from dartfx.passes.graph import hint, sizes, source_line, value_of
 from dartfx.passes.internal_error import internal_error
-from dartfx.passes.outcome import Crossing, Cut, Outcome, Pruned, Unchanged
+from dartfx.passes.outcome import Crossing, Cut, OrderMixing, Outcome, Pruned, Unchanged
 from dartfx.passes.request import Request
 from dartfx.passes.runner import Observer, PassRunner
 from dartfx.passes.selection import Select
@@ -52,7 +54,12 @@ def prune(
     """
     run = PassRunner(module, observe)
     try:
-        return _prune(module, request, vision, run)
+        # Causal convolutions, each as one call that keeps the length of its sequence.
+        fold_windows(module.graph)
+        outcome = _prune(module, request, vision, run)
+        unfold_windows(module.graph)
+        module.recompile()
+        return outcome
     except Exception as error:
         return internal_error(run.current, error)
 
@@ -69,11 +76,13 @@ class Located(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """region: what the first cut changes; cuts: those that drop tokens, at least one."""
+    """region: what the first cut changes; cuts: those that drop tokens, at least one;
+    order_mixing: what of the region reads the order of tokens."""
 
     region: CutRegion
     cuts: list[PlannedCut]
     layout: CacheLayout
+    order_mixing: OrderMixing | None
 
     @property
     def site(self) -> Site:
@@ -128,7 +137,6 @@ def _prune(
             region = run("axes", CutRegion, site)
         checks = plan.checks(planned, request)
         results.append(_apply_cut(region, planned.stage.select, budget, checks, caches, run))
-    module.recompile()
     return Pruned(
         stack=plan.site.stack.path,
         how=plan.site.vision.how,
@@ -138,6 +146,7 @@ def _prune(
         flops=(flops_before, flops(layer_of)),
         kv_bytes=(kv_bytes_before, bytes_of(results[-1].caches or plan.layout.caches)),
         seconds=run.timer.seconds,
+        order_mixing=plan.order_mixing,
     )
 
 
@@ -205,7 +214,8 @@ def _plan_cuts(located: Located, request: Request) -> Plan | Unchanged:
         region = CutRegion(located.sites[first.stage.layer])
     # S' = S - N + R of the last cut, where R < N.
     length = sizes(region.site.hidden)[1] - first.vision_tokens + last.retain
-    return Plan(region, cuts, plan_cache_layout(region, length, request))
+    mixing = order_mixing(region, request.order_mixing)
+    return Plan(region, cuts, plan_cache_layout(region, length, request), mixing)
 
 
 def _crossing(node: Node, axes: TokenAxes) -> Crossing:

@@ -31,6 +31,7 @@ class Request:
     kv_layout: "auto", "layered" or "uniform";
     fixes_sliding_lengths: the caller sets each sliding cache's token count from its keys;
     gathers_decode_mask: the caller gathers the decode mask's columns by keep_idx;
+    order_mixing: whether causal convolutions and scans may run over the kept tokens;
     always: rewrite the graph even where R >= N leaves nothing to drop, to check the rewriting.
     """
 
@@ -38,4 +39,5 @@ class Request:
     kv_layout: str = "auto"
     fixes_sliding_lengths: bool = False
     gathers_decode_mask: bool = False
+    order_mixing: bool = True
     always: bool = False

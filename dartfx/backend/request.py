@@ -54,4 +54,5 @@ def request_of(config: DartConfig, caller: CallerCapabilities) -> Request:
         kv_layout=config.kv_layout,
         fixes_sliding_lengths=caller.fixes_sliding_lengths,
         gathers_decode_mask=caller.gathers_decode_mask,
+        order_mixing=config.order_mixing == "allow",
     )

@@ -53,6 +53,8 @@ class DartConfig:
         options is the first by a name that fits audio as well.
     selector: a name in the selector registry.
     kv_layout: "layered", "uniform" or "auto".
+    order_mixing: "allow" lets causal convolutions and scans behind the cut run over the kept
+        tokens, closed up; "refuse" leaves such a model unpruned.
     kernel: "triton", "torch" or "auto"; "triton" raises KernelUnavailableError where it cannot run.
     lowering: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
     inductor: Inductor options by name, laid over those of ``mode``.
@@ -72,6 +74,7 @@ class DartConfig:
     pivot_text_tokens: int = 4
     selector: str = "dart"
     kv_layout: str = "auto"
+    order_mixing: str = "allow"
     kernel: str = "auto"
     lowering: str = "inductor"
     inductor: Mapping[str, object] = field(default_factory=dict, hash=False)

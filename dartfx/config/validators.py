@@ -181,6 +181,7 @@ CHECKS: dict[str, Check] = {
     "pivot_text_tokens": _integer(0),
     "selector": _choice(selector_names),
     "kv_layout": _choice(lambda: ("auto", "layered", "uniform")),
+    "order_mixing": _choice(lambda: ("allow", "refuse")),
     "kernel": _choice(lambda: registration.KERNELS),
     "lowering": _choice(lambda: ("inductor", "aot_eager", "eager")),
     "inductor": _inductor,

@@ -77,6 +77,8 @@ def _pruned_lines(p: Pruned) -> list[str]:
         lines.append(
             f"  KV cache:      {p.kv_bytes[0]:,} -> {p.kv_bytes[1]:,} bytes ({p.kv_layout})"
         )
+    if p.order_mixing is not None:
+        lines.append(f"  {p.order_mixing}; they run over the kept tokens, closed up")
     if (across := p.cuts[0].across) is not None:
         lines.append(f"  over {across.ranks} ranks:  {across.how}, process group {across.group!r}")
     cut = "cut" if len(p.cuts) == 1 else "first cut"

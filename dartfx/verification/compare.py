@@ -20,6 +20,7 @@ from dartfx.passes.analysis.token_axes import TokenAxes, infer_axes
 from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.graph import argument
 from dartfx.passes.outcome import Outcome, Pruned
+from dartfx.passes.refusal import Refusal
 from dartfx.passes.request import Request
 from dartfx.passes.site import Site
 from dartfx.verification.masked_reference import (
@@ -58,12 +59,17 @@ class NotPruned(Exception):
 class Graphs:
     """The rewritten graphs with R and with all tokens, and the masked original.
 
-    Raises NotPruned, and Refusal where the graph cannot even be traced.
+    Raises NotPruned, and Refusal where the graph cannot even be traced or has no such reference.
     """
 
     def __init__(self, module: GraphModule, config: DartConfig) -> None:
         request = request_of(config, CallerCapabilities(fixes_sliding_lengths=True))
         self.outcome, self.pruned = _pruned(module, request)
+        if self.outcome.order_mixing is not None:
+            raise Refusal(
+                f"{self.outcome.order_mixing}, and the reference hides tokens from attention only",
+                advice="the same model with attention only, or an eager model pruned by hooks",
+            )
         everything = [dataclasses.replace(s, retain=lambda n: n) for s in request.stages]
         unshortened = dataclasses.replace(request, stages=tuple(everything), always=True)
         _, self.whole = _pruned(module, unshortened)

@@ -8,8 +8,11 @@ from math import prod
 import torch
 from torch.fx import Node
 
+from dartfx.passes.frontend.causal_windows import CAUSAL_CONV1D
 from dartfx.passes.graph import argument, aten, hint, packet, sizes, tensor
 from dartfx.passes.op_sets import FACTORS
+
+_CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution, CAUSAL_CONV1D)
 
 
 def _shape(node: Node) -> list[int]:
@@ -32,7 +35,7 @@ def node_flops(node: Node) -> int:
     if kind is aten.scaled_dot_product_attention:
         query, key = _shape(argument(node, "query")), _shape(argument(node, "key"))
         return 2 * prod(query[:-1]) * key[-2] * (query[-1] + _shape(node)[-1])
-    if kind in (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution):
+    if kind in _CONVOLUTIONS:
         return 2 * prod(_shape(node)) * prod(_shape(argument(node, "weight"))[1:])
     return 0
 

@@ -7,6 +7,7 @@ import operator
 from torch.fx import Node
 
 from dartfx.passes.analysis.axis_classes import Axes
+from dartfx.passes.frontend.causal_windows import CAUSAL_CONV1D
 from dartfx.passes.graph import (
     argument,
     aten,
@@ -15,6 +16,10 @@ from dartfx.passes.graph import (
 )
 from dartfx.passes.op_sets import COUNTS, KEEPS_ORDER, named
 from dartfx.passes.rules.table import rule
+
+# Along their sequence each entry depends on the entries before it, in their order: what they give
+# for the kept tokens is what they give for a prompt of those tokens, closed up.
+CAUSAL = {CAUSAL_CONV1D: "conv1d"}
 
 
 @rule(*named("cumsum", "cumprod", "cummax", "logcumsumexp", "flip", "roll"))
@@ -70,3 +75,11 @@ def triangle(axes: Axes, node: Node, out: Node) -> None:
             axes.preserve(node, (first, dim), (out, dim))
         else:
             axes.preserve_opaque(node, (first, dim), (out, dim))
+
+
+@rule(CAUSAL_CONV1D)
+def causal_window(axes: Axes, node: Node, out: Node) -> None:
+    """A causal convolution [B, C, S]: the batch, and the sequence that it runs along."""
+    first = argument(node, "input")
+    for dim in (0, 2):
+        axes.preserve(node, (first, dim), (out, dim))

@@ -84,10 +84,11 @@ def _size(emit: Emitter, factor: Factor, axes: TokenAxes) -> int | Node:
 
 
 def _open_end(node: Node, axes: TokenAxes) -> None:
-    """``x[:, :S]`` of all tokens becomes ``x[:, :]``."""
+    """``x[:, :S]`` and ``x[:, -S:]`` of all tokens become ``x[:, :]``."""
     source = argument(node, "self")
     dim = argument(node, "dim", 0) % len(sizes(node))
     if axes.is_token(source, dim) and axes.is_token(node, dim):
+        set_argument(node, "start", 0)
         set_argument(node, "end", None)
 
 

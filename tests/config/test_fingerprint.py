@@ -21,6 +21,7 @@ CHANGES: list[dict[str, object]] = [
     {"pivot_text_tokens": 5},
     {"selector": "uniform"},
     {"kv_layout": "layered"},
+    {"order_mixing": "refuse"},
     {"kernel": "torch"},
     {"lowering": "eager"},
     {"inductor": {"debug": True}},

@@ -41,6 +41,7 @@ OPTIONS = {
     "pivot_text_tokens": 4,
     "selector": "dart",
     "kv_layout": "auto",
+    "order_mixing": "allow",
     "kernel": "auto",
     "lowering": "inductor",
     "inductor": {},

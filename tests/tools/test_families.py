@@ -25,7 +25,6 @@ REFUSED = {
     "florence2": "none of its",
     "instructblip": "runs a model inside this one",
     "instructblipvideo": "runs a model inside this one",
-    "lfm2_vl": "conv1d",
     "minicpmv4_6": "conv1d",
     "mllama": "none of its",
     "ovis2": "none of its",

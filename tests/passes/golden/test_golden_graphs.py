@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dartfx import passes
 from dartfx.passes.frontend.canonicalise import canonicalise
+from dartfx.passes.frontend.causal_windows import fold_windows, unfold_windows
 from dartfx.passes.frontend.expand_vmap import expand_vmap
 from dartfx.passes.frontend.exported import import_exported
 from dartfx.passes.frontend.fix_windows import fix_windows
@@ -164,6 +165,19 @@ def _unwrap_subclasses() -> str:
         plain = unwrap_subclasses(module)
     assert plain is not None
     return renamed(marked(render(module.graph), render(plain.module.graph)), "S")
+
+
+@golden("causal_windows")
+def _causal_windows() -> str:
+    conv = nn.Conv1d(4, 4, 3, groups=4, padding=2, bias=False).requires_grad_(False)
+    x = torch.rand(1, 4, 6)
+    module = normalise(dynamo_graph(lambda x: conv(x)[:, :, : x.shape[2]], x, symbolic=[(0, 2)]))
+    texts = [render(module.graph)]
+    for step in (fold_windows, unfold_windows):
+        step(module.graph)
+        texts.append(render(module.graph))
+    assert texts[2].count("aten.conv1d") == 1
+    return renamed(marked(*texts[:2]), "S")
 
 
 @golden("exported")
