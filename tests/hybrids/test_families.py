@@ -1,4 +1,4 @@
-"""Hybrid decoders of the zoo in padded batches, through generate: what conv and scan caches hold."""
+"""Hybrid decoders of the zoo in padded batches, through generate: what their caches hold."""
 
 from __future__ import annotations
 
