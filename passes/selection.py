@@ -43,7 +43,8 @@ class SelectionInputs:
 class ByOperator:
     """Selects by one operator: operator(normed, keys, vision_mask, valid, N, R, *args).
 
-    queries: whether it is also given queries, as its last argument;
+    queries: whether it is also given queries, behind ``args``;
+    more: arguments behind the queries;
     reads: what it reads of keys, "norms" (L1, over heads and channels) or "heads";
     checks_ranks: compare the ranks' selections at run time.  Both matter under tensor parallelism.
     """
@@ -53,6 +54,7 @@ class ByOperator:
     queries: bool = False
     reads: str = "heads"
     checks_ranks: bool = False
+    more: tuple[object, ...] = ()
 
     def __call__(self, emit: Emitter, inputs: SelectionInputs) -> Node:
         return emit(
@@ -64,7 +66,8 @@ class ByOperator:
             inputs.vision_tokens,
             inputs.retain,
             *self.args,
-            *((inputs.queries(),) if self.queries else ()),
+            *((inputs.queries(),) if self.queries else (None,) if self.more else ()),
+            *self.more,
         )
 
 

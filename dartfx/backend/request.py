@@ -11,6 +11,7 @@ import dartfx.ops  # noqa: F401  registers torch.ops.dartfx.select_tokens
 from dartfx.config.options import DartConfig
 from dartfx.passes.request import Request, Stage
 from dartfx.passes.selection import ByOperator
+from dartfx.selection.quotas import quota_arguments
 from dartfx.selection.registry import is_random, optional_inputs, uses_key_norms_only
 
 __all__ = ["TORCH_COMPILE", "CallerCapabilities", "request_of"]
@@ -45,6 +46,7 @@ def request_of(config: DartConfig, caller: CallerCapabilities) -> Request:
         queries="queries" in optional_inputs(config.selector),
         reads="norms" if uses_key_norms_only(config.selector) else "heads",
         checks_ranks=config.check_ranks or is_random(config.selector),
+        more=quota_arguments(config.quota, config.min_tokens),
     )
     return Request(
         stages=tuple(

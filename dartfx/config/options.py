@@ -16,6 +16,7 @@ from dartfx.config.fingerprint import digest
 from dartfx.config.validators import (
     CHECKS,
     check_first_layer,
+    check_quota,
     check_stages,
     choices,
     describe,
@@ -52,6 +53,9 @@ class DartConfig:
     pivot_image_tokens, pivot_text_tokens: pivots of either kind.  ``pivot_media_tokens`` in
         options is the first by a name that fits audio as well.
     selector: a name in the selector registry.
+    quota: "joint" spends a row's budget on all its vision tokens alike; "image" shares it out by
+        the images' sizes; numbers give each image's, and without ``retain_tokens`` their sum is R.
+    min_tokens: with quota "image", the least of each image; a smaller one is kept whole.
     kv_layout: "layered", "uniform" or "auto".
     order_mixing: "allow" lets causal convolutions and scans behind the cut run over the kept
         tokens, closed up; "refuse" leaves such a model unpruned.
@@ -83,15 +87,26 @@ class DartConfig:
     dump: str | os.PathLike[str] | None = None
     tokens: bool = False
     check_ranks: bool = False
+    quota: str | tuple[int, ...] = "joint"
+    min_tokens: int = 1
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
+        ratio_given = self.reduction_ratio != type(self).reduction_ratio
+        check_quota(self.quota, self.min_tokens, self.retain_tokens, ratio_given, len(self.layers))
+        if isinstance(self.quota, tuple):
+            object.__setattr__(self, "retain_tokens", sum(self.quota))
         check_stages(self.layer, self.retain_tokens, self.reduction_ratio)
         check_first_layer(self.layers, self.selector)
         if self.lowering != "inductor":
             _refuse_inductor_options(self)
         if self.kernel == "triton":
+            if self.quota != "joint":
+                raise ConfigError(
+                    f"kernel='triton' chooses among all vision tokens of a row, but quota="
+                    f"{self.quota!r} sets budgets per image; use kernel='auto' or 'torch'"
+                )
             require_kernel(self.kernel)
 
     @classmethod

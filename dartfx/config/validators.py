@@ -14,7 +14,15 @@ from dartfx.errors import ConfigError
 from dartfx.ops import registration
 from dartfx.selection.registry import needs_keys, selector_names
 
-__all__ = ["CHECKS", "check_first_layer", "check_stages", "choices", "describe", "require_kernel"]
+__all__ = [
+    "CHECKS",
+    "check_first_layer",
+    "check_quota",
+    "check_stages",
+    "choices",
+    "describe",
+    "require_kernel",
+]
 
 Check = Callable[[str, object], object]
 """(name of the option, value) -> the value to keep; raises ConfigError for an invalid one."""
@@ -110,6 +118,39 @@ def check_first_layer(layers: Iterable[int], selector: str) -> None:
         )
 
 
+def check_quota(
+    quota: object, min_tokens: object, retain_tokens: object, ratio_given: bool, layers: int
+) -> None:
+    """Raise ConfigError where quota and another option contradict each other."""
+    if min_tokens != 1 and quota != "image":
+        raise ConfigError(f"min_tokens={min_tokens} has a meaning only with quota='image'")
+    if not isinstance(quota, tuple):
+        return
+    if layers > 1:
+        raise ConfigError(
+            f"quota={list(quota)} gives the tokens that one cut keeps, but layer names {layers} "
+            "cuts; use quota='image' with retain_tokens for each"
+        )
+    if ratio_given:
+        raise ConfigError(
+            f"quota={list(quota)} and reduction_ratio both set how many vision tokens are kept; "
+            "give one of them, or quota='image' with reduction_ratio"
+        )
+    if retain_tokens is not None and sum(quota) != retain_tokens:
+        raise ConfigError(
+            f"quota={list(quota)} adds up to {sum(quota)}, but retain_tokens={retain_tokens}; give "
+            "numbers that add up to it, or leave retain_tokens out"
+        )
+
+
+def _quota(name: str, value: object) -> object:
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ConfigError(f"{name} must hold a number for each image, got {describe(value)}")
+        return tuple(_integer(0)(f"{name}[{i}]", number) for i, number in enumerate(value))
+    return _choice(lambda: ("joint", "image"))(name, value)
+
+
 def _choice(valid: Callable[[], Iterable[str]], optional: bool = False) -> Check:
     def check(name: str, value: object) -> object:
         if optional and value is None:
@@ -180,6 +221,8 @@ CHECKS: dict[str, Check] = {
     "pivot_image_tokens": _integer(0),
     "pivot_text_tokens": _integer(0),
     "selector": _choice(selector_names),
+    "quota": _quota,
+    "min_tokens": _integer(0),
     "kv_layout": _choice(lambda: ("auto", "layered", "uniform")),
     "order_mixing": _choice(lambda: ("allow", "refuse")),
     "kernel": _choice(lambda: registration.KERNELS),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+import dartfx.ops.select_spans  # noqa: F401  registers torch.ops.dartfx.select_spans
 from dartfx import compat
 from dartfx.errors import ConfigError, KernelUnavailableError, SelectionError
 from dartfx.ops import triton_launch, validation
@@ -43,6 +44,7 @@ _WRONG_COUNT = (
     "dartfx.select_tokens: {who} did not keep exactly budget[b] vision tokens in row "
     "b = {{row}}; return a [B, S] bool mask inside vision_mask with budget[b] True entries per row"
 )
+_NO_QUOTA = "the kernels choose among all vision tokens of a row, and quota sets budgets per image"
 _LONGEST = 254  # characters; torch refuses to launch a CUDA assertion with more
 
 
@@ -112,6 +114,8 @@ def selection(
     selector: str,
     kernel: str,
     queries: Tensor | None = None,
+    quota: Sequence[int] | None = None,
+    min_tokens: int = 1,
     *,
     traced: bool = False,
 ) -> Tensor:
@@ -123,6 +127,8 @@ def selection(
     )
     validation.check_vision_tokens(vision_tokens, hidden)
     unsupported = functools.partial(triton_launch.unsupported, hidden, keys, selector, **pivots)
+    if quota is not None:
+        unsupported = functools.partial(str, _NO_QUOTA)
     if choose_kernel(kernel, hidden.device, unsupported) == "triton":
         kept, fits = triton_launch.select(
             hidden, keys, vision_mask, valid_mask, vision_tokens, retain, traced=traced, **pivots
@@ -132,12 +138,29 @@ def selection(
     plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
     budget = torch.ops.dartfx.require_rows(plan.budget, plan.pads_kept >= 0, TEXT_LOST)
     optional = _optional_inputs(selector, queries=queries, valid_mask=plan.text | vision_mask)
-    kept = registry.get_selector(selector)(
-        hidden, keys, vision_mask, plan.text_after, budget, **pivots, **optional
-    )
-    if not registry.is_exact(selector):
-        kept = checked(kept, vision_mask, budget, f"selector {selector!r}")
-    return keep_positions(plan, kept)
+    inputs = hidden, keys, vision_mask, plan.text_after, budget
+    return keep_positions(plan, _kept(selector, inputs, pivots, optional, quota, min_tokens))
+
+
+def _kept(
+    selector: str,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    pivots: Mapping[str, int],
+    optional: Mapping[str, Tensor],
+    quota: Sequence[int] | None,
+    min_tokens: int,
+) -> Tensor:
+    """The vision tokens that a selector keeps, of each row or of each image, [B, S] bool."""
+    if quota is not None:
+        of_images: Tensor = torch.ops.dartfx.select_spans(
+            *(*inputs, optional.get("queries"), optional.get("valid_mask")),
+            *(*pivots.values(), selector, quota, min_tokens),
+        )
+        return of_images
+    kept = registry.get_selector(selector)(*inputs, **pivots, **optional)
+    if registry.is_exact(selector):
+        return kept
+    return checked(kept, inputs[2], inputs[4], f"selector {selector!r}")
 
 
 def _optional_inputs(selector: str, **optional: Tensor | None) -> dict[str, Tensor]:
@@ -176,7 +199,8 @@ _select_tokens = custom_op(
     schema=(
         "(Tensor hidden, Tensor keys, Tensor vision_mask, Tensor? valid_mask, "
         "SymInt vision_tokens, SymInt retain, int pivot_image_tokens, int pivot_text_tokens, "
-        "str selector, str kernel, Tensor? queries=None) -> Tensor"
+        "str selector, str kernel, Tensor? queries=None, int[]? quota=None, int min_tokens=1) "
+        "-> Tensor"
     ),
 )
 
@@ -189,7 +213,7 @@ def _select_tokens_fake(
     valid_mask: Tensor | None,
     vision_tokens: Size,
     retain: Size,
-    *others: int | str | Tensor | None,
+    *others: int | str | Tensor | Sequence[int] | None,
 ) -> Tensor:
     length = kept_length(hidden.shape[1], vision_tokens, retain)
     return hidden.new_empty((hidden.shape[0], length), dtype=torch.int64)

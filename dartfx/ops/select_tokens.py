@@ -6,11 +6,14 @@ the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 import dartfx.ops.registration  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
 from dartfx.ops.validation import check_arguments, fail
+from dartfx.selection.quotas import quota_arguments
 
 __all__ = ["select_tokens"]
 
@@ -27,6 +30,8 @@ def select_tokens(
     selector: str = "dart",
     kernel: str = "auto",
     queries: Tensor | None = None,
+    quota: str | Sequence[int] = "joint",
+    min_tokens: int = 1,
 ) -> Tensor:
     """Positions that stay when every sample keeps about ``retain`` vision tokens.
 
@@ -34,24 +39,23 @@ def select_tokens(
     Dh] float, the same layer's keys after rotary embedding.  vision_mask: [B, S] bool.
     valid_mask: [B, S] bool, False at pads; None means no pads.  queries: [B, Hq, S, Dh] float, the
     same layer's queries after rotary embedding, for selectors that take them; Hq is a multiple of
-    H, and queries @ keys.T / sqrt(Dh) are the attention scores.
+    H, and queries @ keys.T / sqrt(Dh) are the attention scores.  quota, min_tokens: the options.
 
     Returns keep_idx: [B, S'] int64, ascending in every row, with S' = S - N + min(retain, N) and N
     the vision tokens per row, rounded down; N is read from ``vision_mask`` on the host.  Every row
     keeps all its valid text; pads, lowest position first, and where rows differ in vision tokens
-    also the number of those, make up the difference.  Arithmetic is float32 (float64 for float64
-    inputs), ties go to the lowest position, NaN ranks last (arXiv 2502.11494, section 3).
+    also the number of those, make up the difference.  Ties go to the lowest position.
 
-    Raises SelectionError for arguments of the wrong rank, shape, dtype, device or range, for a row
-    whose text does not fit, and for queries that the selector needs and does not get; ConfigError
-    for an unknown selector or kernel; KernelUnavailableError for a kernel that cannot run here.
+    Raises SelectionError for arguments of the wrong rank, shape, dtype, device or range, for text
+    or quotas that do not fit a row, and for queries that are missing; ConfigError for an unknown
+    selector or kernel; KernelUnavailableError for a kernel that cannot run here.
     """
     pivots = {"pivot_image_tokens": pivot_image_tokens, "pivot_text_tokens": pivot_text_tokens}
     check_arguments(hidden, keys, vision_mask, valid_mask, queries, retain=retain, **pivots)
     vision_tokens = _read_vision_tokens(vision_mask, valid_mask, retain)
+    options = *pivots.values(), selector, kernel, queries, *quota_arguments(quota, min_tokens)
     keep_idx: Tensor = torch.ops.dartfx.select_tokens(
-        *(hidden, keys, vision_mask, valid_mask, vision_tokens, retain),
-        *(pivot_image_tokens, pivot_text_tokens, selector, kernel, queries),
+        hidden, keys, vision_mask, valid_mask, vision_tokens, retain, *options
     )
     return keep_idx
 

@@ -105,7 +105,8 @@ def return_keep_idx(module: GraphModule, *, tokens: bool) -> int:
     added: list[Any] = [keep_idx[-1]]
     if tokens:
         added.append(vision_mask)
-    if tokens and argument(last, "selector") == "dart":
+    # Under quotas pivots differ from image to image, which the attribution does not follow.
+    if tokens and argument(last, "selector") == "dart" and argument(last, "quota") is None:
         emit, picked_by = Emitter(keep_idx[-1].next), torch.ops.dartfx.picked_by.default
         picker = emit(picked_by, *(argument(last, name) for name in argument_names(picked_by)))
         if len(keep_idx) > 1:

@@ -29,6 +29,8 @@ CHANGES: list[dict[str, object]] = [
     {"mode": "max-autotune"},
     {"tokens": True},
     {"check_ranks": True},
+    {"quota": "image"},
+    {"quota": "image", "min_tokens": 2},
 ]
 
 

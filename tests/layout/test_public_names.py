@@ -50,6 +50,8 @@ OPTIONS = {
     "dump": None,
     "tokens": False,
     "check_ranks": False,
+    "quota": "joint",
+    "min_tokens": 1,
 }
 
 ARGUMENTS = {
