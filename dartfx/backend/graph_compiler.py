@@ -149,7 +149,9 @@ class GraphCompiler:
             if self.returns_keep_idx(outcome, request):
                 added = return_keep_idx(rewritten, tokens=self.config.tokens)
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
-            return self.ranks.wrap(KeepIdxRecorder(lowered, added) if added else lowered)
+            return self.ranks.wrap(
+                KeepIdxRecorder(lowered, added, self.dump.note_kept) if added else lowered
+            )
         if isinstance(outcome, ReturnsMask) and place is not None:
             earlier = earlier_embeddings(rewritten, place)
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
@@ -178,6 +180,7 @@ class GraphCompiler:
             self.ranks,
             original=self.module,
             returns_keep_idx=self.returns_keep_idx,
+            note_kept=self.dump.note_kept,
         )
 
     def compile_without_merge(self, inputs: Sequence[Any]) -> Compiled:

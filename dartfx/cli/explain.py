@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
+from pathlib import Path
 
 import dartfx
 from dartfx.cli.arguments import add_model, load, options
 from dartfx.integrations.hf import quiet_dynamo
 from dartfx.integrations.outputs import check_folder
+from dartfx.model.explain import Explanation
+from dartfx.observe.dumped import graphs
+from dartfx.observe.kept import add_picture
 
 __all__ = ["configure", "run"]
 
@@ -32,4 +37,16 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_dynamo()
     explanation = dartfx.explain(target, options=given, tokens=arguments.tokens, **inputs, **once)
     print(explanation)
+    if arguments.dump and arguments.tokens:
+        _draw(arguments, explanation)
     return 0 if explanation.pruned else 1
+
+
+def _draw(arguments: argparse.Namespace, explanation: Explanation) -> None:
+    """Draw the kept tokens over the image in the report of the graph that pruned them."""
+    pruned = [graph for graph in graphs(Path(arguments.dump))[0] if graph.kind == "pruned"]
+    if not pruned or not explanation.tokens or explanation.tokens[0].layout is None:
+        return
+    png = io.BytesIO()
+    dartfx.overlay(arguments.image, explanation.tokens[0]).save(png, "PNG")
+    add_picture(pruned[0].folder, png.getvalue())

@@ -19,6 +19,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "bench": ("dartfx.tools.bench", "time what dartfx does on this machine"),
+    "diff": ("dartfx.cli.diff", "compare dumps: selectors, budgets, versions, ranks"),
     "doctor": ("dartfx.cli.doctor", "check that dartfx can work on this machine"),
     "eval": ("dartfx.tools.evaluate", "measure what pruning costs in answers"),
     "explain": ("dartfx.cli.explain", "show what would be pruned of a prompt, and why"),
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except InputError as error:
-        print(f"error: argument --{error.argument}: {error}", file=sys.stderr)
+        # A positional argument goes by its metavar.
+        name = error.argument if error.argument.isupper() else f"--{error.argument}"
+        print(f"error: argument {name}: {error}", file=sys.stderr)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
     return 2

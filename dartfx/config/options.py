@@ -29,8 +29,8 @@ __all__ = ["DUMP_VARIABLE", "DartConfig"]
 
 DUMP_VARIABLE = "DARTFX_DUMP"
 
-# Neither reaches a tensor: one says how loudly a refusal is reported, one where graphs are written.
-_NO_EFFECT_ON_RESULT = frozenset({"dump", "on_unsupported"})
+# None reaches a tensor: they say how loudly a refusal is reported and which graphs are written.
+_NO_EFFECT_ON_RESULT = frozenset({"dump", "dump_graphs", "dump_passes", "on_unsupported"})
 
 # The same option for tokens of any kind: of audio, say.
 _SYNONYMS = {"pivot_media_tokens": "pivot_image_tokens"}
@@ -66,6 +66,10 @@ class DartConfig:
         ``options=``.
     on_unsupported: "warn", "error" or "ignore" when vision tokens cannot be pruned.
     dump: directory for graph dumps.
+    dump_graphs: a regular expression: only graphs are dumped in whose "graph_003 pruned
+        modeling_x.py:12 in forward" (number, outcome, source line) it is found.
+    dump_passes: a regular expression: the graph is written only after passes in whose name it is
+        found ("gather", "check 2").
     tokens: record which tokens each pruned call keeps, for :func:`dartfx.kept_tokens`.
     check_ranks: under tensor parallelism, compare at run time that all ranks keep the same tokens,
         and raise SelectionError naming the rank that does not.
@@ -89,6 +93,8 @@ class DartConfig:
     check_ranks: bool = False
     quota: str | tuple[int, ...] = "joint"
     min_tokens: int = 1
+    dump_graphs: str | None = None
+    dump_passes: str | None = None
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
@@ -194,9 +200,9 @@ class DartConfig:
     def fingerprint(self) -> str:
         """Hex digest of all that decides what compiled code computes, for compiler cache keys.
 
-        The options (without ``dump`` and ``on_unsupported``, which change no tensor), the source
-        of dartfx and its passes, the selector's own fingerprint, and the versions of dartfx and
-        torch.  Equal in every process, unless an Inductor option holds an object that has no
+        The options (without those of dumps and ``on_unsupported``, which change no tensor), the
+        source of dartfx and its passes, the selector's own fingerprint, and the versions of dartfx
+        and torch.  Equal in every process, unless an Inductor option holds an object that has no
         ``uuid()`` to identify it: such a config equals only itself.
         """
         return self._fingerprint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -208,6 +209,18 @@ def _path(name: str, value: object) -> object:
     return path
 
 
+def _pattern(name: str, value: object) -> object:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be a regular expression, got {describe(value)}")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigError(f"{name} is no regular expression: {value!r}: {error}") from error
+    return value
+
+
 def _flag(name: str, value: object) -> object:
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, got {describe(value)}")
@@ -231,6 +244,8 @@ CHECKS: dict[str, Check] = {
     "mode": _choice(_modes, optional=True),
     "on_unsupported": _choice(lambda: ("warn", "error", "ignore")),
     "dump": _path,
+    "dump_graphs": _pattern,
+    "dump_passes": _pattern,
     "tokens": _flag,
     "check_ranks": _flag,
 }

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.fx import GraphModule
 
 from dartfx import compat
+from dartfx._version import __version__
 from dartfx.config.options import DartConfig
 from dartfx.observe import folders, repro_inputs, repro_script
+from dartfx.observe.kept import kept_rows
 from dartfx.observe.report import Report, as_json
+from dartfx.observe.repro_script import changed_options
 from dartfx.passes.graph import hint, render, sizes, tensor
 from dartfx.passes.site import Site
+from dartfx.runtime.keep_idx import KeepIdxRecord
 
 if TYPE_CHECKING:
     from dartfx.observe.html.page import Page
@@ -49,7 +55,12 @@ class Dump:
         self._mask: repro_script.RecordedMask | None = None
         self._report: Report | None = None
         self._output_code: list[str] = []
-        self._compilation = {} if self._folder is None else folders.describe(module)
+        self._compilation: dict[str, Any] = {}
+        if self._folder is not None:
+            made_by = {"dartfx": __version__, "torch": str(torch.__version__)}
+            options = {k: str(v) for k, v in changed_options(config).items()}
+            self._compilation = folders.describe(module)
+            self._compilation |= {"versions": made_by, "options": options}
         self._save_compilation()
         self(self.first, module)
 
@@ -62,7 +73,8 @@ class Dump:
             return
         file = f"{next(self._step):02d}_{name.replace(' ', '_')}.txt"
         text = render(module)
-        (self._folder / file).write_text(text)
+        if _wants(self._config.dump_passes, name):
+            (self._folder / file).write_text(text)
         self._page(name, module, site, text, file)
         if name in ("normalise", "locate"):
             self._mask = _recorded_mask(self._module, module, site) or self._mask
@@ -82,7 +94,24 @@ class Dump:
         self._report = report
         if self._folder is None:
             return
+        if not _wants(self._config.dump_graphs, self._described(report)):
+            folders.remove(self._folder)
+            self._folder = self._page = None
+            return
         self._write_repro(self._folder)
+        self._write_report()
+
+    def _described(self, report: Report) -> str:
+        """The line that the option dump_graphs is searched in."""
+        assert self._folder is not None
+        kind, where = type(report.outcome).__name__.lower(), self._compilation["where"]
+        return f"{self._folder.name} {kind} {where}"
+
+    def note_kept(self, record: KeepIdxRecord) -> None:
+        """Save which tokens the first call of a pruned graph kept."""
+        if self._folder is None or record.vision_mask is None:
+            return
+        folders.write_json(self._folder / folders.KEPT, kept_rows(record))
         self._write_report()
 
     def abandon(self, why: str) -> None:
@@ -121,12 +150,13 @@ class Dump:
             return
         code = "".join(f"Inductor's code: {path}\n" for path in self._output_code)
         (self._folder / "report.txt").write_text(f"{self._report}\n{code}")
-        written = as_json(self._report, output_code=self._output_code)
+        written = as_json(self._report, output_code=self._output_code, **self._page.counts())
         folders.write(self._folder / "report.json", written)
         files = sorted(f.name for f in self._folder.iterdir() if f.name != "report.html")
         assert self._config.dump is not None
         up = Path(*[".."] * len(self._folder.relative_to(self._config.dump).parts), "index.html")
-        page = self._page.html(self._report, files, self._output_code, up.as_posix())
+        kept = folders.read_json(self._folder / folders.KEPT)
+        page = self._page.html(self._report, files, self._output_code, up.as_posix(), kept)
         (self._folder / "report.html").write_text(page)
         self._write_index()
 
@@ -172,6 +202,11 @@ def _recorded_mask(
         if fits and fits[:2] == shape:
             return repro_script.RecordedMask(number, rows, given=True)
     return None
+
+
+def _wants(pattern: str | None, name: str) -> bool:
+    """Whether a filter lets this through; without one everything is."""
+    return pattern is None or re.search(pattern, name) is not None
 
 
 def _new_page() -> Page:

@@ -6,6 +6,7 @@
     dumps/unpruned_calls_4711.json       calls of process 4711 that no pruned graph ran
     dumps/graph_000/compilation.json     which frame, where, when, and why it was compiled again
     dumps/graph_000/report.json, ...
+    dumps/graph_000/kept.json            with the option tokens: what the first call kept
     dumps/rank_1/graph_000/...           of a rank, where there are several
 """
 
@@ -30,6 +31,7 @@ from dartfx.passes.refusal import Declined
 
 __all__ = [
     "COMPILATION",
+    "KEPT",
     "UNPRUNED",
     "describe",
     "new_folder",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 COMPILATION = "compilation.json"
+KEPT = "kept.json"  # of the first call that ran the pruned graph, with the option tokens
 UNPRUNED = "unpruned_calls_*.json"
 _FIRST_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)')
 MOST_REASONS = 100  # of one process; each is a line of the index

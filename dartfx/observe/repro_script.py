@@ -24,7 +24,7 @@ from dartfx.passes.frontend.normalise import example_values
 from dartfx.passes.graph import Size, expr, frame, hint, module_paths
 from dartfx.selection.registry import BUILT_IN
 
-__all__ = ["RecordedMask", "script"]
+__all__ = ["RecordedMask", "changed_options", "script"]
 
 
 class RecordedMask(NamedTuple):
@@ -40,7 +40,8 @@ class RecordedMask(NamedTuple):
 
 
 # Neither changes what the passes do.
-_LEFT_OUT = {"dump", "on_unsupported", "lowering", "inductor", "mode", "kernel"}
+_OF_DUMPS = {"dump", "dump_graphs", "dump_passes"}
+_LEFT_OUT = {"on_unsupported", "lowering", "inductor", "mode", "kernel"}
 _SMALL = 64  # values of a constant that the script spells out
 
 _SCRIPT = '''\
@@ -124,11 +125,16 @@ def script(
     )
 
 
-def _options(config: DartConfig) -> dict[str, object]:
-    """The options that differ from the defaults and that the passes read."""
+def changed_options(config: DartConfig) -> dict[str, object]:
+    """The options that differ from the defaults, but for those of dumps themselves."""
     default = DartConfig()
-    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _LEFT_OUT}
-    changed = {k: v for k, v in given.items() if v != getattr(default, k)}
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _OF_DUMPS}
+    return {k: v for k, v in given.items() if v != getattr(default, k)}
+
+
+def _options(config: DartConfig) -> dict[str, object]:
+    """The changed options that the passes read."""
+    changed = {k: v for k, v in changed_options(config).items() if k not in _LEFT_OUT}
     # A user's selector is not registered where the script runs; the passes do not call it.
     if changed.get("selector", "dart") not in BUILT_IN:
         del changed["selector"]

@@ -76,15 +76,26 @@ def collect_keep_idx() -> AbstractContextManager[list[KeepIdxRecord]]:
 
 
 class KeepIdxRecorder:
-    """Runs a graph whose last ``added`` outputs are index tensors; records and removes those."""
+    """Runs a graph whose last ``added`` outputs are index tensors; records and removes those.
 
-    def __init__(self, compiled: Compiled, added: int) -> None:
-        self._compiled, self._added = compiled, added
+    note_first: receives the record of the first call.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        added: int,
+        note_first: Callable[[KeepIdxRecord], None] | None = None,
+    ) -> None:
+        self._compiled, self._added, self._note_first = compiled, added, note_first
 
     def __call__(self, *args: Any) -> Any:
         outputs = self._compiled(*args)
         # Copies: outputs of a CUDA graph are overwritten when it runs next.
         record = KeepIdxRecord(*(t.detach().clone() for t in outputs[-self._added :]))
+        if self._note_first is not None:
+            note, self._note_first = self._note_first, None
+            note(record)
         if (collected := _collected.get()) is not None:
             collected.append(record)
         if record.vision_mask is not None:

@@ -18,7 +18,7 @@ from dartfx.passes.outcome import Outcome, Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
 from dartfx.runtime import graph_runs, vision_mask
-from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
+from dartfx.runtime.keep_idx import KeepIdxRecord, KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.rank_agreement import Ranks
 
 __all__ = ["MaskDispatcher", "MaskProducer", "prompts"]
@@ -63,7 +63,8 @@ class MaskDispatcher:
     Which of the two a call needs is known only at run time, and dynamo guards on neither, so each
     is built when first needed.  rewrite: the graph pruned for such a mask; announce: reports every
     outcome; lower: compiles a graph; original: what runs unpruned, where it is not ``module``;
-    returns_keep_idx: whether a pruned graph returns which tokens it kept.
+    returns_keep_idx: whether a pruned graph returns which tokens it kept; note_kept: receives
+    those of its first call.
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class MaskDispatcher:
         ranks: Ranks | None = None,
         original: GraphModule | None = None,
         returns_keep_idx: Callable[[Pruned, Request], bool] = Pruned.needs_keep_idx,
+        note_kept: Callable[[KeepIdxRecord], None] | None = None,
     ) -> None:
         self._config, self._module, self._request = config, module, request
         self._original = module if original is None else original
-        self._returns_keep_idx = returns_keep_idx
+        self._returns_keep_idx, self._note_kept = returns_keep_idx, note_kept
         self._announce, self._rewrite, self._lower = announce, rewrite, lower
         self._ranks = Ranks(module) if ranks is None else ranks
         self._embeds, self._ids = prompts(module)
@@ -189,7 +191,7 @@ class MaskDispatcher:
         if not self._config.tokens and not self._returns_keep_idx(outcome, self._request):
             return self._compile(module)
         added = return_keep_idx(module, tokens=self._config.tokens)
-        return KeepIdxRecorder(self._compile(module), added)
+        return KeepIdxRecorder(self._compile(module), added, self._note_kept)
 
     def _compile(self, module: GraphModule) -> Compiled:
         """Compile outside dynamo's call, which may be over: guards on what comes are its own."""

@@ -38,11 +38,15 @@ def test_every_option_that_changes_results_changes_the_fingerprint() -> None:
     configs = [DartConfig(), *(DartConfig(**change) for change in CHANGES)]  # type: ignore[arg-type]
     assert len({config.fingerprint() for config in configs}) == len(configs)
     covered = {name for change in CHANGES for name in change}
-    assert covered | {"dump", "on_unsupported"} == set(DartConfig.__dataclass_fields__)
+    assert covered | {"dump", "dump_graphs", "dump_passes", "on_unsupported"} == set(
+        DartConfig.__dataclass_fields__
+    )
 
 
 def test_reporting_options_do_not_change_the_fingerprint(tmp_path: Path) -> None:
-    reporting = DartConfig(dump=tmp_path, on_unsupported="error")
+    reporting = DartConfig(
+        dump=tmp_path, dump_graphs="pruned", dump_passes="check", on_unsupported="error"
+    )
     assert reporting.fingerprint() == DartConfig().fingerprint()
 
 

@@ -52,6 +52,8 @@ OPTIONS = {
     "check_ranks": False,
     "quota": "joint",
     "min_tokens": 1,
+    "dump_graphs": None,
+    "dump_passes": None,
 }
 
 ARGUMENTS = {
@@ -61,6 +63,7 @@ ARGUMENTS = {
     "bench kernel": "--backend --device --dtype --json --quick --repeat --selectors --shape "
     "--threads",
     "bench ranks": "--repeat",
+    "diff": "--html dumps",
     "doctor": "--lowering --quick",
     "eval": "--batch --jobs --json --layers --max-new-tokens --model --pictures --plot --questions "
     "--quick --retain --retain-elsewhere --seeds --selectors --write",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import networkx as nx
 from torch.fx import GraphModule
 
-from dartfx.observe.html.changes import Change, change
+from dartfx.observe.html.changes import Change, change, operator
 from dartfx.observe.html.drawing import Drawing
 from dartfx.observe.html.kernels import kernels
 from dartfx.observe.html.lineage import Link, Recorded, lineage
@@ -17,6 +18,7 @@ from dartfx.observe.html.module_tree import module_tree
 from dartfx.observe.html.structure import Part, main_path, most_common, parts, quotient
 from dartfx.observe.html.templating import render
 from dartfx.observe.html.values import Value, lines, outputs, values
+from dartfx.observe.kept import grids
 from dartfx.observe.report import Report
 from dartfx.passes.analysis.kv_caches import kv_caches
 from dartfx.passes.analysis.locate import find_stacks
@@ -78,12 +80,17 @@ class Page:
             self._sizes = [self._sizes[0], [_size(self._after, n) for n in outputs(module)]]
 
     def html(
-        self, report: Report, files: Sequence[str], output_code: Sequence[str], index: str = ""
+        self,
+        report: Report,
+        files: Sequence[str],
+        output_code: Sequence[str],
+        index: str = "",
+        kept: dict[str, Any] | None = None,
     ) -> str:
         """The page of one graph: all that was observed, and what became of it.
 
         files: names of the dump's other files, which the page links to; output_code: Inductor's;
-        index: where the page of all graphs is.
+        index: where the page of all graphs is; kept: kept.json.
         """
         after = self._after if report.pruned else {}
         found = self._measured(after)
@@ -98,6 +105,7 @@ class Page:
             warnings=list(_warnings(report)),
             files=files,
             index=index,
+            grids=list(grids(kept)),
             output_code=output_code,
             parts=list(found.values()),
             total=_total(found.values()),
@@ -107,6 +115,12 @@ class Page:
             changes=list(self._changes(report)),
             tree=module_tree(self._before, after),
         )
+
+    def counts(self) -> dict[str, Any]:
+        """The last graph's calls by operator, and its collectives in order, for report.json."""
+        calls = [operator(line) for line in self._stages[-1].lines.values()] if self._stages else []
+        collectives = [call for call in calls if "c10d" in call]
+        return {"operators": dict(sorted(Counter(calls).items())), "collectives": collectives}
 
     def _changes(self, report: Report) -> Iterator[Change]:
         """What each pass did to the graph, from the first that dartfx made."""

@@ -1,0 +1,73 @@
+"""Which tokens a call kept, as the plain data of ``kept.json``."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from math import isqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dartfx.observe.folders import write
+from dartfx.runtime.keep_idx import KeepIdxRecord
+
+__all__ = ["Grid", "add_picture", "grids", "kept_rows"]
+
+
+def kept_rows(record: KeepIdxRecord) -> dict[str, Any]:
+    """By row: the prompt's vision tokens, those that were kept, and the pivots that picked them.
+
+    All are positions in the prompt; pivots is empty for selectors other than "dart".  Waits for
+    the record's device.
+    """
+    assert record.vision_mask is not None
+    rows = []
+    for number, mask in enumerate(record.vision_mask.cpu()):
+        vision = mask.nonzero()[:, 0].tolist()
+        keep = set(record.keep_idx[number].tolist())
+        kept = [position for position in vision if position in keep]
+        picker = [] if record.picker is None else record.picker[number].tolist()
+        pivots = sorted({picker[position] for position in kept} - {-1}) if picker else []
+        rows.append({"vision": vision, "kept": kept, "pivots": pivots})
+    return {"rows": rows}
+
+
+class Grid(NamedTuple):
+    """The vision tokens of one image: their states in reading order, ``columns`` a line."""
+
+    title: str
+    columns: int
+    states: list[str]  # "kept", "pivot" or "dropped"
+
+    @property
+    def lines(self) -> int:
+        """How many lines there are."""
+        return -(-len(self.states) // self.columns)
+
+
+def grids(kept: dict[str, Any] | None) -> Iterator[Grid]:
+    """A grid for each unbroken run of vision tokens: square where their number is."""
+    for number, row in enumerate((kept or {}).get("rows", [])):
+        runs: list[list[int]] = []
+        for position in row["vision"]:
+            if not runs or position != runs[-1][-1] + 1:
+                runs.append([])
+            runs[-1].append(position)
+        stays, pivots = set(row["kept"]), set(row["pivots"])
+        for image, run in enumerate(runs):
+            states = [
+                "pivot" if p in pivots and p in stays else "kept" if p in stays else "dropped"
+                for p in run
+            ]
+            count = len(states) - states.count("dropped")
+            title = f"row {number}, image {image}: {count} of {len(states)} tokens kept"
+            side = isqrt(len(states))
+            yield Grid(title, side if side * side == len(states) else min(len(states), 64), states)
+
+
+def add_picture(folder: Path, png: bytes) -> None:
+    """Show a picture in the report of a graph's folder, above the grids of kept tokens."""
+    page, here = folder / "report.html", '<div id="picture"></div>'
+    data = base64.b64encode(png).decode()
+    image = f'<img alt="kept tokens over the image" src="data:image/png;base64,{data}">'
+    write(page, page.read_text().replace(here, f'<div id="picture">{image}</div>'))
