@@ -44,7 +44,8 @@ class _Apart:
     def merge(cls, specs: list[Any]) -> Any:
         """One spec for the layers of a group."""
         if any(type(spec) is not cls for spec in specs):
-            raise ValueError(
+            # vLLM takes this error for: they need groups of their own.
+            raise AssertionError(
                 "dartfx: layers before and behind the cut need KV cache groups of their own; leave "
                 "out --disable-hybrid-kv-cache-manager, or give a --scheduler-cls of your own"
             )
