@@ -16,6 +16,7 @@ import torch
 import dartfx
 from dartfx import compat
 from dartfx.cli.tiny_model import Tiny, prompt
+from dartfx.integrations.vllm import vllm_api
 from dartfx.ops.triton_launch import unavailable
 
 __all__ = ["Finding", "configure", "examine", "run"]
@@ -64,6 +65,7 @@ def examine(lowering: str, quick: bool = False) -> Iterator[Finding]:
         _python,
         lambda: _version("torch", needed=True),
         lambda: _version("transformers", needed=False),
+        _vllm,
         _device,
         _triton,
         _entry_point,
@@ -98,6 +100,19 @@ def _version(name: str, needed: bool) -> Finding:
         wanted = f"pip install --upgrade '{name}>={least}'"
         return Finding("bad", f"{name} {found} is older than {least}", wanted)
     return Finding("ok", f"{name} {found}")
+
+
+def _vllm() -> Finding:
+    version, wanted = vllm_api.installed(), f"pip install 'vllm=={vllm_api.TESTED}.*'"
+    if version is None:
+        return Finding("note", "vLLM is not installed; only serving with it needs it")
+    if not vllm_api.is_tested(version):
+        text = f"vLLM {version}: dartfx prunes inside vLLM {vllm_api.TESTED} only"
+        return Finding("note", text, wanted)
+    if missing := vllm_api.missing():
+        names = "; ".join(map(str, missing))
+        return Finding("bad", f"vLLM {version} lacks {names}", f"{wanted}, from its own wheel")
+    return Finding("ok", f"vLLM {version}, which dartfx was tested inside of")
 
 
 def _device() -> Finding:

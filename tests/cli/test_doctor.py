@@ -51,7 +51,7 @@ def test_the_doctor_says_what_is_wrong_and_how_to_fix_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "_tiny_model", no_model)
-    versions = {"torch": "2.9.1+cpu", "transformers": "4.57.0", "triton": "3.0"}
+    versions = {"torch": "2.9.1+cpu", "transformers": "4.57.0", "triton": "3.0", "vllm": "0.31.1"}
     monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
     assert main(["doctor", "--lowering", "eager"]) == 1
@@ -59,6 +59,8 @@ def test_the_doctor_says_what_is_wrong_and_how_to_fix_it(
     assert "bad   torch 2.9.1+cpu is older than 2.11" in text
     assert "fix: pip install --upgrade 'torch>=2.11'" in text
     assert "bad   transformers 4.57.0 is older than 5.17" in text
+    assert "note   vLLM 0.31.1: dartfx prunes inside vLLM 0.32 only" in text
+    assert "fix: pip install 'vllm==0.32.*'" in text
     assert "bad   no entry point" in text
     assert text.endswith("3 of the above must be fixed\n")
 

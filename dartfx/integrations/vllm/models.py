@@ -17,11 +17,9 @@ from dartfx.errors import ConfigError
 from dartfx.integrations.vllm import options, refusals, vllm_api
 from dartfx.integrations.vllm.decoder import PrunedDecoder
 
-__all__ = ["SCHEDULER", "attach", "attentions_of", "find_decoder", "pruned_class"]
+__all__ = ["attach", "attentions_of", "find_decoder", "pruned_class"]
 
 logger = logging.getLogger("vllm.dartfx")
-
-SCHEDULER = "dartfx.integrations.vllm.memory.PrunedScheduler"
 
 # Where a model keeps its PrunedDecoder: not as a submodule, so that weights keep their names.
 _ATTRIBUTE = "dartfx_decoder"
@@ -101,7 +99,7 @@ def attach(model: Any, vllm_config: Any, config: DartConfig) -> PrunedDecoder:
     options.check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
     decoder = find_decoder(model)
     attentions = attentions_of(model, decoder, config.layers[0])
-    own_blocks = vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+    own_blocks = vllm_config.scheduler_config.scheduler_cls == options.SCHEDULER
     pruned = PrunedDecoder(decoder, attentions, vllm_config, config, own_blocks)
     pruned.install(decoder)
     blocks = (

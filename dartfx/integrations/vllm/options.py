@@ -9,9 +9,22 @@ from dartfx.config.validators import choices, describe
 from dartfx.errors import ConfigError
 from dartfx.selection.registry import is_random, optional_inputs, uses_key_norms_only
 
-__all__ = ["KEY", "OPTIONS", "check_ranks", "dropped", "read", "summary"]
+__all__ = [
+    "KEY",
+    "LOGITS_PROCESSOR",
+    "OPTIONS",
+    "SCHEDULER",
+    "check_ranks",
+    "dropped",
+    "read",
+    "summary",
+]
 
 KEY = "dartfx"
+
+# As vLLM's options name classes.
+SCHEDULER = "dartfx.integrations.vllm.memory.PrunedScheduler"
+LOGITS_PROCESSOR = "dartfx.integrations.vllm.prompts:PromptLengths"
 
 # The others are about graphs that dartfx compiles; here vLLM compiles.
 OPTIONS = (

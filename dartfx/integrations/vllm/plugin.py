@@ -7,17 +7,12 @@ started, so that errors come out there.  KV cache specs: those of layers before 
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from dartfx.errors import ConfigError
 from dartfx.integrations.vllm import options, refusals, vllm_api
 
 __all__ = ["install", "prepare"]
-
-logger = logging.getLogger("vllm.dartfx")
-
-_PROMPTS = "dartfx.integrations.vllm.prompts:PromptLengths"
 
 
 def install() -> None:
@@ -48,14 +43,12 @@ def prepare(vllm_config: Any) -> None:
         )
     refusals.check(vllm_config)
     options.check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
-    from dartfx.integrations.vllm.models import SCHEDULER
-
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None and not scheduler.disable_hybrid_kv_cache_manager:
-        scheduler.scheduler_cls = SCHEDULER
+        scheduler.scheduler_cls = options.SCHEDULER
     processors = list(vllm_config.model_config.logits_processors or [])
-    if _PROMPTS not in processors:
-        vllm_config.model_config.logits_processors = [*processors, _PROMPTS]
+    if options.LOGITS_PROCESSOR not in processors:
+        vllm_config.model_config.logits_processors = [*processors, options.LOGITS_PROCESSOR]
 
 
 class _Check:

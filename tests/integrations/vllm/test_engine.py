@@ -72,7 +72,7 @@ def test_what_is_pruned_stands_in_the_log(run: Any, requests: list[Any]) -> None
 def test_preempted_requests_keep_the_same_tokens(
     checkpoint: Path, requests: list[Any], tmp_path: Path
 ) -> None:
-    long = [[asked[0], asked[1], 40] for asked in requests if len(asked[1]) == 1][:6]
+    long = [[asked[0], asked[1], 40] for asked in requests if len(asked[1]) == 1]
     few = {"max_model_len": 700, "num_gpu_blocks_override": 90}
     made = serve(tmp_path, long, model=str(checkpoint), **few, **PRUNED)
     assert made["preemptions"] > 0
@@ -88,6 +88,16 @@ def test_without_the_key_nothing_changes(
     assert made["rows"] is None
     assert not {"BeforeCutSpec", "BehindCutSpec"} & set(made["groups"])
     assert "dartfx" not in made["log"].replace(str(Path(__file__).parents[3]), "")
+
+
+def test_a_budget_larger_than_the_picture_drops_nothing(
+    checkpoint: Path, requests: list[Any], tmp_path: Path
+) -> None:
+    some = requests[:2]
+    large = {"additional_config": {"dartfx": {"retain_tokens": VISION + 1}}}
+    made = serve(tmp_path, some, model=str(checkpoint), **large)
+    assert made["tokens"] == [oracle(asked, None) for asked in some]
+    assert made["rows"][0] == made["rows"][1]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from dartfx.config import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.integrations import vllm as integration
-from dartfx.integrations.vllm import options, refusals, vllm_api
+from dartfx.integrations.vllm import options, plugin, refusals, vllm_api
 from dartfx.integrations.vllm.batch import Dropped, compact_slots, plan_step
 from dartfx.selection import registry
 
@@ -68,11 +68,19 @@ def test_selectors_that_ranks_could_run_differently(monkeypatch: pytest.MonkeyPa
 def served(**changes: Any) -> Any:
     """The parts of a VllmConfig that are looked at; ``group__name`` sets one."""
     groups: dict[str, Any] = {
-        "scheduler_config": {"enable_chunked_prefill": False},
+        "scheduler_config": {
+            "enable_chunked_prefill": False,
+            "scheduler_cls": None,
+            "disable_hybrid_kv_cache_manager": None,
+        },
         "cache_config": {"enable_prefix_caching": False},
         "compilation_config": {"cudagraph_mode": None},
-        "parallel_config": {"pipeline_parallel_size": 1},
-        "model_config": {"runner_type": "generate", "is_multimodal_model": True},
+        "parallel_config": {"pipeline_parallel_size": 1, "tensor_parallel_size": 1},
+        "model_config": {
+            "runner_type": "generate",
+            "is_multimodal_model": True,
+            "logits_processors": None,
+        },
     }
     plain: dict[str, Any] = {
         "use_v2_model_runner": False,
@@ -146,6 +154,61 @@ def test_all_refusals_come_at_once() -> None:
     config = served(lora_config=object(), cache_config__enable_prefix_caching=True)
     with pytest.raises(ConfigError, match=r"(?s)prefix caching.*LoRA"):
         refusals.check(config)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_api, "installed", lambda: "0.32.0")
+
+
+def wanted(**changes: Any) -> Any:
+    return served(additional_config={"dartfx": {"retain_tokens": 64}}, **changes)
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_pruning_needs_is_added_once() -> None:
+    config = wanted(model_config__logits_processors=["of:the_user"])
+    for _ in range(2):
+        plugin.prepare(config)
+        assert config.scheduler_config.scheduler_cls == (
+            "dartfx.integrations.vllm.memory.PrunedScheduler"
+        )
+        assert config.model_config.logits_processors == [
+            "of:the_user",
+            "dartfx.integrations.vllm.prompts:PromptLengths",
+        ]
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_scheduler_or_block_manager_chosen_by_flag_stays() -> None:
+    config = wanted(scheduler_config__scheduler_cls="of.the_user")
+    plugin.prepare(config)
+    assert config.scheduler_config.scheduler_cls == "of.the_user"
+    config = wanted(scheduler_config__disable_hybrid_kv_cache_manager=True)
+    plugin.prepare(config)
+    assert config.scheduler_config.scheduler_cls is None
+
+
+@pytest.mark.usefixtures("installed")
+def test_refusals_come_while_the_config_is_put_together() -> None:
+    with pytest.raises(ConfigError, match="--no-enable-chunked-prefill"):
+        plugin.prepare(wanted(scheduler_config__enable_chunked_prefill=True))
+
+
+def test_without_the_key_a_config_stays_as_it_is() -> None:
+    config = served(additional_config={}, lora_config=object())
+    plugin.prepare(config)
+    assert config.scheduler_config.scheduler_cls is None
+    assert config.model_config.logits_processors is None
+
+
+def test_another_version_is_refused_with_the_one_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_api, "installed", lambda: "0.33.0")
+    with pytest.raises(ConfigError, match=r"this is 0\.33\.0: pip install 'vllm==0\.32\.\*'"):
+        plugin.prepare(wanted())
+    plugin.prepare(served(additional_config={}))
 
 
 def test_the_version_that_is_tested() -> None:

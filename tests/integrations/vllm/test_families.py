@@ -1,0 +1,62 @@
+"""Other families inside vLLM's engine: M-RoPE, pictures of several sizes, tiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dartfx.integrations.vllm import vllm_api
+from dartfx.tools.zoo.hooked import pruned_generate, unpruned_generate
+from tests.support import vllm_families
+from tests.support.vllm_serving import serve
+
+pytestmark = [
+    pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("default"),
+]
+
+RETAIN = 6
+SIZES = [(224, 168), (140, 224), (224, 224)]
+
+
+@torch.no_grad()
+def oracle(model: Any, processor: Any, asked: Any, retain: int | None) -> list[int]:
+    """Greedy tokens of transformers, pruned by hooks or, for None, unpruned."""
+    text, pictures, tokens = asked
+    if pictures:
+        images = [Image.open(picture) for picture in pictures]
+        inputs = processor(images=images, text=[text], return_tensors="pt")
+    else:
+        inputs = processor.tokenizer([text], return_tensors="pt")
+    inputs = {k: v for k, v in inputs.items() if k != "token_type_ids"}
+    if retain is None or not pictures:
+        made = unpruned_generate(model, inputs, max_new_tokens=tokens)
+    else:
+        made = pruned_generate(model, inputs, retain=retain, max_new_tokens=tokens)
+    found: list[int] = made.logits.argmax(-1)[0].tolist()
+    return found
+
+
+@pytest.mark.parametrize("name", vllm_families.FAMILIES)
+def test_tokens_are_those_of_the_oracle(name: str, tmp_path: Path) -> None:
+    model, processor, picture = vllm_families.save(name, tmp_path)
+    model.generation_config.eos_token_id = None
+    paths = [str(tmp_path / f"{number}.png") for number in range(len(SIZES))]
+    for path, size in zip(paths, SIZES, strict=True):
+        Image.effect_noise(size, 80.0).convert("RGB").save(path)
+    asked = [
+        [f"what is {picture} this red ?", paths[:1], 6],
+        [f"{picture} where is the digit one", paths[1:2], 9],
+        ["what is red", [], 5],
+        [f"a {picture} or {picture} row two", paths[1:], 7],
+    ]
+    pruned = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
+    run = serve(tmp_path, asked, model=str(tmp_path), max_model_len=512, **pruned)
+    wanted = [oracle(model, processor, each, RETAIN) for each in asked]
+    assert run["tokens"] == wanted
+    assert wanted != [oracle(model, processor, each, None) for each in asked]
+    assert run["groups"] == ["BeforeCutSpec", "BehindCutSpec"]
