@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
 from dartfx.errors import PruningWarning, UnsupportedGraphError
 from dartfx.observe.dump import Dump
+from dartfx.observe.next_step import next_step_of
 from dartfx.observe.report import Report, discard, record
 from dartfx.passes.analysis.prefilter import has_indexed_layers, may_merge_features
 from dartfx.passes.frontend.fix_windows import fix_windows
@@ -128,7 +129,7 @@ class GraphCompiler:
         self.reported: list[Report] = []
         fix_windows(module.graph)  # now, since a guard counts only while dynamo compiles
         self.ranks = Ranks(module)
-        self.dump = Dump(config, module, asdict(caller))
+        self.dump = Dump(config, module, dataclasses.asdict(caller))
 
     def compile_merge(self, inputs: Sequence[Any]) -> Compiled | None:
         """Compile a graph that may merge vision tokens; None when it turns out not to."""
@@ -242,7 +243,8 @@ class GraphCompiler:
             refuse(self.config, outcome)
         else:
             level = logging.WARNING if _is_news(outcome) else logging.INFO
-            log.log(level, "graph %d: %s", report.graph, outcome.because)
+            said = f"; {next_step_of(outcome)}" if level == logging.WARNING else ""
+            log.log(level, "graph %d: %s%s", report.graph, outcome.because, said)
 
 
 def refuse(config: DartConfig, declined: Declined) -> None:
@@ -256,7 +258,9 @@ def refuse(config: DartConfig, declined: Declined) -> None:
         )
     if config.on_unsupported == "warn":
         # Python shows a warning once per text, so once per reason.
-        warnings.warn(f"dartfx left a graph unpruned: {declined}", PruningWarning, stacklevel=2)
+        shown = dataclasses.replace(declined, advice="")
+        text = f"dartfx left a graph unpruned: {shown}; {next_step_of(declined)}"
+        warnings.warn(text, PruningWarning, stacklevel=2)
     log.info("not pruned: %s", declined)
 
 

@@ -20,6 +20,7 @@ from dartfx.model.compiled_model import CompiledModel
 from dartfx.model.history import kept_tokens
 from dartfx.model.target import model_of, replaced_call
 from dartfx.observe import report
+from dartfx.observe.next_step import next_step
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Outcome, Unchanged
 from dartfx.token_map.infer_layout import LayoutUnknown
@@ -57,7 +58,8 @@ class Explanation:
             lines.append("dynamo made no graph of this call, so nothing can be pruned")
         elif not shown:
             lines.append("nothing to prune: this call carries no vision tokens")
-        return "\n".join([*lines, *map(str, self.tokens), *self.notes])
+        lines += [*map(str, self.tokens), *self.notes]
+        return "\n".join(lines if self.pruned else [*lines, next_step(self.reports)])
 
 
 def _concerns_vision_tokens(outcome: Outcome) -> bool:

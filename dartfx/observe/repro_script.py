@@ -45,7 +45,7 @@ _LEFT_OUT = {"on_unsupported", "lowering", "inductor", "mode", "kernel"}
 _SMALL = 64  # values of a constant that the script spells out
 
 _SCRIPT = '''\
-"""A graph that dartfx compiled, without its model: python repro.py [--dump DIR] [--[no-]run]
+"""A graph that dartfx compiled, without its model: python repro.py [--help]
 
 Runs the passes on the graph, then runs it, pruned and unpruned. Integer and bool inputs (token
 ids, masks, positions) are read from {inputs} next to this script; floats are random.
@@ -86,6 +86,16 @@ def main(arguments=None):
         help="run the graph (default: if its inputs take less than half of the memory)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random floats")
+    parser.add_argument(
+        "--time", nargs="?", const="eager", choices=("eager", "aot_eager", "inductor"),
+        help="time the graph, pruned and not, compiled so (default: eager)",
+    )
+    parser.add_argument("--pass", dest="after", help="stop after this pass and print the graph")
+    parser.add_argument(
+        "--bisect", action="store_true",
+        help="find the first pass after which the numbers differ, with all tokens retained",
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="of --bisect, relative")
     given = vars(parser.parse_args(arguments))
     replay = Replay()
     graph(replay)

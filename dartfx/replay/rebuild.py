@@ -10,9 +10,10 @@ from __future__ import annotations
 import builtins
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from dartfx.observe.report import Report
 from dartfx.observe.repro_script import RecordedMask
 from dartfx.passes.frontend.normalise import fresh_size
 from dartfx.passes.graph import Size
+from dartfx.replay import steps
 from dartfx.replay.run import mask_present, reason_not_to_run, run_both
 
 __all__ = ["Replay", "find", "missing"]
@@ -145,33 +147,40 @@ class Replay:
         dump: str | None = None,
         run: bool | None = None,
         seed: int = 0,
+        time: str | None = None,
+        after: str | None = None,
+        bisect: bool = False,
+        tolerance: float = 1e-5,
     ) -> list[Report]:
         """Compile the graph, print and return its reports; then run it.
 
         caller: fields of CallerCapabilities; mask: how a vision mask came to the graph; folder:
-        holds the recorded inputs; run: whether to run the graph, None: if its inputs take less
-        than half of this machine's memory.  Raises what the pruned graph raises on inputs that
-        the unpruned one accepts.
+        holds the recorded inputs; the others: see ``repro.py --help``.  Raises what the pruned
+        graph raises on inputs that the unpruned one accepts, SystemExit for a wrong ``after``.
         """
         module = GraphModule(self.root, self.graph)
-        given = {"lowering": "eager", "on_unsupported": "ignore", "dump": dump}
-        config = DartConfig.from_options({**options, **given})
+        given = {"lowering": time or "eager", "on_unsupported": "ignore", "dump": dump}
+        config, can = DartConfig.from_options({**options, **given}), CallerCapabilities(**caller)
+        if after is not None:
+            _print([_after(module, config, can, mask, after)])
+            return []
         with report.isolate_reports() as reports:
-            compiled = self._compiled(config, module, CallerCapabilities(**caller), mask)
-        for made in reports:
-            print(made)  # noqa: T201  its reader is a terminal
-        if self.missing:
-            print(f"no {', '.join(sorted(self.missing))} here: using the CPU")  # noqa: T201
-        if run is False:
-            return reports
-        recorded = repro_inputs.load(folder)
-        if (reason := reason_not_to_run(module, recorded, even_if_large=run is True)) is not None:
-            print(reason)  # noqa: T201
-            return reports
-        pruned = compiled if any(r.pruned for r in reports) else None
-        for line in run_both(module, pruned, recorded, mask, seed):
-            print(line)  # noqa: T201
+            compiled = self._compiled(config, module, can, mask)
+        _print([*reports, *self._notes()])
+        if run is not False:
+            pruned = compiled if any(r.pruned for r in reports) else None
+            ran = _Ran(module, pruned, mask, repro_inputs.load(folder), seed)
+            reason = reason_not_to_run(module, ran.recorded, even_if_large=run is True)
+            if reason is None and bisect:
+                _require_merge(mask)
+                _print(steps.bisect(module, config, can, ran.recorded, seed, tolerance))
+            else:
+                _print(_run_lines(ran, config, time) if reason is None else [reason])
         return reports
+
+    def _notes(self) -> list[str]:
+        missing = ", ".join(sorted(self.missing))
+        return [f"no {missing} here: using the CPU"] if missing else []
 
     def _compiled(
         self,
@@ -188,6 +197,51 @@ class Replay:
         except NeedsGraphBreaks as needs:
             print(f"needs graph breaks: {needs}")  # noqa: T201
             return None
+
+
+def _print(lines: Iterable[object]) -> None:
+    for line in lines:
+        print(line)  # noqa: T201  its reader is a terminal
+
+
+class _Ran(NamedTuple):
+    """A graph to run: as dynamo made it and pruned (None if it was not), and what it runs on."""
+
+    module: GraphModule
+    pruned: Callable[..., Any] | None
+    mask: RecordedMask | None
+    recorded: Mapping[str, Tensor]
+    seed: int
+
+
+def _run_lines(ran: _Ran, config: DartConfig, time: str | None) -> Iterator[str]:
+    yield from run_both(ran.module, ran.pruned, ran.recorded, ran.mask, ran.seed)
+    if time is not None and ran.pruned is not None:
+        yield from steps.timed(ran.module, ran.pruned, config, ran.recorded, ran.mask, ran.seed)
+
+
+def _after(
+    module: GraphModule,
+    config: DartConfig,
+    caller: CallerCapabilities,
+    mask: RecordedMask | None,
+    name: str,
+) -> str:
+    _require_merge(mask)
+    try:
+        return steps.after_pass(module, config, caller, name)
+    except steps.UnknownPass as error:
+        _fail(f"argument --pass: {error}")
+
+
+def _require_merge(mask: RecordedMask | None) -> None:
+    if mask is not None:
+        _fail("--pass and --bisect need a graph that merges the vision tokens itself")
+
+
+def _fail(why: str) -> NoReturn:
+    print(f"error: {why}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(2)
 
 
 def find(name: str) -> Any:

@@ -19,7 +19,7 @@ from dartfx.observe.repro_script import RecordedMask
 from dartfx.passes.graph import source_line
 from dartfx.runtime import vision_mask
 
-__all__ = ["mask_present", "reason_not_to_run", "run_both"]
+__all__ = ["copies", "mask_present", "reason_not_to_run", "run_both"]
 
 
 def reason_not_to_run(
@@ -61,14 +61,14 @@ def run_both(
         f"{size / 1e6:,.1f} MB"
     )
     try:
-        outputs = _Located(module).run(*_copies(values))
+        outputs = _Located(module).run(*copies(values))
     except _Failure as failure:
         # torch adds its own account of where, in lines of its own.
         yield f"unpruned, it fails on random floats: {_first_line(failure)}"
         return
     yield f"unpruned outputs: {_shown(outputs)}"
     if compiled is not None:
-        own = _copies(values)
+        own = copies(values)
         with torch.no_grad(), mask_present(mask, own):
             yield f"pruned outputs:   {_shown(compiled(*own))}"
 
@@ -136,7 +136,7 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _copies(values: Sequence[Any]) -> list[Any]:
+def copies(values: Sequence[Any]) -> list[Any]:
     """The same values in tensors that a graph may write to."""
     return [v.clone() if isinstance(v, Tensor) else v for v in values]
 
