@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 import dartfx
+from tests.support.order import longest_first
 from tests.support.timing import Timing
 
 # The models are so small that a second thread only waits for the first.
@@ -69,6 +70,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.order import LONGEST
+
 ROOT = Path(__file__).parents[2]
 
 # The compiler's arrows: it names operators as torch.ops.dartfx.*, reaches private names of torch
@@ -221,3 +223,8 @@ def f():
     return config.image_token_id
 '''
     assert list(model_names(source)) == [(5, "qwen"), (6, "image_token_id")]
+
+
+def test_the_files_that_run_first_are_there() -> None:
+    missing = [name for name in LONGEST if not (ROOT / "tests" / name).is_file()]
+    assert missing == []

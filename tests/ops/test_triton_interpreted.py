@@ -12,12 +12,16 @@ import pytest
 pytest.importorskip("triton")
 
 
-# Batches, ties and limits; all of it takes the interpreter a minute.
+# Batches, ties and limits; the rest takes the interpreter a minute more.
 FEW = "random_batches or ties or budget_and_pivot or text_is_never_lost or not_serve"
 
 
 @pytest.mark.parametrize(
-    "chosen", [pytest.param(FEW, id="few"), pytest.param("", id="all", marks=pytest.mark.slow)]
+    "chosen",
+    [
+        pytest.param(FEW, id="few"),
+        pytest.param(f"not ({FEW})", id="rest", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_in_the_interpreter(chosen: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
