@@ -15,7 +15,7 @@ import transformers
 
 import dartfx
 from dartfx.integrations.outputs import check_file, check_folder
-from dartfx.tools.zoo.measure import RETAIN, Call, Result, measure
+from dartfx.tools.zoo.measure import CALLS, RETAIN, Call, Result, measure
 from dartfx.tools.zoo.registry import FAMILIES
 
 HELP = "prune every model family and hold it against the oracle"
@@ -56,9 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_folder("traces", arguments.traces)
     torch.set_num_threads(1)  # the models are so small that a second thread only waits
     results = []
+    calls, steps = (["generate"], 2) if arguments.quick else (CALLS, 8)
     for number, name in enumerate(names, 1):
         about = (FAMILIES[name].__doc__ or "").split("\n")[0].rstrip(".")
-        result = measure(name, about, lowering=arguments.lowering, quick=arguments.quick)
+        result = measure(name, about, lowering=arguments.lowering, calls=calls, steps=steps)
         print(
             f"[{number}/{len(names)}] {name}: {result.status} ({result.seconds:.1f} s)",
             file=sys.stderr,

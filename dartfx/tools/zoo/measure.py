@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from dartfx.tools.zoo.family import Family, Inputs
 from dartfx.tools.zoo.registry import load
 
 RETAIN = 6
+CALLS = ("one", "pad2", "generate")
 CLOSE = 2e-4  # logits are of order 1; a misplaced token moves them by a hundred times that
 
 # From best to worst; a family is as bad as the worst of its calls.
@@ -84,8 +85,15 @@ class Result:
         return {"status": self.status, **asdict(self)}
 
 
-def measure(name: str, about: str, *, lowering: str = "eager", quick: bool = False) -> Result:
-    """Build a family and try its calls.  quick: only ``generate``, two tokens.  Never raises."""
+def measure(
+    name: str,
+    about: str,
+    *,
+    lowering: str = "eager",
+    calls: Sequence[str] = CALLS,
+    steps: int = 8,
+) -> Result:
+    """Build a family and try its calls.  steps: tokens that ``generate`` writes.  Never raises."""
     result, start = Result(name, about), time.perf_counter()
     torch.compiler.reset()
     dartfx.reset()
@@ -98,10 +106,12 @@ def measure(name: str, about: str, *, lowering: str = "eager", quick: bool = Fal
         result.calls["build"] = _crash(error)
         return result
     options = {"retain_tokens": RETAIN, "layer": family.structure.layer, "lowering": lowering}
-    if not quick:
-        result.calls["one"] = _attempt(lambda: _forward_one(family, options))
-        result.calls["pad2"] = _attempt(lambda: _forward_padded(family, options))
-    result.calls["generate"] = _attempt(lambda: _generate(family, options, 2 if quick else 8))
+    attempts: dict[str, Callable[[], Call]] = {
+        "one": lambda: _forward_one(family, options),
+        "pad2": lambda: _forward_padded(family, options),
+        "generate": lambda: _generate(family, options, steps),
+    }
+    result.calls |= {call: _attempt(attempts[call]) for call in calls}
     result.seconds = time.perf_counter() - start
     return result
 
