@@ -78,7 +78,7 @@ def test_decode_steps_of_a_padded_batch_raise_no_suspicion() -> None:
     # Their mask's size is asked of a cache, outside of any layer.
     torch.compiler.reset()
     dartfx.reset()
-    family = load("llava")
+    family = load("llava", layers=3)
     dartfx.compile(family.model, retain_tokens=6, lowering="eager")
     family.model.generate(**family.make_inputs("pad2"), max_new_tokens=4, do_sample=False)
     assert [r.pruned for r in dartfx.reports()] == [True, False, False]

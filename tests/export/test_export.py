@@ -30,7 +30,7 @@ STRICT = [
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    return load("llava")
+    return load("llava", layers=3)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def assert_same(output: Any, wanted: hooked.Pruned) -> None:
     ],
 )
 def test_equal_to_hooks(name: str, variant: str, strict: bool) -> None:
-    family = load(name)
+    family = load(name, layers=3)
     inputs = family.make_inputs(variant)
     if name == "gemma3":
         del inputs["token_type_ids"]
@@ -129,7 +129,7 @@ def language_inputs(family: Family, inputs: Inputs) -> Inputs:
 
 @pytest.fixture(scope="module")
 def qwen() -> Family:
-    family = load("qwen2_5_vl")
+    family = load("qwen2_5_vl", layers=3)
     family.model(**family.make_inputs())
     return family
 
@@ -200,23 +200,23 @@ def test_dynamic_cache_as_a_pytree_and_keep_idx(llava: Family, strict: bool) -> 
     assert_same((output.logits, layers), wanted)
     told = dartfx.exported_pruning(pruned)
     assert told is not None
-    assert told.kept == 10  # logits, 4 layers of keys and values, image features
+    assert told.kept == 8  # logits, 3 layers of keys and values, image features
 
 
 def test_several_stages(llava: Family, program: ExportedProgram) -> None:
     """Two cuts of an exported program keep what the same two keep under torch.compile."""
     inputs = llava.make_inputs()
-    options = {"layer": [1, 3], "retain_tokens": [10, 4], "kv_layout": "layered"}
+    options = {"layer": [1, 2], "retain_tokens": [10, 4], "kv_layout": "layered"}
     pruned = dartfx.prune_exported(program, **options, tokens=True)
     told = dartfx.exported_pruning(pruned)
     assert told is not None
-    assert (told.layers, told.sequence) == ((1, 3), (29, 17))
+    assert (told.layers, told.sequence) == ((1, 2), (29, 17))
     compiled = torch.compile(llava.model, backend="dart", options=options | {"lowering": "eager"})
     with torch.no_grad():
         wanted = compiled(**inputs)
     (logits, layers), keep = pruned.module()(**inputs)
     torch.testing.assert_close(logits, wanted.logits, **CLOSE)
-    assert [k.shape[2] for k, _ in layers] == [29, 23, 23, 17]
+    assert [k.shape[2] for k, _ in layers] == [29, 23, 17]
     ids = inputs["input_ids"].gather(1, keep)
     assert keep.shape == (1, 17)
     assert int((ids == llava.image_token_id).sum()) == 4
@@ -338,11 +338,11 @@ def test_never_silently_unpruned(llava: Family, program: ExportedProgram) -> Non
 
 
 def test_refuses_kept_module_signatures(llava: Family) -> None:
-    path = "model.model.language_model.layers.3.mlp"
+    path = "model.model.language_model.layers.2.mlp"
     exported = export(
         Prefill(llava.model), llava.make_inputs(), preserve_module_call_signature=(path,)
     )
-    with pytest.raises(dartfx.UnsupportedGraphError, match=r"layers\.3\.mlp"):
+    with pytest.raises(dartfx.UnsupportedGraphError, match=r"layers\.2\.mlp"):
         dartfx.prune_exported(exported, retain_tokens=RETAIN)
 
 

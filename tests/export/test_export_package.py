@@ -47,7 +47,7 @@ print("imported:", sorted({"transformers", "dartfx"} & set(sys.modules)))
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    return load("llava")
+    return load("llava", layers=3)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ FAMILIES = [NAMES[0], *slow(*NAMES[1:])]
 
 @functools.cache
 def family(name: str) -> Family:
-    return load(name)
+    return load(name, layers=3)
 
 
 def fast(built: Family, **options: Any) -> Any:

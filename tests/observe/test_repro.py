@@ -140,7 +140,7 @@ def test_graphs_of_whole_models(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Masks made under vmap, experts, and what else transformers writes into a graph."""
-    family = load(name)
+    family = load(name, layers=3)
     model = dartfx.compile(family.model, retain_tokens=6, lowering="eager", dump=tmp_path)
     model.generate(**family.make_inputs(), max_new_tokens=1, do_sample=False)
     expected = [o for o in reported() if isinstance(o, Pruned)]

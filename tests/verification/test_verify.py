@@ -124,7 +124,7 @@ def test_a_tolerance_of_nothing() -> None:
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_whole_models(name: str) -> None:
     """A padded batch with uniform caches; and sliding windows, whose caches are tails."""
-    family = load(name)
+    family = load(name, layers=3)
     before = family.model._compiled_call_impl
     inputs = family.make_inputs("pad2" if name == "llava" else "one")
     found = dartfx.verify(

@@ -50,8 +50,9 @@ def paligemma2(**text: Any) -> Structure:
 
 def gemma3(**text: Any) -> Structure:
     """Gemma 3: sliding and full layers with rotary tables of their own, images see both ways."""
-    layers = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-    sizes = _tied({"layers": 6, "sliding_window": 13, **text}, layer_types=layers)
+    text = {"layers": 6, "sliding_window": 13, **text}
+    layers = ["sliding_attention", "sliding_attention", "full_attention"] * text["layers"]
+    sizes = _tied(text, layer_types=layers[: text["layers"]])
     image, start, end = (special(sizes["vocab_size"], n) for n in (1, 3, 4))
     config = hf.Gemma3Config(
         vision_config=siglip(112).to_dict(),
