@@ -18,7 +18,7 @@ from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
 from tests.support.tolerances import CLOSE, RETAIN
 
-GREEDY = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+GREEDY = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def test_uncompile_is_the_way_back() -> None:
 
 
 def test_uncompile_gives_a_class_its_own_generate_back() -> None:
-    model = load("janus").model
+    model = load("janus", layers=3).model
     dartfx.compile(model, retain_tokens=RETAIN, lowering="eager")
     assert model.generate.__self__ is model
     assert "generate" in vars(model)
@@ -137,7 +137,7 @@ def test_a_model_that_changes_after_it_ran(change: Any) -> None:
     change(model)
     plain = copy.deepcopy(model)
     oracle = hooked.pruned_generate(
-        plain, inputs, retain=RETAIN, max_new_tokens=3, kv_layout="uniform"
+        plain, inputs, retain=RETAIN, max_new_tokens=2, kv_layout="uniform"
     )
     ours = model.generate(**inputs, **how)
     torch.testing.assert_close(torch.stack(ours.logits, 1), oracle.logits, **CLOSE)
