@@ -34,7 +34,7 @@ def generate(model: Any, inputs: dict[str, Any], steps: int) -> torch.Tensor:
 def test_one_row_and_then_several(name: str, steps: int) -> None:
     torch.compiler.reset()
     dartfx.reset()
-    family = load(name, layers=3)
+    family = load(name, layers=4)
     model = dartfx.compile(
         family.model, retain_tokens=RETAIN, lowering="eager", on_unsupported="error"
     )
