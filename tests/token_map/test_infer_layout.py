@@ -217,7 +217,7 @@ def test_no_argument_that_tells(value: Any) -> None:
 
 @pytest.mark.parametrize(("name", "layout"), [("qwen2_5_vl", (1, 4, 4)), ("llava", (4, 4))])
 def test_explain_lays_tokens_out(name: str, layout: tuple[int, ...]) -> None:
-    family = load(name)
+    family = load(name, layers=3)
     inputs = family.make_inputs("two")
     found = dartfx.explain(family.model, **inputs, options={"retain_tokens": 6}, tokens=True)
     assert [k.layout for k in found.tokens] == [Layout.grid(*layout)] * 2
@@ -225,7 +225,7 @@ def test_explain_lays_tokens_out(name: str, layout: tuple[int, ...]) -> None:
 
 
 def test_explain_says_when_it_cannot() -> None:
-    family = load("llava_next")
+    family = load("llava_next", layers=3)
     found = dartfx.explain(
         family.model, **family.make_inputs(), options={"retain_tokens": 6}, tokens=True
     )

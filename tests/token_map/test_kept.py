@@ -199,7 +199,7 @@ def test_layouts() -> None:
 
 
 def test_explain_tells_tokens_when_asked() -> None:
-    llava = load("llava")
+    llava = load("llava", layers=3)
     inputs = llava.make_inputs("two")
     asked = dartfx.explain(llava.model, **inputs, options={"retain_tokens": 6}, tokens=True)
     assert [len(k.positions) for k in asked.tokens] == [16, 16]
