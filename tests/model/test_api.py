@@ -104,7 +104,7 @@ def test_explain_a_refusal() -> None:
     explanation = dartfx.explain(Decoder(), **prompt(Sizes()), options={"layer": 9})
     assert not explanation.pruned
     assert "NOT pruned: layer=9" in str(explanation)
-    assert "try:   a layer from 1 to" in str(explanation)
+    assert "try:   a layer from 0 to" in str(explanation)
 
 
 def test_explain_a_text_prompt(llava: Family) -> None:
