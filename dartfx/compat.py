@@ -72,6 +72,11 @@ NAMES: dict[str, PrivateName] = {
         "InstructionTranslatorBase",
         _SIZES,
     ),
+    **_names(
+        "torch._dynamo.symbolic_convert",
+        "InstructionTranslator",
+        "scans along the tokens (gated delta rule) are one operator of the graph",
+    ),
     **_names("torch._dynamo.variables.lazy", "LazySymNodeFormatString LazyVariableTracker", _SIZES),
     **_names("torch._dynamo.variables.misc", "StringFormatVariable", _SIZES),
     **_names(

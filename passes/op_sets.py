@@ -73,7 +73,7 @@ ASSERTIONS = named(
 MULTI_OUTPUT = named(
     "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "topk", "max", "min",
     "sort", "cummax", "native_layer_norm",
-) | {"torchao::choose_qparams_affine"}  # fmt: skip
+) | {"torchao::choose_qparams_affine", "dartfx::chunk_gated_delta_rule"}  # fmt: skip
 
 # Operators whose size argument lists the output's dims one by one, by that argument's name.
 SIZED = {

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
 from dartfx import compat
-from dartfx.backend import dynamo_patch
+from dartfx.backend import dynamo_patch, scans
 from dartfx.backend.lowering import lower
 from dartfx.backend.masked_graph import rewrite_with_mask
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
@@ -116,6 +116,7 @@ def _calls_us(backend: object) -> bool:
 def prepare_dynamo() -> None:
     """Install what dynamo needs before it traces a frame for this backend; see dynamo_patch."""
     dynamo_patch.install(_calls_us)
+    scans.install(_calls_us)
 
 
 class GraphCompiler:

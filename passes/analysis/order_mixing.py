@@ -10,10 +10,10 @@ from __future__ import annotations
 from torch.fx import Node
 
 from dartfx.passes.analysis.cut_region import CutRegion
-from dartfx.passes.graph import packet
 from dartfx.passes.outcome import OrderMixing
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.rules.order import CAUSAL
+from dartfx.passes.rules.table import qualified_name
 
 
 def order_mixing(region: CutRegion, allowed: bool) -> OrderMixing | None:
@@ -21,12 +21,16 @@ def order_mixing(region: CutRegion, allowed: bool) -> OrderMixing | None:
 
     Raises Refusal where there are some and ``allowed`` is False.
     """
-    found = [n for n in region.nodes if packet(n) in CAUSAL and _runs_along_tokens(region, n)]
+    found = [
+        n for n in region.nodes if qualified_name(n) in CAUSAL and _runs_along_tokens(region, n)
+    ]
     if not found:
         return None
     layer_of = region.site.stack.layer_of
     layers = {layer_of.get(n) for n in found}
-    mixing = OrderMixing(len(layers), tuple(dict.fromkeys(CAUSAL[packet(n)] for n in found)))
+    mixing = OrderMixing(
+        len(layers), tuple(dict.fromkeys(CAUSAL[qualified_name(n)] for n in found))
+    )
     if not allowed:
         raise Refusal(
             f"{mixing}, and order_mixing='refuse' allows none",

@@ -7,7 +7,6 @@ import operator
 from torch.fx import Node
 
 from dartfx.passes.analysis.axis_classes import Axes
-from dartfx.passes.frontend.causal_windows import CAUSAL_CONV1D
 from dartfx.passes.graph import (
     argument,
     aten,
@@ -18,8 +17,12 @@ from dartfx.passes.op_sets import COUNTS, KEEPS_ORDER, named
 from dartfx.passes.rules.table import rule
 
 # Along their sequence each entry depends on the entries before it, in their order: what they give
-# for the kept tokens is what they give for a prompt of those tokens, closed up.
-CAUSAL = {CAUSAL_CONV1D: "conv1d"}
+# for the kept tokens is what they give for a prompt of those tokens, closed up.  By operator, the
+# name that reports show.
+CAUSAL = {
+    "dartfx::causal_conv1d": "conv1d",
+    "dartfx::chunk_gated_delta_rule": "chunk_gated_delta_rule",
+}
 
 
 @rule(*named("cumsum", "cumprod", "cummax", "logcumsumexp", "flip", "roll"))
@@ -77,9 +80,27 @@ def triangle(axes: Axes, node: Node, out: Node) -> None:
             axes.preserve_opaque(node, (first, dim), (out, dim))
 
 
-@rule(CAUSAL_CONV1D)
+@rule("dartfx::causal_conv1d")
 def causal_window(axes: Axes, node: Node, out: Node) -> None:
     """A causal convolution [B, C, S]: the batch, and the sequence that it runs along."""
     first = argument(node, "input")
     for dim in (0, 2):
         axes.preserve(node, (first, dim), (out, dim))
+
+
+@rule("dartfx::chunk_gated_delta_rule")
+def causal_scan(axes: Axes, node: Node, out: Node) -> None:
+    """Operands [B, S, H, ..]: outputs [B, S, H, D] and the state [B, H, ..] behind the last token.
+
+    Opaque where a state comes with the call: it stands for tokens that were dropped, too.
+    """
+    if argument(node, "initial_state") is not None:
+        return
+    is_state = out.args[1] == 1
+    for name in ("query", "key", "value", "g", "beta"):
+        operand = argument(node, name)
+        axes.preserve(node, (operand, 0), (out, 0))
+        if is_state:
+            axes.allow_pruning(node, (operand, 1))
+        else:
+            axes.preserve(node, (operand, 1), (out, 1))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from dartfx.passes.analysis.axis_classes import Axes
+from dartfx.passes.analysis.axis_classes import Axes, Factor, factor_length
 from dartfx.passes.graph import (
     argument,
     aten,
@@ -130,6 +131,33 @@ def regroup(axes: Axes, node: Node, out: Node) -> None:
         elif len(left) == 1 and right:
             axes.product((first, left[0]), tuple((out, d) for d in right))
             axes.allow_pruning(node, (first, left[0]))
+        elif left and right:
+            _by_factors(axes, node, (first, left), (out, right))
+
+
+def _by_factors(
+    axes: Axes, node: Node, source: tuple[Node, list[int]], result: tuple[Node, list[int]]
+) -> None:
+    """``[B * S * H, D]`` as ``[B, S, H * D]``: by the dims that a product consists of."""
+    (first, left), (out, right) = source, result
+    parts = [part for d in left for part in axes.factors((first, d)) or ((first, d),)]
+    runs: list[tuple[Factor, ...]] = []
+    for dim in right:
+        run: tuple[Factor, ...] = ()
+        while not same_size(prod(map(factor_length, run)), sizes(out)[dim]):
+            if not parts:
+                return
+            run = (*run, parts.pop(0))
+        runs.append(run)
+    if parts:
+        return
+    for dim, run in zip(right, runs, strict=True):
+        if len(run) == 1 and isinstance(run[0], tuple):
+            axes.unify(run[0], (out, dim))
+        elif run:
+            axes.product((out, dim), run)
+    for dim in left:
+        axes.allow_pruning(node, (first, dim))
 
 
 def _groups(first: Node, out: Node) -> list[tuple[list[int], list[int]]]:

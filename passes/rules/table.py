@@ -40,7 +40,7 @@ def relate(axes: Axes, node: Node) -> None:
         source = node.args[0]
         if not isinstance(source, Node) or tensor(node) is None:
             return
-        if packet(source) in MULTI_OUTPUT or _qualified_name(source) in MULTI_OUTPUT:
+        if packet(source) in MULTI_OUTPUT or qualified_name(source) in MULTI_OUTPUT:
             _apply(axes, source, node)
     elif tensor(node) is not None or packet(node) is aten._assert_tensor_metadata:
         _apply(axes, node, node)
@@ -54,7 +54,7 @@ def _apply(axes: Axes, node: Node, out: Node) -> None:
 
 def rule_of(node: Node) -> Rule | None:
     """The rule of a call's operator; an in-place call shares that of the functional one."""
-    kind, name = packet(node), _qualified_name(node)
+    kind, name = packet(node), qualified_name(node)
     if kind in RULES or name in RULES:
         return RULES.get(kind) or RULES[name]
     functional = getattr(aten, name.removeprefix("aten::").rstrip("_"), None)
@@ -65,7 +65,8 @@ def rule_of(node: Node) -> Rule | None:
     return RULES[aten.add] if pointwise else None
 
 
-def _qualified_name(node: Node) -> str:
+def qualified_name(node: Node) -> str:
+    """``library::operator`` of a call; "" for what is no operator."""
     return getattr(packet(node), "_qualified_op_name", "")
 
 

@@ -15,7 +15,7 @@ STEPS = 4
 RETAIN = 6
 
 
-@pytest.mark.parametrize("name", ["lfm2_vl"])
+@pytest.mark.parametrize("name", ["lfm2_vl", pytest.param("qwen3_5", marks=pytest.mark.slow)])
 def test_generate_of_a_padded_pair(name: str) -> None:
     family = load(name)
     inputs = family.make_inputs("pad2")

@@ -25,12 +25,9 @@ REFUSED = {
     "florence2": "none of its",
     "instructblip": "runs a model inside this one",
     "instructblipvideo": "runs a model inside this one",
-    "minicpmv4_6": "conv1d",
     "mllama": "none of its",
     "ovis2": "none of its",
     "phi4_multimodal": "none of its",
-    "qwen3_5": "conv1d",
-    "qwen3_5_moe": "conv1d",
     "step3p7": "no whole decoder stack",  # its experts are a loop over those that were hit
 }
 

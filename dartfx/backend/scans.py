@@ -1,0 +1,118 @@
+"""Scans along the tokens, which dynamo takes for one operator where it traces for this backend.
+
+transformers puts a faster implementation in place of a Python function by the function's name
+(``use_kernel_func_from_hub_with_fallback``); this goes by the same names, in whichever model's file
+they stand.  ``torch.compiler.substitute_in_graph`` replaces them in traces only: an uncompiled
+model, and what other backends compile, runs as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dartfx.ops.gated_delta  # noqa: F401  registers torch.ops.dartfx.chunk_gated_delta_rule
+from dartfx import compat
+
+__all__ = ["install"]
+
+log = logging.getLogger(__name__)
+
+Function = Callable[..., Any]
+
+_PACKAGE = "transformers.models."
+_LOCK = threading.Lock()
+_seen: set[str] = set()
+
+
+def install(ours: Callable[[object], bool]) -> None:
+    """Replace the scans of every model file that is loaded by now; the others at the next call.
+
+    ours: whether what dynamo calls with a frame's graph is this backend.
+    """
+    with _LOCK:
+        for module in [m for m in sys.modules if m.startswith(_PACKAGE) and m not in _seen]:
+            _seen.add(module)
+            for name, make in SCANS.items():
+                function = vars(sys.modules[module]).get(name)
+                if inspect.isfunction(function) and function.__module__ == module:
+                    _substitute(function, make(f"{module}:{name}", function, _traces(ours)))
+
+
+def _substitute(function: Function, traced: Function) -> None:
+    try:
+        torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)
+    except (TypeError, ValueError) as error:  # replaced by someone else, or no plain function
+        log.warning("%s is traced step by step: %s", function.__qualname__, error)
+
+
+def _traces(ours: Callable[[object], bool]) -> Callable[[], bool]:
+    def traces_for_us() -> bool:
+        translator = compat.find("InstructionTranslator")
+        return translator is not None and ours(translator.current_tx().output.compiler_fn)
+
+    # Evaluated while dynamo traces, and a constant of the trace.
+    return torch.compiler.assume_constant_result(traces_for_us)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _chunk_gated_delta_rule(path: str, function: Function, ours: Callable[[], bool]) -> Function:
+    # As it is, but not the object that is replaced.
+    plain = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    plain.__kwdefaults__ = function.__kwdefaults__
+
+    def chunk_gated_delta_rule(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        chunk_size: int = 64,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        # Packed sequences are several scans, and autocast would reach into the function.
+        packed = more.get("cu_seqlens") is not None or more.get("seq_idx") is not None
+        if packed or not ours() or torch.is_autocast_enabled(query.device.type):
+            result: tuple[Tensor, Tensor | None] = plain(
+                query,
+                key,
+                value,
+                g=g,
+                beta=beta,
+                chunk_size=chunk_size,
+                initial_state=initial_state,
+                output_final_state=output_final_state,
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+                **more,
+            )
+            return result
+        operands = query, key, value, g, beta, initial_state
+        outputs, state = torch.ops.dartfx.chunk_gated_delta_rule(
+            *operands, chunk_size, use_qk_l2norm_in_kernel, path
+        )
+        return outputs, state if output_final_state else None
+
+    return chunk_gated_delta_rule
+
+
+# What transformers calls them: (its module and name, itself, whether a trace is ours) -> what is
+# traced instead.
+SCANS: dict[str, Callable[[str, Function, Callable[[], bool]], Function]] = {
+    "torch_chunk_gated_delta_rule": _chunk_gated_delta_rule,
+}
