@@ -77,6 +77,11 @@ NAMES: dict[str, PrivateName] = {
         "InstructionTranslator",
         "scans along the tokens (gated delta rule) are one operator of the graph",
     ),
+    **_names(
+        "torch._dynamo.callback",
+        "on_compile_start",
+        "scans of models that are loaded after the backend was looked up are operators, too",
+    ),
     **_names("torch._dynamo.variables.lazy", "LazySymNodeFormatString LazyVariableTracker", _SIZES),
     **_names("torch._dynamo.variables.misc", "StringFormatVariable", _SIZES),
     **_names(

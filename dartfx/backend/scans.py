@@ -30,16 +30,26 @@ Function = Callable[..., Any]
 
 _PACKAGE = "transformers.models."
 _LOCK = threading.Lock()
+_installed = False
 _seen: set[str] = set()
 
 
 def install(ours: Callable[[object], bool]) -> None:
-    """Replace the scans of every model file that is loaded by now; the others at the next call.
+    """Replace the scans of every model file that is loaded when dynamo starts to trace a frame.
 
     ours: whether what dynamo calls with a frame's graph is this backend.
     """
+    global _installed
     with _LOCK:
-        for module in [m for m in sys.modules if m.startswith(_PACKAGE) and m not in _seen]:
+        if not _installed and (on_start := compat.find("on_compile_start")) is not None:
+            on_start(lambda *_: _replace_loaded(ours))
+        _installed = True
+    _replace_loaded(ours)
+
+
+def _replace_loaded(ours: Callable[[object], bool]) -> None:
+    with _LOCK:
+        for module in [m for m in list(sys.modules) if m.startswith(_PACKAGE) and m not in _seen]:
             _seen.add(module)
             for name, make in SCANS.items():
                 function = vars(sys.modules[module]).get(name)
@@ -63,16 +73,21 @@ def _traces(ours: Callable[[object], bool]) -> Callable[[], bool]:
     return torch.compiler.assume_constant_result(traces_for_us)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _chunk_gated_delta_rule(path: str, function: Function, ours: Callable[[], bool]) -> Function:
-    # As it is, but not the object that is replaced.
-    plain = types.FunctionType(
+def _copied(function: Function) -> Function:
+    """The function as it is, as an object that is not replaced."""
+    copy = types.FunctionType(
         function.__code__,
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    plain.__kwdefaults__ = function.__kwdefaults__
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _chunk_gated_delta_rule(path: str, function: Function, ours: Callable[[], bool]) -> Function:
+    plain = _copied(function)
 
     def chunk_gated_delta_rule(
         query: Tensor,
@@ -89,17 +104,9 @@ def _chunk_gated_delta_rule(path: str, function: Function, ours: Callable[[], bo
         # Packed sequences are several scans, and autocast would reach into the function.
         packed = more.get("cu_seqlens") is not None or more.get("seq_idx") is not None
         if packed or not ours() or torch.is_autocast_enabled(query.device.type):
+            given = query, key, value, g, beta, chunk_size, initial_state
             result: tuple[Tensor, Tensor | None] = plain(
-                query,
-                key,
-                value,
-                g=g,
-                beta=beta,
-                chunk_size=chunk_size,
-                initial_state=initial_state,
-                output_final_state=output_final_state,
-                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-                **more,
+                *given, output_final_state, use_qk_l2norm_in_kernel, **more
             )
             return result
         operands = query, key, value, g, beta, initial_state
