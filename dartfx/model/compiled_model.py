@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dartfx import compat
 from dartfx.backend.graph_compiler import (
@@ -67,9 +67,6 @@ class CompiledModel:
     A whole graph is what ``generate`` gives for nearly every model, while a plain forward with
     pixels may have to break.  Calls that broke are remembered by the names of their arguments, and
     so are calls that failed after a pruned graph, which run eagerly.
-
-    uniform: compiles the same with uniform caches, for prefills into a static cache; None where the
-    options forbid it.
     """
 
     def __init__(
@@ -78,37 +75,22 @@ class CompiledModel:
         one_graph: Call,
         with_breaks: Call,
         config: DartConfig,
-        uniform: Callable[[], CompiledModel] | None = None,
     ) -> None:
         self.config = config
         self.calls, self.history = 0, History()
         self._model = model
         self._eager: Call = model._call_impl
         self._one_graph, self._with_breaks = one_graph, with_breaks
-        self._uniform = None if uniform is None else cache(uniform)
         self._breaks: set[frozenset[str]] = set()
         self._fails: dict[frozenset[str], Declined] = {}
         self._settled: set[frozenset[str]] = set()
 
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        config: DartConfig,
-        dynamic: bool | None = None,
-        *,
-        gathers_decode_mask: bool = True,
-    ) -> CompiledModel:
-        """What ``dartfx.compile`` puts in the place of a model's call.
-
-        gathers_decode_mask: decode steps come through this call, too; those of static caches may be
-        compiled elsewhere.
-        """
+    def of(cls, model: nn.Module, config: DartConfig, dynamic: bool | None = None) -> CompiledModel:
+        """What ``dartfx.compile`` puts in the place of a model's call."""
         prepare_dynamo()
         caller = CallerCapabilities(
-            fixes_sliding_lengths=True,
-            gathers_decode_mask=gathers_decode_mask,
-            knows_positions=True,
+            fixes_sliding_lengths=True, gathers_decode_mask=True, knows_positions=True
         )
         may_break = replace(caller, can_retry_with_graph_breaks=True)
         in_one = partial(compile_graph, config, caller=may_break)
@@ -117,11 +99,7 @@ class CompiledModel:
         settings: dict[str, Any] = {"dynamic": dynamic, **_ISOLATED}
         one_graph = torch.compile(call, backend=in_one, fullgraph=True, **settings)
         with_breaks = torch.compile(call, backend=in_several, **settings)
-        uniform = None
-        if config.kv_layout != "layered":
-            one_length = replace(config, kv_layout="uniform")
-            uniform = partial(cls.of, model, one_length, dynamic, gathers_decode_mask=False)
-        return cls(model, one_graph, with_breaks, config, uniform)
+        return cls(model, one_graph, with_breaks, config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
@@ -131,7 +109,7 @@ class CompiledModel:
             if brings_media(args, kwargs):
                 return _outside_of_graphs(self, args, kwargs)
             # transformers compiles the decode steps of static caches by itself.
-            return self._eager(*args, **kwargs)
+            return self._eager(*args, **_with_traced_mask(kwargs))
         self.calls += 1
         call = Arguments.of(self._model.forward, args, kwargs)
         if (declined := runs_eagerly() or hooks_in_decoder(self._model)) is not None:
@@ -141,17 +119,17 @@ class CompiledModel:
             return self._eager(*args, **kwargs)
         caches = [*call.caches, *filter(kv_cache.is_cache, vars(self._model).values())]
         for kv in caches:
-            kv_cache.require_unpruned(kv, call.tokens)
-        if self._uniform is not None and (empty := list(filter(kv_cache.is_empty_static, caches))):
-            uniform = self._uniform()
-            uniform.history = self.history
-            return uniform._prefill_static(empty[0], call)
-        with keep_idx.collect_keep_idx() as collected:
+            kv_cache.require_one_length(kv, call.tokens)
+        empty = list(filter(kv_cache.is_empty_static, caches))
+        if empty and self.config.kv_layout != "layered":
+            return self._prefill_static(empty[0], call)
+        with keep_idx.collect_keep_idx() as collected, kv_cache.fitting_masks(caches):
             result = self._call(_with_decode_masks(call, caches))
         caches += [value for _, value in leaves_of("", result) if kv_cache.is_cache(value)]
+        masks = [value for name, value in call.leaves if _may_be_mask(name, value)]
         for kv in {id(kv): kv for kv in caches}.values():
-            kv_cache.fix_sliding_lengths(kv)
-            kv_cache.mark_pruned(kv, call.tokens, [record.keep_idx for record in collected])
+            kept = [record.keep_idx for record in collected]
+            kv_cache.mark_pruned(kv, call.tokens, kept, masks)
         self.history.add_kept(collected)
         return result
 
@@ -274,11 +252,29 @@ _outside_of_graphs: Call = torch.compiler.disable(  # type: ignore[no-untyped-ca
 def _with_decode_masks(call: Arguments, caches: Sequence[Any]) -> Arguments:
     """The call with its masks gathered as the caches were."""
     swaps = {}
-    for kv in caches:
-        for _, value in call.leaves:
-            if (gathered := kv_cache.gather_decode_mask(kv, value)) is not value:
-                swaps[id(value)] = gathered
+    for kv in filter(kv_cache.pruned_length, caches):
+        for name, value in call.leaves:
+            seen = int(kv.get_seq_length()) + call.tokens
+            if _may_be_mask(name, value) and (
+                name == "attention_mask" or value.shape[-1] == seen > call.tokens
+            ):
+                swaps[id(value)] = kv_cache.fit_mask(kv, value, call.tokens)
     return call.with_swaps(swaps)
+
+
+def _with_traced_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same for a decode step that transformers compiles, while it is traced."""
+    kv, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if kv is None or not isinstance(mask, Tensor) or mask.ndim != 4:
+        return kwargs
+    return kwargs | {"attention_mask": kv_cache.fit_mask(kv, mask, mask.shape[2])}
+
+
+def _may_be_mask(name: str, value: Any) -> bool:
+    """Whether an argument may say which tokens are to be seen, whatever its name."""
+    if not isinstance(value, Tensor) or value.ndim not in (2, 4):
+        return False
+    return name == "attention_mask" or (value.ndim == 2 and not value.is_floating_point())
 
 
 def _brought(call: Arguments) -> str:

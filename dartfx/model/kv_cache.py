@@ -1,6 +1,9 @@
 """What :func:`dartfx.compile` does to transformers' KV caches around a compiled call.
 
-Sliding-window caches count their tokens in Python, where the compiled prefill counted the prompt's.
+After a pruned prefill a cache's layers become such as know what they lack
+(``runtime/pruned_layers.py``), so that transformers makes positions and masks of later calls.  What
+it cannot know is which column of a caller's mask belongs to which token that is left: masks are
+gathered before the call.
 Static caches have slots for all tokens from the start, so that every decode step has the same
 shapes (CUDA graphs); a pruned prefill fills a dynamic cache instead, whose S' tokens in every layer
 (uniform) are then copied over, one pass over the KV bytes.
@@ -9,24 +12,27 @@ shapes (CUDA graphs); a pruned prefill fills a dynamic cache instead, whose S' t
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dartfx.errors import SelectionError
+from dartfx.runtime.pruned_layers import KeptColumns, PrunedLayer, make_pruned
 
 __all__ = [
     "copy_into_static",
-    "fix_sliding_lengths",
-    "gather_decode_mask",
+    "fit_mask",
+    "fitting_masks",
+    "held_tokens",
     "is_cache",
     "is_empty_static",
     "mark_pruned",
     "new_dynamic_cache",
     "pruned_length",
-    "require_unpruned",
+    "require_one_length",
     "strip_static_slots",
 ]
 
@@ -36,49 +42,72 @@ def is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length") and isinstance(getattr(value, "layers", None), list)
 
 
+def pruned_layers(cache: Any) -> list[PrunedLayer]:
+    """The layers of a cache that lack tokens."""
+    return [layer for layer in cache.layers if isinstance(layer, PrunedLayer) and layer.dropped]
+
+
 def pruned_length(cache: Any) -> int:
     """How many tokens pruning removed from every row of a transformers cache's shortest layer."""
-    return int(getattr(cache, _PRUNED_LENGTH, 0))
+    return max((layer.dropped for layer in pruned_layers(cache)), default=0)
 
 
-def require_unpruned(cache: Any, tokens: int) -> None:
-    """Raise SelectionError where several tokens would continue a cache that pruning shortened.
+def require_one_length(cache: Any, tokens: int) -> None:
+    """Raise SelectionError where several tokens would continue a cache of the layout "layered".
 
-    transformers takes the length of the cache for the tokens seen so far, and so would feed tokens
-    of the prompt again, or keep rejected guesses in the cache.
+    transformers makes one mask for all layers, and their columns are not the same tokens.
     """
-    missing = pruned_length(cache)
-    if missing and tokens > 1 and int(cache.get_seq_length()) > 0:
+    if tokens > 1 and any(layer.kept is None for layer in pruned_layers(cache)):
         raise SelectionError(
-            f"{tokens} tokens continue a cache that pruning left {missing} tokens shorter than the "
-            "text it stands for, so their positions are not known. Give the whole conversation "
-            "without past_key_values, and decode one token at a time (no assisted decoding or "
-            "prompt lookup)"
+            f"{tokens} tokens continue a KV cache whose layers hold different tokens of a pruned "
+            'prompt (kv_layout="layered"), which no one mask fits. Compile with the default '
+            "kv_layout, or decode one token at a time"
         )
 
 
-def mark_pruned(cache: Any, tokens: int, keep_idx: Sequence[Tensor]) -> None:
-    """Store on a cache that began with this call what decode needs to know of its pruning.
+def mark_pruned(
+    cache: Any, tokens: int, keep_idx: Sequence[Tensor], masks: Sequence[Tensor] = ()
+) -> None:
+    """Let the layers of a cache that began with this call know which tokens they lack.
 
-    That is how many tokens its shortest layer lacks, and, for a batch, which tokens were kept.
-    keep_idx: [B, S'] of each graph that returned it.
+    tokens: S; keep_idx: [B, S'] of each graph that returned it; masks: those of the call that
+    may be the prompt's, [B, S] or [B, 1, S, S].
     """
-    missing = [
-        _expected_length(layer, tokens) - held
-        for layer in getattr(cache, "layers", ())
-        if (held := held_tokens(layer)) is not None
-    ]
-    if missing and max(missing) > 0:
-        setattr(cache, _PRUNED_LENGTH, max(missing))
-        if keep_idx and keep_idx[-1].shape[0] > 1 and _is_uniform(cache, keep_idx[-1].shape[1]):
-            setattr(cache, _KEEP_IDX, (tokens, keep_idx[-1]))
-            _count_kept_tokens(cache, keep_idx[-1].shape[1])
+    held = {n: length for n, layer in enumerate(cache.layers) if (length := held_tokens(layer))}
+    if not keep_idx or not held:
+        return
+    left, lengths = keep_idx[-1].shape[1], list(held.values())
+    if max(lengths) > tokens or lengths[-1] > left:  # the cache of another model, or an older one
+        return
+    full = [length for n, length in held.items() if not _is_sliding(cache.layers[n])]
+    kept = None
+    if all(length == left for length in full):
+        kept = KeptColumns(tokens, keep_idx[-1], _valid(masks, tokens, keep_idx[-1]))
+    for n, length in held.items():
+        layer = cache.layers[n]
+        if _is_sliding(layer):
+            layer.cumulative_length = tokens
+            make_pruned(cache.layers, n, tokens - left, kept)
+        elif length < tokens:
+            if isinstance(getattr(layer, "cumulative_length", None), int):
+                # Quantised layers count in Python, where the compiled call counted the prompt's.
+                layer.cumulative_length = length
+            make_pruned(cache.layers, n, tokens - length, kept)
 
 
-def _is_uniform(cache: Any, length: int) -> bool:
-    """Whether all layers without a window hold ``length`` tokens, so that one mask fits all."""
-    layers = [layer for layer in cache.layers if not getattr(layer, "is_sliding", False)]
-    return {held_tokens(layer) for layer in layers} <= {None, length}
+def _is_sliding(layer: Any) -> bool:
+    return bool(getattr(layer, "is_sliding", False))
+
+
+def _valid(masks: Sequence[Tensor], tokens: int, keep_idx: Tensor) -> Tensor | None:
+    """Which of the kept tokens [B, S'] are no pads, by the first mask of the prompt."""
+    for mask in masks:
+        if mask.ndim == 4 and mask.shape[-2:] == (tokens, tokens):
+            mask = mask[:, 0, -1]  # the last token sees all that are no pads
+            mask = mask if mask.dtype == torch.bool else mask == 0
+        if mask.shape == (keep_idx.shape[0], tokens):
+            return mask.bool().gather(1, keep_idx.to(mask.device))
+    return None
 
 
 def held_tokens(layer: Any) -> int | None:
@@ -96,48 +125,63 @@ def held_tokens(layer: Any) -> int | None:
     return int(shape[-2]) + (plain or 0) if len(shape) == 4 else None
 
 
-def _count_kept_tokens(cache: Any, length: int) -> None:
-    """Set the token counts of sliding layers to S', by which they find their mask columns.
+@contextmanager
+def fitting_masks(caches: Sequence[Any]) -> Iterator[None]:
+    """Let pruned layers know that masks are gathered for them inside the ``with`` block."""
+    layers = [layer for cache in caches for layer in pruned_layers(cache)]
+    for layer in layers:
+        layer.masks_fit = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.masks_fit = False
 
-    The mask is the one of :func:`gather_decode_mask`; a window that is full is no exception.
+
+def fit_mask(cache: Any, mask: Tensor, tokens: int) -> Tensor:
+    """A mask for ``tokens`` more tokens on a pruned cache, with the columns that the cache has.
+
+    mask: [B, columns] or [B, 1, tokens, columns], for all tokens seen so far and the new ones, or
+    for those that the cache holds and the new ones.  transformers reads the last columns of the
+    former kind, so those of kept tokens go there, in the places of what was dropped are zeros.
+    Raises SelectionError for another length or number of rows.
     """
-    for layer in cache.layers:
-        if getattr(layer, "is_sliding", False):
-            layer.cumulative_length = length
-
-
-def _expected_length(layer: Any, tokens: int) -> int:
-    """How many tokens a cache layer holds after ``tokens`` tokens, at least."""
-    if getattr(layer, "is_sliding", False):
-        return min(tokens, int(layer.sliding_window) - 1)
-    return tokens
-
-
-def gather_decode_mask(cache: Any, mask: Any) -> Any:
-    """A decode step's mask [B, S + t] gathered as the cache was, [B, S' + t]; others unchanged.
-
-    transformers reads as many of the mask's first columns as the cache holds tokens.  That fits
-    when every row kept its pads; a row with fewer vision tokens than others lost some of them.
-    """
-    pruning = getattr(cache, _KEEP_IDX, None)
-    if pruning is None or not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+    layer = next((each for each in pruned_layers(cache) if each.kept is not None), None)
+    if layer is None or layer.kept is None:
         return mask
-    prompt, keep_idx = pruning
-    if mask.shape[-1] <= prompt or (mask.ndim == 2 and mask.is_floating_point()):
-        return mask
-    if len(mask) != len(keep_idx):
+    kept, dropped = layer.kept, layer.dropped
+    if hasattr(layer, "max_cache_len") and mask.ndim == 4:
+        return _without_pads(mask, kept)
+    length = mask.shape[-1]
+    seen = layer.get_seq_length() + tokens
+    if length not in (seen, seen - dropped):
+        raise SelectionError(
+            f"an attention mask of {length} columns came with {tokens} tokens and a cache that "
+            f"holds {seen - tokens - dropped} of {seen - tokens} tokens; give one of {seen} "
+            f"columns, for all tokens, or of {seen - dropped}, for those that are left"
+        )
+    if len(mask) != len(kept.keep_idx):
         raise SelectionError(
             f"an attention mask of {len(mask)} rows came with a cache that was pruned with "
-            f"{len(keep_idx)} rows; give generate the batch as it will be decoded"
+            f"{len(kept.keep_idx)} rows; give generate the batch as it will be decoded"
         )
-    old, new = mask[..., :prompt], mask[..., prompt:]
-    columns = keep_idx if mask.ndim == 2 else keep_idx[:, None, None].expand(*old.shape[:3], -1)
-    return torch.cat([old.gather(-1, columns), new], -1)
+    keep_idx = kept.keep_idx.to(mask.device)
+    if length == seen:
+        if mask.ndim == 4:
+            keep_idx = keep_idx[:, None, None].expand(*mask.shape[:3], -1)
+        old, new = mask[..., : kept.prompt], mask[..., kept.prompt :]
+        mask = torch.cat([old.gather(-1, keep_idx), new], -1)
+    return mask if mask.ndim == 4 else torch.nn.functional.pad(mask, (dropped, 0))
 
 
-# Attributes, so that a copy of the cache has them, too.
-_PRUNED_LENGTH = "_dartfx_pruned_length"
-_KEEP_IDX = "_dartfx_keep_idx"
+def _without_pads(mask: Tensor, kept: KeptColumns) -> Tensor:
+    """A static cache's mask [B, 1, t, slots], as ``generate`` makes it, with pads hidden."""
+    if kept.valid is None:
+        return mask
+    hidden = torch.zeros(len(mask), 1, 1, mask.shape[-1], dtype=torch.bool, device=mask.device)
+    hidden[..., : kept.valid.shape[1]] = ~kept.valid.to(mask.device)[:, None, None]
+    lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(hidden, lowest)
 
 
 def is_empty_static(cache: Any) -> bool:
@@ -146,10 +190,7 @@ def is_empty_static(cache: Any) -> bool:
     Static sliding-window layers do not count: which slot they write depends on the whole prompt.
     """
     layers = list(getattr(cache, "layers", ()))
-    static = all(
-        hasattr(layer, "max_cache_len") and not getattr(layer, "is_sliding", False)
-        for layer in layers
-    )
+    static = all(hasattr(layer, "max_cache_len") and not _is_sliding(layer) for layer in layers)
     # All layers hold equally many tokens; on a GPU each query waits for the device, so one is read.
     return bool(layers) and static and int(layers[0].get_seq_length()) == 0
 
@@ -185,22 +226,7 @@ def copy_into_static(static: Any, dynamic: Any) -> None:
             f"caches of {len(dynamic.layers)} layers with {sorted(lengths)} tokens do not fit a "
             f"static cache of {len(static.layers)} layers with {slots} slots"
         )
-    for target, layer in zip(static.layers, dynamic.layers, strict=True):
-        target.update(layer.keys, layer.values)
-    setattr(static, _PRUNED_LENGTH, pruned_length(dynamic))
-
-
-def fix_sliding_lengths(cache: Any) -> None:
-    """Set the token counts of a cache's sliding and quantised layers to what they hold.
-
-    Such a layer counts in Python, so the compiled prefill counted the tokens of the whole prompt.
-    """
-    for layer in getattr(cache, "layers", ()):
-        counted, length = getattr(layer, "cumulative_length", None), held_tokens(layer)
-        if not isinstance(counted, int) or length is None:
-            continue
-        quantised = getattr(layer, "_quantized_keys", None) is not None
-        sliding = getattr(layer, "is_sliding", False)
-        full = counted if quantised else min(counted, layer.sliding_window - 1) if sliding else 0
-        if length < full:
-            layer.cumulative_length = length
+    for n, layer in enumerate(dynamic.layers):
+        static.layers[n].update(layer.keys, layer.values)
+        if isinstance(layer, PrunedLayer):
+            make_pruned(static.layers, n, layer.dropped, layer.kept)

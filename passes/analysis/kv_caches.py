@@ -39,10 +39,9 @@ def plan_cache_layout(region: CutRegion, length: Size, request: Request) -> Cach
     site, axes, returned = region.site, region.axes, region.output.all_input_nodes
     sliding, wanted = sliding_caches(site, returned, axes), request.kv_layout
     width = window(sliding)
-    one_length = site.layer == 0 and len(request.stages) == 1
     if width is None or bool(length >= width):
         caches = kv_caches(site, returned, axes)
-        return CacheLayout(choose_layout(site, wanted, caches, one_length), caches, width)
+        return CacheLayout(choose_layout(site, request, caches), caches, width)
     # transformers counts the tokens of a sliding cache in a Python number, which dynamo fixed while
     # tracing.  Once a window is full the number no longer matters; before, decode reads caches of
     # all layers by it.
@@ -55,8 +54,7 @@ def plan_cache_layout(region: CutRegion, length: Size, request: Request) -> Cach
         )
     whole = {tail: argument(tail, "self") for tail in sliding}
     caches = kv_caches(site, dict.fromkeys(whole.get(n, n) for n in returned), axes)
-    layout = choose_layout(site, "uniform", caches, one_length)
-    return CacheLayout(layout, caches, None, tuple(sliding))
+    return CacheLayout("uniform", caches, None, tuple(sliding))
 
 
 def kv_caches(site: Site, returned: Iterable[Node], axes: TokenAxes) -> dict[Node, int]:
@@ -88,18 +86,18 @@ def window(sliding: Sequence[Node]) -> int | None:
     return max((-argument(n, "start") for n in sliding), default=None)
 
 
-def choose_layout(site: Site, wanted: str, caches: dict[Node, int], one_length: bool) -> str:
+def choose_layout(site: Site, request: Request, caches: dict[Node, int]) -> str:
     """The layout to use.  Raises Refusal for one that decode could not read.
 
-    transformers builds one decode mask from one layer's length, so caches of unequal length are
-    exact only where no mask is needed: one row, no padding, no mask at the attention.  one_length:
-    no layer sees the whole prompt, so there is nothing to choose.
+    transformers builds one mask from one layer's length, so caches of unequal length are exact only
+    where no mask is needed: one new token of one row, no padding, no mask at the attention.  A
+    caller that fits masks may continue caches by any number of tokens, if all hold the same ones.
     """
-    if one_length:
-        return "uniform"
-    one_row = is_one(sizes(site.hidden)[0])
+    if site.layer == 0 and len(request.stages) == 1:
+        return "uniform"  # no layer sees the whole prompt, so there is nothing to choose
+    wanted, one_row = request.kv_layout, is_one(sizes(site.hidden)[0])
     if wanted == "auto":
-        exact = one_row and site.attention_mask is None
+        exact = one_row and site.attention_mask is None and not request.gathers_decode_mask
         return "layered" if exact or not caches else "uniform"
     if wanted == "layered" and caches and not one_row:
         raise Refusal(

@@ -53,7 +53,7 @@ def test_one_row_and_then_several(name: str, steps: int) -> None:
             latent_cache=family.structure.latent_cache,
             retain=RETAIN,
             max_new_tokens=steps,
-            kv_layout="layered" if variant == "one" else "uniform",
+            kv_layout="uniform",
         )
         torch.testing.assert_close(logits, oracle.logits, **CLOSE)
     assert sum(r.pruned for r in dartfx.reports()) == 2

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dartfx
 from dartfx.model.arguments import Arguments
+from dartfx.model.kv_cache import pruned_length
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.family import Family
@@ -105,16 +106,6 @@ def test_a_ragged_batch_decodes_alike_however_it_is_called(decode: Decode) -> No
     assert sum(made.pruned for made in dartfx.reports()) == 1
 
 
-def test_a_second_turn_is_refused_after_a_first_one_given_by_position() -> None:
-    inputs = llava().make_inputs()
-    model = compiled(kv_layout="uniform")
-    with torch.no_grad():
-        cache = model(inputs["input_ids"], inputs["pixel_values"], use_cache=True).past_key_values
-    longer = torch.cat([inputs["input_ids"], torch.tensor([[5, 6, 7, 8]])], 1)
-    with pytest.raises(dartfx.SelectionError, match="continue a cache"):
-        model.generate(longer, past_key_values=cache, max_new_tokens=2)
-
-
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_a_static_cache_in_a_plain_call(return_dict: bool) -> None:
     from transformers import StaticCache
@@ -125,7 +116,9 @@ def test_a_static_cache_in_a_plain_call(return_dict: bool) -> None:
     with torch.no_grad():
         output = model(**inputs, past_key_values=cache, return_dict=return_dict)
     assert output[1] is cache
-    assert {int(layer.get_seq_length()) for layer in cache.layers} == {by_hooks().shape[1]}
+    prompt = inputs["input_ids"].shape[1]
+    assert {int(layer.get_seq_length()) for layer in cache.layers} == {prompt}
+    assert pruned_length(cache) == prompt - by_hooks().shape[1]
     torch.testing.assert_close(output[0], by_hooks(), **CLOSE)
 
 
@@ -242,7 +235,9 @@ def test_threads_that_call_a_freshly_compiled_model_at_once() -> None:
     for call in calls:
         del call["attention_mask"]
     expected = [
-        hooked.pruned_generate(llava().model, call, retain=RETAIN, max_new_tokens=2).logits
+        hooked.pruned_generate(
+            llava().model, call, retain=RETAIN, max_new_tokens=2, kv_layout="uniform"
+        ).logits
         for call in calls
     ]
     model = compiled()

@@ -72,7 +72,9 @@ def test_streamers_in_threads() -> None:
     built = load("llava", layers=3)
     prompts = [built.make_inputs("one", seed=seed) for seed in (1, 2)]
     expected = [
-        hooked.pruned_generate(built.model, inputs, retain=RETAIN, max_new_tokens=3).token_ids[0]
+        hooked.pruned_generate(
+            built.model, inputs, retain=RETAIN, max_new_tokens=3, kv_layout="uniform"
+        ).token_ids[0]
         for inputs in prompts
     ]
     dartfx.compile(built.model, **OPTIONS)

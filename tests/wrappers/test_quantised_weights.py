@@ -123,7 +123,9 @@ def built() -> Family:
 def test_generates_as_with_hooks(built: Family, quantise: Any, lowering: str) -> None:
     quantise(built.model)
     inputs = built.make_inputs("one")
-    oracle = hooked.pruned_generate(built.model, inputs, retain=RETAIN, max_new_tokens=3)
+    oracle = hooked.pruned_generate(
+        built.model, inputs, retain=RETAIN, max_new_tokens=3, kv_layout="uniform"
+    )
     dartfx.compile(built.model, lowering=lowering, **OPTIONS)
     found = built.model.generate(
         **inputs,
