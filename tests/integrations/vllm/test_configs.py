@@ -1,0 +1,102 @@
+"""What vLLM makes of dartfx's options: configs, refusals at start, decoders of its models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from dartfx.errors import ConfigError
+from dartfx.integrations.vllm import models, options, vllm_api
+from tests.support.vllm_serving import ENGINE, ENVIRONMENT, serve
+
+pytestmark = [
+    pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("default"),
+]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+def config_of(checkpoint: Path, given: Any, **engine: Any) -> Any:
+    """The config that vLLM makes of its arguments, with the installed plugin."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    extra = {} if given is None else {"additional_config": {"dartfx": given}}
+    arguments = ENGINE | {"model": str(checkpoint)} | extra | engine
+    return EngineArgs(**arguments).create_engine_config()
+
+
+def test_every_name_of_vllm_is_there() -> None:
+    assert vllm_api.missing() == []
+
+
+def test_the_options_decide_what_compiled_code_is_reused(checkpoint: Path) -> None:
+    hashes = {
+        config_of(checkpoint, given).compute_hash()
+        for given in (None, {"retain_tokens": 64}, {"retain_tokens": 64, "layer": 3})
+    }
+    assert len(hashes) == 3
+
+
+def test_the_config_gets_what_pruning_needs(checkpoint: Path) -> None:
+    config = config_of(checkpoint, {"retain_tokens": 64})
+    assert config.scheduler_config.scheduler_cls == options.SCHEDULER
+    assert config.model_config.logits_processors == [options.LOGITS_PROCESSOR]
+    plain = config_of(checkpoint, None)
+    assert plain.scheduler_config.scheduler_cls is None
+    assert not plain.model_config.logits_processors
+
+
+@pytest.mark.parametrize(
+    ("given", "engine", "message"),
+    [
+        ({"retain_token": 64}, {}, "did you mean 'retain_tokens'"),
+        ({}, {"enable_chunked_prefill": True}, "--no-enable-chunked-prefill"),
+        ({}, {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+        ({}, {"enable_lora": True}, "leave out --enable-lora"),
+    ],
+)
+def test_a_start_that_cannot_prune_ends_with_the_reason(
+    checkpoint: Path, given: Any, engine: Any, message: str
+) -> None:
+    with pytest.raises(Exception, match=message):
+        config_of(checkpoint, given, **engine)
+
+
+def test_a_window_behind_the_cut_ends_the_start(checkpoint: Path, tmp_path: Path) -> None:
+    early = {"additional_config": {"dartfx": {"layer": 1}}}
+    with pytest.raises(AssertionError, match="decoder layer 1 attends within a window of 8"):
+        serve(tmp_path, [], model=str(checkpoint), **early)
+
+
+def model_with(decoder_class: Any) -> Any:
+    """A model whose decoder is of a class of vLLM, with nothing in it."""
+    decoder = decoder_class.__new__(decoder_class)
+    nn.Module.__init__(decoder)
+    decoder.layers, decoder.norm = nn.ModuleList(), nn.Identity()
+    return SimpleNamespace(get_language_model=lambda: SimpleNamespace(model=decoder))
+
+
+def test_decoders_of_the_common_form_are_found() -> None:
+    from vllm.model_executor.models.internlm2 import InternLM2Model
+    from vllm.model_executor.models.llama import LlamaModel
+    from vllm.model_executor.models.qwen2 import Qwen2Model
+    from vllm.model_executor.models.qwen3 import Qwen3Model
+
+    for decoder_class in (InternLM2Model, LlamaModel, Qwen2Model, Qwen3Model):
+        assert isinstance(models.find_decoder(model_with(decoder_class)), decoder_class)
+
+
+def test_visual_features_for_later_layers_are_refused() -> None:
+    from vllm.model_executor.models.qwen3_vl import Qwen3LLMModel
+
+    with pytest.raises(ConfigError, match="Qwen3LLMModel also takes deepstack_input_embeds"):
+        models.find_decoder(model_with(Qwen3LLMModel))
