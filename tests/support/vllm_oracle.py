@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dartfx.tools.zoo.hooked import pruned_generate, unpruned_generate
+from dartfx.tools.zoo.hooked import SelectionInputs, pruned_generate, unpruned_generate
+from dartfx.tools.zoo.oracle import select_batch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HELD_OUT = EXAMPLES / "tiny_vlm" / "heldout"
@@ -42,8 +43,15 @@ def _loaded() -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def oracle(asked: Any, retain: int | None) -> list[int]:
+def oracle(asked: Any, retain: int | None, text_pivots: int = 4) -> list[int]:
     """Greedy tokens of transformers for one request, pruned by hooks or, for None, unpruned."""
+
+    def select(seen: SelectionInputs, retain: int) -> torch.Tensor:
+        masks = seen.vision, retain, seen.valid
+        return torch.tensor(
+            select_batch(seen.hidden, seen.keys, *masks, p_txt=text_pivots).keep_idx
+        )
+
     model, processor = _loaded()
     prompt, pictures, tokens = asked
     images = [Image.open(picture).convert("RGB") for picture in pictures]
@@ -55,6 +63,6 @@ def oracle(asked: Any, retain: int | None) -> list[int]:
     if not images or retain is None:
         made = unpruned_generate(model, inputs, max_new_tokens=tokens)
     else:
-        made = pruned_generate(model, inputs, retain=retain, max_new_tokens=tokens)
+        made = pruned_generate(model, inputs, retain=retain, max_new_tokens=tokens, selector=select)
     wanted: list[int] = made.logits.argmax(-1)[0].tolist()
     return wanted

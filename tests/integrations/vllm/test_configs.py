@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from dartfx.errors import ConfigError
-from dartfx.integrations.vllm import models, options, vllm_api
+from dartfx.integrations.vllm import options, vllm_api
 from tests.support.vllm_serving import ENGINE, ENVIRONMENT, serve
 
 pytestmark = [
@@ -91,12 +91,16 @@ def test_decoders_of_the_common_form_are_found() -> None:
     from vllm.model_executor.models.qwen2 import Qwen2Model
     from vllm.model_executor.models.qwen3 import Qwen3Model
 
+    from dartfx.integrations.vllm import models
+
     for decoder_class in (InternLM2Model, LlamaModel, Qwen2Model, Qwen3Model):
         assert isinstance(models.find_decoder(model_with(decoder_class)), decoder_class)
 
 
 def test_visual_features_for_later_layers_are_refused() -> None:
     from vllm.model_executor.models.qwen3_vl import Qwen3LLMModel
+
+    from dartfx.integrations.vllm import models
 
     with pytest.raises(ConfigError, match="Qwen3LLMModel also takes deepstack_input_embeds"):
         models.find_decoder(model_with(Qwen3LLMModel))

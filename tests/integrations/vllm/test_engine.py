@@ -21,6 +21,7 @@ pytestmark = [
 
 PRUNED = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
 VISION = 576
+PIVOTS = 16
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +73,13 @@ def test_what_is_pruned_stands_in_the_log(run: Any, requests: list[Any]) -> None
 def test_preempted_requests_keep_the_same_tokens(
     checkpoint: Path, requests: list[Any], tmp_path: Path
 ) -> None:
+    """More text pivots than a prompt has text: generated tokens must not become some."""
     long = [[asked[0], asked[1], 40] for asked in requests if len(asked[1]) == 1]
     few = {"max_model_len": 700, "num_gpu_blocks_override": 90}
-    made = serve(tmp_path, long, model=str(checkpoint), **few, **PRUNED)
+    given = {"retain_tokens": RETAIN, "pivot_text_tokens": PIVOTS}
+    made = serve(tmp_path, long, model=str(checkpoint), additional_config={"dartfx": given}, **few)
     assert made["preemptions"] > 0
-    assert made["tokens"] == [oracle(asked, RETAIN) for asked in long]
+    assert made["tokens"] == [oracle(asked, RETAIN, PIVOTS) for asked in long]
 
 
 def test_without_the_key_nothing_changes(
