@@ -413,12 +413,10 @@ def test_a_loss_in_a_later_graph_is_refused() -> None:
     """Dynamo breaks inside Qwen2.5-VL's tower, so labels and keep_idx meet in no graph."""
     built = family("qwen2_5_vl")
     inputs, labels, expected = with_labels(built, "one")
-    with compiled(built.model) as model, pytest.raises(dartfx.UnsupportedGraphError, match="after"):
-        model(**inputs, labels=labels, use_cache=False)
     eager = built.model(**inputs, labels=labels, use_cache=False).loss
     with (
         compiled(built.model, on_unsupported="warn") as model,
-        pytest.warns(dartfx.PruningWarning, match="batch_size"),
+        pytest.warns(dartfx.PruningWarning, match=r"(?s)after.*batch_size"),
     ):
         loss = model(**inputs, labels=labels, use_cache=False).loss
     torch.testing.assert_close(loss, eager)
