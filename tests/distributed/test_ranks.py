@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from tests.support.tolerances import CLOSE, RETAIN
 pytestmark = pytest.mark.slow
 pytest.importorskip("accelerate", reason="transformers needs it to load a tensor-parallel model")
 from tests.support.ranks import (  # noqa: E402
+    Part,
     case,
     check_forwarded,
     check_generated,
@@ -29,37 +29,67 @@ from tests.support.ranks import (  # noqa: E402
 
 EAGER = {"lowering": "eager", "on_unsupported": "error"}
 
-SAME = [case(do, inputs) for do in ("generate", "forward") for inputs in ("one", "pad2")]
+# A forward of one row is what test_two_ranks.py tries.
+SAME = [case("generate"), case("generate", "pad2"), case("forward", "pad2")]
 BY_HEADS = {"selector": "by_heads"}
+# The first token says which tokens a prefill kept: more steps compile a decode graph as well.
 IN_TWO = [
     *SAME,
-    case("generate", name="checked", check_ranks=True),
-    case("generate", name="tokens", tokens=True),
+    case("generate", name="checked with tokens", check_ranks=True, tokens=True, steps=1),
     case("generate", name="inductor", lowering="inductor", check_ranks=True),
-    case("generate", "pad2", "by heads", **BY_HEADS),
+    case("generate", "pad2", "by heads", steps=1, **BY_HEADS),
     case("other_prompt_on_rank_1", name="other prompt", check_ranks=True),
-    case("own_seed", name="one seed", differ=False, selector="random"),
+    case("own_seed", name="one seed", differ=False, selector="random", steps=1),
     case("own_seed", name="own seeds", differ=True, selector="random"),
     case("in_several_graphs"),
     case("with_gradients"),
     case("one_rank_fails", name="fails on 0", rank=0),
-    case("one_rank_fails", "pad2", name="fails on 1", rank=1),
-    case("one_rank_cannot_trace_local_tensors", name="local trace fails on 1", rank=1),
+    case("one_rank_fails", "pad2", name="fails on 1", rank=1, steps=1),
+    case("one_rank_cannot_trace_local_tensors", name="local trace fails on 1", rank=1, steps=1),
     case("one_rank_fails_in_several_graphs", rank=1),
     case("one_rank_does_not_hand_on", rank=1),
-    {"name": "no answer", "do": "no_answer"},
+    {"name": "no answer", "do": "no_answer"},  # rank 0 waits for what rank 1 never says
 ]
 
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    return load("llava")
+    return load("llava", layers=3)
 
 
 @pytest.fixture(scope="module")
-def two(llava: Family, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Result]]:
+def one_head() -> Family:
+    """Multi-query attention."""
+    return load("llava", layers=3, num_key_value_heads=1)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Family:
+    """Biased key projections, and positions in three dimensions."""
+    return load("qwen2_5_vl", layers=3, num_key_value_heads=4)
+
+
+@pytest.fixture(scope="module")
+def two(
+    llava: Family, one_head: Family, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[Result]]:
     """What two ranks found, by case."""
-    found = run(tmp_path_factory.mktemp("two"), llava, 2, IN_TWO)
+    layer = "model.language_model.layers.*.self_attn"
+    whole = {f"{layer}.{name}_proj": "replicate" for name in "kv"}
+    # First: the last case of IN_TWO leaves the ranks out of step.
+    parts = Part(one_head, [case("generate", name="one head")], whole), Part(llava, IN_TWO)
+    found = run(tmp_path_factory.mktemp("two"), 2, *parts)
+    return lambda name: [rank[name] for rank in found]
+
+
+@pytest.fixture(scope="module")
+def four(
+    llava: Family, qwen: Family, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[Result]]:
+    """What four ranks found, by case."""
+    plain = case("generate", name="two heads", plain=True, steps=1)
+    parts = Part(qwen, SAME), Part(llava, [plain])
+    found = run(tmp_path_factory.mktemp("four"), 4, *parts)
     return lambda name: [rank[name] for rank in found]
 
 
@@ -71,18 +101,17 @@ def test_two_ranks_generate_what_one_process_does(
     assert [r["how"] for r in two(f"generate {variant}")] == [["key norms summed"]] * 2
 
 
-@pytest.mark.parametrize("variant", ["one", "pad2"])
-def test_two_ranks_forward_as_one_process_does(
-    llava: Family, two: Callable[[str], list[Result]], variant: str
+def test_two_ranks_forward_a_padded_pair_as_one_process_does(
+    llava: Family, two: Callable[[str], list[Result]]
 ) -> None:
-    check_forwarded(llava, variant, two(f"forward {variant}"))
+    check_forwarded(llava, "pad2", two("forward pad2"))
 
 
-@pytest.mark.parametrize("name", ["checked", "tokens", "inductor"])
+@pytest.mark.parametrize(("name", "steps"), [("checked with tokens", 1), ("inductor", NEW_TOKENS)])
 def test_options_leave_the_result_alone(
-    llava: Family, two: Callable[[str], list[Result]], name: str
+    llava: Family, two: Callable[[str], list[Result]], name: str, steps: int
 ) -> None:
-    check_generated(llava, "one", two(name))
+    check_generated(llava, "one", two(name), steps=steps)
 
 
 def test_a_selector_of_ones_own_sees_the_heads_of_all_ranks(
@@ -90,14 +119,15 @@ def test_a_selector_of_ones_own_sees_the_heads_of_all_ranks(
 ) -> None:
     inputs = prompt(llava, "pad2")
     model = dartfx.compile(copy.deepcopy(llava.model), retain_tokens=RETAIN, **BY_HEADS, **EAGER)
-    told = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True}
+    told = {"max_new_tokens": 1, "do_sample": False, "output_logits": True}
     one = model.generate(**inputs, **told, return_dict_in_generate=True)
     for result in two("by heads"):
         assert result["how"] == ["heads gathered"]
-        assert result["tokens"].tolist() == one.sequences[:, -NEW_TOKENS:].tolist()
+        assert result["tokens"].tolist() == one.sequences[:, -1:].tolist()
         torch.testing.assert_close(result["logits"], torch.stack(one.logits, 1), **CLOSE)
     # Local heads alone would have kept other tokens.
-    assert not torch.allclose(two("by heads")[0]["logits"], two("generate pad2")[0]["logits"])
+    first = two("generate pad2")[0]["logits"][:, :1]
+    assert not torch.allclose(two("by heads")[0]["logits"], first)
 
 
 @pytest.mark.parametrize("name", ["other prompt", "own seeds"])
@@ -140,7 +170,8 @@ def test_a_failure_on_one_rank_declines_on_all(
     llava: Family, two: Callable[[str], list[Result]], name: str, failed: int, variant: str
 ) -> None:
     inputs = prompt(llava, variant)
-    plain = hooked.unpruned_generate(llava.model, inputs, max_new_tokens=NEW_TOKENS)
+    steps = two(name)[0]["logits"].shape[1]
+    plain = hooked.unpruned_generate(llava.model, inputs, max_new_tokens=steps)
     for rank, result in enumerate(two(name)):
         assert result["kinds"] == ["Declined"]
         told = f"rank {failed} of 2 cannot prune its part" in result["because"][0]
@@ -165,28 +196,24 @@ def test_a_rank_that_does_not_answer_is_named(two: Callable[[str], list[Result]]
     assert "error" not in silent
 
 
-def test_four_ranks_with_one_key_head_each(tmp_path: Path) -> None:
-    """A model with biased key projections and positions in three dimensions."""
-    built = load("qwen2_5_vl", num_key_value_heads=4)
-    found = run(tmp_path, built, 4, [*SAME[:2], case("forward", "pad2")])
+def test_four_ranks_with_one_key_head_each(
+    qwen: Family, four: Callable[[str], list[Result]]
+) -> None:
     for variant in ("one", "pad2"):
-        check_generated(built, variant, [rank[f"generate {variant}"] for rank in found])
-    check_forwarded(built, "pad2", [rank["forward pad2"] for rank in found])
+        check_generated(qwen, variant, four(f"generate {variant}"))
+    check_forwarded(qwen, "pad2", four("forward pad2"))
 
 
-def test_one_key_head_on_every_rank(tmp_path: Path) -> None:
+def test_one_key_head_on_every_rank(one_head: Family, two: Callable[[str], list[Result]]) -> None:
     """Keys that all ranks hold: a plan may leave the one head of multi-query attention whole."""
-    built = load("llava", num_key_value_heads=1)
-    layer = "model.language_model.layers.*.self_attn"
-    plan = {f"{layer}.{name}_proj": "replicate" for name in "kv"}
-    found = run(tmp_path, built, 2, SAME[:1], plan)
-    results = [rank["generate one"] for rank in found]
-    check_generated(built, "one", results, shared=2)
+    results = two("one head")
+    check_generated(one_head, "one", results, shared=2)
     assert [r["how"] for r in results] == [["keys are the same on every rank"]] * 2
 
 
-def test_transformers_cannot_split_key_heads_over_more_ranks(tmp_path: Path) -> None:
+def test_transformers_cannot_split_key_heads_over_more_ranks(
+    four: Callable[[str], list[Result]],
+) -> None:
     """What its plan does with two key heads on four ranks; the day it works, test that instead."""
-    found = run(tmp_path, load("llava"), 4, [case("generate", plain=True)])
-    for rank in found:
-        assert "is invalid for input of size" in rank["generate one"]["error"]
+    for rank in four("two heads"):
+        assert "is invalid for input of size" in rank["error"]

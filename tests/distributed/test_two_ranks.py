@@ -11,13 +11,13 @@ from dartfx.tools.zoo.registry import load
 from tests.support.tolerances import CLOSE
 
 pytest.importorskip("accelerate", reason="transformers needs it to load a tensor-parallel model")
-from tests.support.ranks import case, check_forwarded, run, unpruned
+from tests.support.ranks import Part, case, check_forwarded, run, unpruned
 
 
 def test_two_ranks_forward_as_one_and_decline_together(tmp_path: Path) -> None:
     llava = load("llava", layers=3)
     failing = case("one_rank_fails", name="fails", rank=1, steps=1)
-    found = run(tmp_path, llava, 2, [case("forward"), failing])
+    found = run(tmp_path, 2, Part(llava, [case("forward"), failing]))
     check_forwarded(llava, "one", [rank["forward one"] for rank in found])
     for rank, result in enumerate(found):
         failed = result["fails"]

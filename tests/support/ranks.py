@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,25 @@ WORKER = Path(__file__).parent / "ranks_worker.py"
 Case = dict[str, Any]
 
 
-def run(
-    folder: Path, built: Family, processes: int, cases: list[Case], plan: Any = "auto"
-) -> list[dict[str, Result]]:
-    """What every rank found in every case."""
-    built.model.save_pretrained(folder)
-    for variant in {case["inputs"] for case in cases if "inputs" in case}:
-        torch.save(prompt(built, variant), folder / f"{variant}.pt")
-    (folder / "cases.json").write_text(json.dumps({"plan": plan, "cases": cases}))
+@dataclass(frozen=True)
+class Part:
+    """A model, and the cases it goes through one after the other."""
+
+    built: Family
+    cases: list[Case]
+    plan: Any = "auto"
+
+
+def run(folder: Path, processes: int, *parts: Part) -> list[dict[str, Result]]:
+    """What every rank found in every case; one start, which costs each process ten seconds."""
+    listed = []
+    for number, part in enumerate(parts):
+        saved = folder / f"model_{number}"
+        part.built.model.save_pretrained(saved)
+        for variant in {case["inputs"] for case in part.cases if "inputs" in case}:
+            torch.save(prompt(part.built, variant), saved / f"{variant}.pt")
+        listed.append({"model": str(saved), "plan": part.plan, "cases": part.cases})
+    (folder / "cases.json").write_text(json.dumps(listed))
     torchrun(processes, str(WORKER), str(folder))
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(processes)]
 
@@ -43,15 +55,17 @@ def case(do: str, inputs: str = "one", name: str = "", **options: Any) -> Case:
     return {"name": name or f"{do} {inputs}", "do": do, "inputs": inputs, "options": given}
 
 
-def check_generated(built: Family, variant: str, results: list[Result], *, shared: int = 1) -> None:
+def check_generated(
+    built: Family, variant: str, results: list[Result], *, shared: int = 1, steps: int = NEW_TOKENS
+) -> None:
     """Tokens, logits and cache lengths of every rank are those of one process.
 
-    shared: ranks that hold each key head.
+    shared: ranks that hold each key head.  steps: tokens that were written.
     """
     layout: hooked.KvLayout = "layered" if variant == "one" else "uniform"
     inputs = prompt(built, variant)
     oracle = hooked.pruned_generate(
-        built.model, inputs, retain=RETAIN, max_new_tokens=NEW_TOKENS, kv_layout=layout
+        built.model, inputs, retain=RETAIN, max_new_tokens=steps, kv_layout=layout
     )
     heads = built.model.config.get_text_config().num_key_value_heads
     for result in results:

@@ -1,7 +1,8 @@
 """What every rank of a tensor-parallel test runs: python -m torch.distributed.run ... DIR.
 
-DIR holds the model, ``cases.json`` (the plan and a list of cases) and the prompts they name; every
-rank writes what it found to ``rank_N.pt``, after each case: a test also sees how far a rank came.
+DIR holds ``cases.json``: folders of models and of the prompts for them, each with its plan and a
+list of cases.  Every rank writes what it found to ``rank_N.pt``, after each case: a test also sees
+how far a rank came.
 """
 
 from __future__ import annotations
@@ -35,25 +36,31 @@ Result = dict[str, Any]
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    given = json.loads((folder / "cases.json").read_text())
-    config = DistributedConfig(tp_plan=given["plan"])
-    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, distributed_config=config
-    ).eval()
     found: dict[str, Result] = {}
-    for case in given["cases"]:
-        torch.compiler.reset()
-        dartfx.reset()
-        vision_mask.clear()
-        model._compiled_call_impl = None
-        inputs = torch.load(folder / f"{case['inputs']}.pt") if "inputs" in case else {}
-        try:
-            result = CASES[case["do"]](model, inputs, case.get("options", {}))
-        except (dartfx.DartfxError, RuntimeError) as error:
-            result = {"error": f"{type(error).__name__}: {error}"}
-        found[case["name"]] = {**result, **reported()}
-        torch.save(found, folder / f"rank_{dist.get_rank()}.pt")
+    for part in json.loads((folder / "cases.json").read_text()):
+        saved = Path(part["model"])
+        config = DistributedConfig(tp_plan=part["plan"])
+        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+            saved, distributed_config=config
+        ).eval()
+        for case in part["cases"]:
+            inputs = torch.load(saved / f"{case['inputs']}.pt") if "inputs" in case else {}
+            found[case["name"]] = tried(model, inputs, case)
+            torch.save(found, folder / f"rank_{dist.get_rank()}.pt")
     dist.destroy_process_group()
+
+
+def tried(model: Any, inputs: Result, case: Result) -> Result:
+    """One case, from a state without anything of the one before it."""
+    torch.compiler.reset()
+    dartfx.reset()
+    vision_mask.clear()
+    model._compiled_call_impl = None
+    try:
+        result = CASES[case["do"]](model, inputs, case.get("options", {}))
+    except (dartfx.DartfxError, RuntimeError) as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    return {**result, **reported()}
 
 
 def reported() -> Result:
