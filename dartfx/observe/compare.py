@@ -15,7 +15,7 @@ from typing import Any
 from dartfx.observe.dumped import Graph, graphs
 from dartfx.observe.folders import KEPT, read_json
 
-__all__ = ["Comparison", "Difference", "Pair", "compare", "kept_in_common"]
+__all__ = ["Comparison", "Difference", "Pair", "compare", "facts", "kept_in_common"]
 
 # Of report.json, with the words that people read.
 FACTS = {
@@ -61,12 +61,15 @@ class Pair:
     notes: tuple[Difference, ...] = ()
 
     @property
-    def title(self) -> str:
-        """Names and source line."""
-        names = dict.fromkeys(g.name for g in (self.one, self.other) if g is not None)
+    def name(self) -> str:
+        """The folder's name, or both."""
+        return " / ".join(dict.fromkeys(g.name for g in (self.one, self.other) if g is not None))
+
+    @property
+    def where(self) -> str:
+        """Its source line."""
         shown = self.one or self.other
-        assert shown is not None
-        return f"{' / '.join(names)} ({shown.compilation.get('where', '')})"
+        return "" if shown is None else str(shown.compilation.get("where", ""))
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Comparison:
         lines = []
         for pair in self.pairs:
             same = "" if pair.differences else ": the same"
-            lines.append(f"{pair.title}{same}")
+            lines.append(f"{pair.name} ({pair.where}){same}")
             mark = "first difference: " if pair is self.first_difference else ""
             for number, difference in enumerate(pair.differences):
                 lines.append(f"  {mark if number == 0 else ''}{difference}")
@@ -135,13 +138,14 @@ def _key(graph: Graph) -> tuple[str, bool]:
 
 
 def _pair(one: Graph, other: Graph) -> Pair:
-    differences = [*_facts(one.report, other.report), *_operators(one.report, other.report)]
+    differences = [*facts(one.report, other.report), *_operators(one.report, other.report)]
     differences += _kept(one.folder, other.folder)
     notes = list(_notes(one, other))
     return Pair(one, other, tuple(differences), tuple(notes))
 
 
-def _facts(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Difference]:
+def facts(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Difference]:
+    """What two reports say of a graph that is not the same."""
     for name, words in FACTS.items():
         if (a := one.get(name)) != (b := other.get(name)):
             yield Difference(words, _shown(a), _shown(b))

@@ -45,7 +45,7 @@ __all__ = [
 COMPILATION = "compilation.json"
 KEPT = "kept.json"  # of the first call that ran the pruned graph, with the option tokens
 UNPRUNED = "unpruned_calls_*.json"
-_FIRST_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)')
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)')
 MOST_REASONS = 100  # of one process; each is a line of the index
 
 _LOCK = threading.Lock()
@@ -97,10 +97,8 @@ def describe(module: GraphModule) -> dict[str, Any]:
     """What is known of a graph when its compilation begins, as plain data.
 
     frame: dynamo's number of the frame and how often it compiled it before, as "0/1"; where: the
-    first line of the frame that the graph holds; recompiled: the guard that failed.
+    innermost function that holds all of the graph; recompiled: the guard that failed.
     """
-    traces = (node.meta.get("stack_trace") or "" for node in module.graph.nodes)
-    where = next((found for trace in traces if (found := _FIRST_FRAME.search(trace))), None)
     compile_id = compat.find("CompileContext")
     metrics = compat.find("get_metrics_context")
     # Outside of a compilation the context holds what the last one left.
@@ -112,9 +110,21 @@ def describe(module: GraphModule) -> dict[str, Any]:
         "rank": rank(),
         "started": time.time(),
         "frame": None if frame is None else str(frame),
-        "where": "" if where is None else "{}:{} in {}".format(*where.groups()),
+        "where": _where(module),
         "recompiled": getattr(noted, "_metrics", {}).get("recompile_reason") if compiling else None,
     }
+
+
+def _where(module: GraphModule) -> str:
+    """The innermost function that all nodes come from, as ``file:line in function``."""
+    traces = [node.meta.get("stack_trace") or "" for node in module.graph.nodes]
+    stacks = [found for trace in traces if (found := _FRAME.findall(trace))]
+    depth = 0
+    for frames in zip(*stacks, strict=False):
+        if len({(file, function) for file, _, function in frames}) > 1:
+            break
+        depth += 1
+    return "{}:{} in {}".format(*stacks[0][max(depth, 1) - 1]) if stacks else ""
 
 
 def note_unpruned_call(directory: str | os.PathLike[str] | None, declined: Declined) -> None:

@@ -112,3 +112,24 @@ def test_a_graph_that_is_compiled_as_several_says_so(tmp_path: Path) -> None:
         model(**prompt(Sizes()))
     found, _ = graphs(tmp_path)
     assert "abandoned" in [graph.kind for graph in found]
+
+
+def test_ranks_stand_side_by_side_and_the_first_difference_is_marked(tmp_path: Path) -> None:
+    across = {"proof": "0123456789abcdef", "how": "norms", "group": "0", "ranks": 2}
+    cut = {"layer": 2, "across": across, "crossings": [], "sequence": [24, 15]}
+    same = {"kind": "pruned", "cuts": [cut], "sequence": [24, 15], "vision_tokens": 12,
+            "retained": 3, "flops": [2, 1], "nodes": 9,
+            "collectives": ["_c10d_functional.a"]}  # fmt: skip
+    other = same | {"collectives": ["_c10d_functional.a", "_c10d_functional.b"]}
+    for rank, reports in enumerate([[same, same, same], [same, other, other]]):
+        for number, report in enumerate(reports):
+            folder = tmp_path / f"rank_{rank}" / f"graph_00{number}"
+            folder.mkdir(parents=True)
+            folders.write_json(folder / folders.COMPILATION, {"rank": rank, "started": number})
+            folders.write_json(folder / "report.json", report)
+    page = index.index(tmp_path)
+    assert re.findall(r'data-differs="(\d)"', page) == ["0", "1", "1"]
+    assert page.count("<b>first difference:</b>") == 1
+    assert "collectives, in order: _c10d_functional.a -&gt; _c10d_functional.a, " in page
+    assert "Rank 1, Process" in page
+    assert page.count("0123456789ab<") == 6

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from dartfx.observe.compare import facts
 from dartfx.observe.dumped import Graph, graphs, unpruned_calls
 from dartfx.observe.folders import write
 from dartfx.observe.html.templating import render
@@ -20,6 +23,22 @@ KINDS = {
     "abandoned": "given up",
     "unfinished": "unfinished",
 }
+
+
+class RanksRow(NamedTuple):
+    """One graph on every rank (None where it has none), and what differs from the first rank."""
+
+    name: str
+    graphs: list[Graph | None]
+    differences: list[str]
+
+
+class Ranks(NamedTuple):
+    """The graphs of several ranks, in the order of compilation; first: the first that differs."""
+
+    names: list[str]
+    rows: list[RanksRow]
+    first: RanksRow | None
 
 
 def write_index(directory: Path) -> None:
@@ -42,5 +61,29 @@ def index(directory: Path) -> str:
         counts=[(KINDS[kind], counts[kind]) for kind in KINDS if counts[kind]],
         processes=processes,
         left_out=left_out,
+        ranks=_ranks(listed),
         calls=unpruned_calls(directory),
     )
+
+
+def _ranks(listed: Sequence[Graph]) -> Ranks | None:
+    """The ranks side by side; None in a dump of one."""
+    by_rank: dict[str, dict[str, Graph]] = {}
+    for graph in listed:
+        rank, _, name = graph.name.rpartition("/")
+        if rank and graph.kind != "abandoned":
+            by_rank.setdefault(rank.removeprefix("rank_"), {})[name] = graph
+    names = sorted(by_rank, key=lambda rank: (len(rank), rank))
+    if len(names) < 2:
+        return None
+    rows = []
+    for name in sorted({name for found in by_rank.values() for name in found}):
+        row = [by_rank[rank].get(name) for rank in names]
+        first = {} if row[0] is None else row[0].report
+        differences = [
+            f"rank {names[0]} -> {rank}: {difference}"
+            for rank, graph in zip(names[1:], row[1:], strict=True)
+            for difference in facts(first, {} if graph is None else graph.report)
+        ]
+        rows.append(RanksRow(name, row, differences))
+    return Ranks(names, rows, next((row for row in rows if row.differences), None))

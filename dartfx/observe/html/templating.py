@@ -39,8 +39,8 @@ def _scaled(number: float, unit: str) -> str:
 
 
 def moment(at: float) -> str:
-    """A time of day in the reader's own words: ``2026-11-27 12:31:05``."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    """A local time: ``27 Nov 12:31:05``."""
+    return time.strftime("%d %b %H:%M:%S", time.localtime(at))
 
 
 @cache
