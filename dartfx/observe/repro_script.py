@@ -95,6 +95,10 @@ def main(arguments=None):
         "--bisect", action="store_true",
         help="find the first pass after which the numbers differ, with all tokens retained",
     )
+    parser.add_argument(
+        "--profile", metavar="TRACE",
+        help="time each region beside its FLOPs, and write this Chrome trace (.json)",
+    )
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of --bisect, relative")
     given = vars(parser.parse_args(arguments))
     replay = Replay()

@@ -31,6 +31,7 @@ from dartfx.observe.repro_script import RecordedMask
 from dartfx.passes.frontend.normalise import fresh_size
 from dartfx.passes.graph import Size
 from dartfx.replay import steps
+from dartfx.replay.profile import profiled
 from dartfx.replay.run import mask_present, reason_not_to_run, run_both
 
 __all__ = ["Replay", "find", "missing"]
@@ -151,6 +152,7 @@ class Replay:
         after: str | None = None,
         bisect: bool = False,
         tolerance: float = 1e-5,
+        profile: str | None = None,
     ) -> list[Report]:
         """Compile the graph, print and return its reports; then run it.
 
@@ -171,11 +173,10 @@ class Replay:
             pruned = compiled if any(r.pruned for r in reports) else None
             ran = _Ran(module, pruned, mask, repro_inputs.load(folder), seed)
             reason = reason_not_to_run(module, ran.recorded, even_if_large=run is True)
-            if reason is None and bisect:
-                _require_merge(mask)
-                _print(steps.bisect(module, config, can, ran.recorded, seed, tolerance))
-            else:
+            if reason is not None or not (bisect or profile):
                 _print(_run_lines(ran, config, time) if reason is None else [reason])
+            else:
+                _print(_examined(ran, config, can, profile, tolerance))
         return reports
 
     def _notes(self) -> list[str]:
@@ -220,6 +221,21 @@ def _run_lines(ran: _Ran, config: DartConfig, time: str | None) -> Iterator[str]
         yield from steps.timed(ran.module, ran.pruned, config, ran.recorded, ran.mask, ran.seed)
 
 
+def _examined(
+    ran: _Ran,
+    config: DartConfig,
+    caller: CallerCapabilities,
+    trace: str | None,
+    tolerance: float,
+) -> Iterator[str]:
+    """The lines of --profile, which is given a trace, or --bisect."""
+    _require_merge(ran.mask)
+    if trace is not None and not Path(trace).resolve().parent.is_dir():
+        _fail(f"argument --profile: there is no folder {str(Path(trace).parent)!r}; make it first")
+    what = ran.module, config, caller, ran.recorded, ran.seed
+    return profiled(*what, trace) if trace else steps.bisect(*what, tolerance)
+
+
 def _after(
     module: GraphModule,
     config: DartConfig,
@@ -236,7 +252,7 @@ def _after(
 
 def _require_merge(mask: RecordedMask | None) -> None:
     if mask is not None:
-        _fail("--pass and --bisect need a graph that merges the vision tokens itself")
+        _fail("--pass, --bisect and --profile need a graph that merges the vision tokens itself")
 
 
 def _fail(why: str) -> NoReturn:
