@@ -100,6 +100,11 @@ NAMES: dict[str, PrivateName] = {
     **_names(
         "torch._dynamo.backends.debugging", "aot_eager", 'lowering="aot_eager" compiles graphs'
     ),
+    **_names(
+        "torch._dynamo",
+        "callback_handler",
+        "dynamo's errors in code behind a pruned graph say that the sequence is shorter",
+    ),
     "dynamo_config": PrivateName(
         "torch._dynamo.config",
         "",

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
 from dartfx import compat
 from dartfx.backend import dynamo_patch, scans
+from dartfx.backend.later_failures import note_on_errors
 from dartfx.backend.lowering import lower
 from dartfx.backend.masked_graph import rewrite_with_mask
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
@@ -32,6 +33,7 @@ from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
 from dartfx.passes.transform.return_mask import earlier_embeddings
+from dartfx.runtime.graph_breaks import with_graph_break
 from dartfx.runtime.graph_runs import NotedRun
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.kept_positions import TakesShortened
@@ -97,7 +99,8 @@ def compile_graph(
         # A dispatcher notes by itself, since its runs differ: a mask comes with some of them only.
         if not isinstance(compiled, MaskDispatcher):
             compiled = NotedRun(compiled, graph.concerns_vision_tokens)
-        if caller.knows_positions and not caller.can_retry_with_graph_breaks:
+        marks_outputs = caller.knows_positions or config.tokens
+        if marks_outputs and not caller.can_retry_with_graph_breaks:
             compiled = TakesShortened(compiled, module.graph)
         return compiled
     except compat.errors("RestartAnalysis"):
@@ -235,10 +238,13 @@ class GraphCompiler:
         ):
             self.dump.abandon(f"compiled as several graphs instead: {outcome.because}")
             raise NeedsGraphBreaks(outcome.because)
+        if isinstance(outcome, Declined):
+            outcome = with_graph_break(outcome)
         report = record(self.nodes, outcome)
         self.reported.append(report)
         self.dump.finish(report)
         if isinstance(outcome, Pruned):
+            note_on_errors()
             log.info("%s", _one_line(report, outcome))
         elif isinstance(outcome, Declined):
             refuse(self.config, outcome)

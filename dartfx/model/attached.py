@@ -26,6 +26,7 @@ def attach(model: nn.Module, compiled: CompiledModel, *, static: bool) -> None:
     """
     detach(model)
     model._compiled_call_impl = compiled
+    model.register_forward_pre_hook(_through_call)
     vars(model)[_REPLICATE] = _Replicate(model, compiled)
     own = getattr(type(model), "generate", None)
     transformers = sys.modules.get("transformers")
@@ -37,9 +38,17 @@ def attach(model: nn.Module, compiled: CompiledModel, *, static: bool) -> None:
 def detach(model: nn.Module) -> None:
     """Take off whatever :func:`attach` put on this model, or on the one it was made of."""
     model._compiled_call_impl = None
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _through_call:
+            del model._forward_pre_hooks[key]
     for name in ("generate", _REPLICATE):
         if isinstance(vars(model).get(name), _Attached):
             del vars(model)[name]
+
+
+def _through_call(*_: object) -> None:
+    """A hook that does nothing.  Dynamo traces a model without hooks by its forward alone, so in a
+    function compiled around it would never come to what was compiled here."""
 
 
 _REPLICATE = "_replicate_for_data_parallel"  # what DataParallel calls, for every call of its own

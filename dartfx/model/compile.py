@@ -26,6 +26,7 @@ def compile(
     mode: str | None = None,
     dynamic: bool | None = None,
     decode: Literal["static"] | None = None,
+    logits: Literal["kept", "full"] = "kept",
     **options: object,
 ) -> Module:
     """Compile ``model`` in place with the dart backend, for its calls and for ``generate``.
@@ -35,7 +36,9 @@ def compile(
     transformers would install during the first call are installed now, since installing them
     breaks the graph.  decode: "static" makes ``generate`` use a static cache by default, so that
     decode steps share one graph (on CUDA, transformers puts them into CUDA graphs).  Of PEFT's
-    wrappers the model inside is compiled, which is what their calls end in.
+    wrappers the model inside is compiled, which is what their calls end in.  logits: "full" returns
+    those of pruned calls at the prompt's length, for a Trainer's label smoothing and metrics; a
+    dropped token's are those of the last kept token before it.
 
     Returns ``model``.  Raises ConfigError for an invalid option or a decode that the model does not
     have, TypeError for anything but a module.
@@ -45,8 +48,12 @@ def compile(
     config = DartConfig.from_options(options, mode)
     inner = inner_model(model)
     _check_decode(inner, decode, config)
+    if logits not in ("kept", "full"):
+        raise ConfigError(f'logits is {logits!r}; it can be "kept" or "full"')
     prepare_capturing(inner)
-    attach(inner, CompiledModel.of(inner, config, dynamic), static=decode == "static")
+    compiled = CompiledModel.of(inner, config, dynamic)
+    compiled.full_logits = logits == "full"
+    attach(inner, compiled, static=decode == "static")
     return model
 
 

@@ -21,13 +21,13 @@ from dartfx.backend.graph_compiler import (
     prepare_dynamo,
     refuse,
 )
+from dartfx.backend.later_failures import cut_that_caused
 from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.model import kv_cache
 from dartfx.model.arguments import Arguments, brings_media, leaves_of, swapped
 from dartfx.model.device_hooks import hooks_in_decoder
 from dartfx.model.failures import (
-    caused_by_cut,
     failure_after_cut,
     inner,
     not_one_graph,
@@ -41,6 +41,8 @@ from dartfx.observe import folders, report
 from dartfx.observe.report import Report
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import graph_runs, keep_idx, vision_mask
+from dartfx.runtime.full_length import restore_length
+from dartfx.runtime.graph_breaks import GraphBreak, broken_by, with_graph_break
 
 __all__ = ["CompiledModel"]
 
@@ -77,11 +79,12 @@ class CompiledModel:
         config: DartConfig,
     ) -> None:
         self.config = config
+        self.full_logits = False  # whether calls return logits at the prompt's length
         self.calls, self.history = 0, History()
         self._model = model
         self._eager: Call = model._call_impl
         self._one_graph, self._with_breaks = one_graph, with_breaks
-        self._breaks: set[frozenset[str]] = set()
+        self._breaks: dict[frozenset[str], GraphBreak | None] = {}
         self._fails: dict[frozenset[str], Declined] = {}
         self._settled: set[frozenset[str]] = set()
 
@@ -131,7 +134,7 @@ class CompiledModel:
             kept = [record.keep_idx for record in collected]
             kv_cache.mark_pruned(kv, call.tokens, kept, masks)
         self.history.add_kept(collected)
-        return result
+        return restore_length(result, call.tokens) if self.full_logits else result
 
     def _prefill_static(self, static: Any, call: Arguments) -> Any:
         """The call with a dynamic cache instead of an empty static one, which gets its tokens."""
@@ -152,8 +155,10 @@ class CompiledModel:
             graph_runs.collect_runs() as runs,
         ):
             result = self._run_by_kind(compiled, call)
+            broken = self._breaks.get(call.kind) if runs else None
             if not any(runs) and (brought := _brought(call)):
-                self.refuse(nothing_merged(brought, len(runs)))
+                with broken_by(broken):
+                    self.refuse(with_graph_break(nothing_merged(brought, len(runs))))
             # A graph with a merge of its own, or a refused one.
             elsewhere = sum(runs) > len(noted)
             if vision_mask.lost(noted, call.tokens, elsewhere):
@@ -191,6 +196,7 @@ class CompiledModel:
     def _run(self, compiled: Sequence[Report], call: Arguments) -> Any:
         if (failed_before := self._fails.get(call.kind)) is not None:
             return self._unpruned(call, failed_before)
+        broken = self._breaks.get(call.kind)
         if call.kind not in self._breaks:
             try:
                 return self._one_graph(*call.args, **call.kwargs)
@@ -206,9 +212,11 @@ class CompiledModel:
             except not_one_graph() as error:
                 # Raised while tracing, before anything ran.
                 log.info("not one graph for a call with %s: %s", sorted(call.kind), error)
-        result = self._run_in_several(compiled, call)
+                broken = GraphBreak.of(error)
+        with broken_by(broken):
+            result = self._run_in_several(compiled, call)
         # Not before: an error of the caller's (a hook that raises once) is no graph break.
-        self._breaks.add(call.kind)
+        self._breaks[call.kind] = broken
         return result
 
     def _run_in_several(self, compiled: Sequence[Report], call: Arguments) -> Any:
@@ -220,7 +228,7 @@ class CompiledModel:
         except Exception as error:
             pruned = [made for made in compiled if made.pruned]
             # A cache may hold tokens of the call that failed, so it cannot run again.
-            if call.caches or not caused_by_cut(error, pruned):
+            if call.caches or cut_that_caused(error, pruned) is None:
                 raise
             for made in pruned:
                 report.discard(made)

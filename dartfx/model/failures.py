@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
 
-import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dartfx import compat
 from dartfx.errors import DartfxError
-from dartfx.observe.report import Report
-from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import vision_mask
 from dartfx.runtime.kept_positions import PositionsAfterCut
 
 __all__ = [
-    "caused_by_cut",
     "failure_after_cut",
     "inner",
     "not_one_graph",
@@ -50,27 +44,6 @@ def raise_ours(failed: Exception) -> None:
     """Raise an error of dartfx out of dynamo's wrapping."""
     if isinstance(error := inner(failed), DartfxError):
         raise error from failed
-
-
-def caused_by_cut(error: Exception, pruned: Sequence[Report]) -> bool:
-    """Whether code behind a pruned graph failed on the shorter sequence.
-
-    torch says so in errors about shapes and indices, which name the length S' that it met, or a
-    number of rows made of it.  Anything else (no memory, a hook's own bug) is the caller's.
-    """
-    if isinstance(error, PositionsAfterCut):
-        return True
-    if isinstance(error, DartfxError | torch.OutOfMemoryError):
-        return False
-    if not isinstance(error, RuntimeError | ValueError | IndexError):
-        return False
-    named = {int(number) for number in re.findall(r"\d+", str(error))}
-    for outcome in (made.outcome for made in pruned):
-        assert isinstance(outcome, Pruned)
-        length = outcome.sequence[1]
-        if named & {rows * n for rows in (1, outcome.batch) for n in (length, length - 1)}:
-            return True
-    return False
 
 
 def failure_after_cut(error: Exception) -> Declined:

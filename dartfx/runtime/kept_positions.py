@@ -40,16 +40,20 @@ def kept_positions(output: Any) -> Tensor | None:
 
     output: what a model returned that :func:`dartfx.compile` compiled, or a tensor of it [B, S',
     ...].  None where nothing was pruned: then positions are the prompt's.  Gather labels by it for
-    a loss of your own: ``labels.gather(1, dartfx.kept_positions(output))``.
+    a loss of your own: ``kept = dartfx.kept_positions(output); labels.gather(1, kept)``.
     """
+    found: Tensor | None = _attached(output)
+    return found
+
+
+# Dynamo breaks the graph here: it loses attributes of tensors inside of one.
+@torch.compiler.disable(reason="a graph's outputs carry positions")  # type: ignore[untyped-decorator,no-untyped-call]
+def _attached(output: Any) -> Tensor | None:
     parts = output.values() if isinstance(output, Mapping) else output
     if isinstance(output, Tensor) or not isinstance(output, Mapping | list | tuple):
         parts = [output]
-    for part in parts:
-        found: Tensor | None = getattr(part, _KEPT, None)
-        if found is not None:
-            return found
-    return None
+    marks = (getattr(part, _KEPT, None) for part in parts)
+    return next((keep_idx for keep_idx in marks if keep_idx is not None), None)
 
 
 def mark(outputs: Sequence[Any], keep_idx: Tensor) -> None:

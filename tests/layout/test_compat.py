@@ -111,9 +111,8 @@ USES: dict[str, Callable[[Path], object]] = {
     "BackendCompilerFailed RestartAnalysis InstructionTranslatorBase LazySymNodeFormatString "
     "LazyVariableTracker StringFormatVariable FakeTensor FakeTensorMode enable_python_dispatcher "
     "set_grad_enabled enter_autocast exit_autocast autograd_function_apply TensorPropertySource "
-    "FunctionalTensorMode HigherOrderOperator InstructionTranslator on_compile_start": lambda _: (
-        pruned()
-    ),
+    "FunctionalTensorMode HigherOrderOperator InstructionTranslator on_compile_start "
+    "callback_handler": lambda _: pruned(),
     "aot_eager": lambda _: pruned("aot_eager"),
     "compile_fx": lambda _: pruned("inductor"),
     "list_mode_options": lambda _: pruned("inductor", mode="max-autotune"),

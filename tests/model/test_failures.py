@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dartfx
-from dartfx.model.failures import caused_by_cut
+from dartfx.backend.later_failures import cut_that_caused
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Cut, Pruned
 from dartfx.tools.zoo import hooked
@@ -66,11 +66,11 @@ CUT = Pruned("layers", "merge", 2, (Cut(2, 16, 6, (29, 19), ()),), "layered", (2
 def test_only_errors_about_the_shorter_sequence_are_the_cuts(
     error: Exception, caused: bool
 ) -> None:
-    assert caused_by_cut(error, [Report(0, 1, CUT)]) is caused
+    assert (cut_that_caused(error, [Report(0, 1, CUT)]) is CUT) is caused
 
 
 def test_nothing_is_the_cuts_where_nothing_was_pruned() -> None:
-    assert not caused_by_cut(RuntimeError("19"), [])
+    assert cut_that_caused(RuntimeError("19"), []) is None
 
 
 def test_a_copy_generates_with_its_own_weights() -> None:
@@ -86,3 +86,16 @@ def test_a_copy_generates_with_its_own_weights() -> None:
     how = {"max_new_tokens": 4, "do_sample": False}
     expected = plain.generate(**inputs, **how)
     assert twin.generate(**inputs, **how).tolist() == expected.tolist()
+
+
+def test_a_refusal_says_why_the_call_is_not_one_graph() -> None:
+    built = load("llava")
+    model = dartfx.compile(
+        built.model, retain_tokens=RETAIN, lowering="eager", on_unsupported="error"
+    )
+    layer = model.get_decoder().layers[1]
+    layer.register_forward_hook(lambda *_: torch._dynamo.graph_break(msg="the user's own"))
+    with pytest.raises(dartfx.UnsupportedGraphError, match="not one graph") as refused:
+        model(**built.make_inputs())
+    assert refused.value.because.endswith("the user's own")
+    assert "test_failures.py" in refused.value.where

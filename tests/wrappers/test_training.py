@@ -89,6 +89,44 @@ def test_trainer(family: Family, tmp_path: Path, bf16: bool) -> None:
     assert_pruned()
 
 
+def test_trainer_that_takes_the_loss_and_metrics_itself(family: Family, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    inputs = family.make_inputs("one")
+    targets = labels(family, inputs)
+    oracle = hooked.pruned_forward(family.model, inputs, retain=RETAIN)
+    smoother = transformers.trainer_pt_utils.LabelSmoother(0.1)
+    kept = targets.gather(1, oracle.keep_idx)
+    # Trainer counts shifted labels, but shifts them for the loss of text models only.
+    items = (targets[:, 1:] != -100).sum()
+    wanted = smoother({"logits": oracle.logits}, kept, num_items_in_batch=items).detach()
+    dartfx.compile(family.model, **OPTIONS, logits="full")
+    row = {name: value[0] for name, value in inputs.items()}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=1, use_cpu=True, report_to=[],
+        save_strategy="no", disable_tqdm=True, learning_rate=0.0, label_smoothing_factor=0.1,
+    )  # fmt: skip
+    seen: list[tuple[Any, ...]] = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        seen.append(prediction.predictions.shape)
+        right = prediction.predictions.argmax(-1)[:, :-1] == prediction.label_ids[:, 1:]
+        return {"right": float(right.sum())}
+
+    examples = [row | {"labels": targets[0]}]
+    trainer = transformers.Trainer(
+        family.model, arguments, train_dataset=examples, eval_dataset=examples,
+        compute_metrics=metrics,
+    )  # fmt: skip
+    trainer.args.prediction_loss_only = False
+    torch.testing.assert_close(torch.tensor(trainer.train().training_loss), wanted, **CLOSE)
+    found = trainer.evaluate(ignore_keys=["past_key_values", "image_hidden_states"])
+    right = (oracle.logits.argmax(-1)[:, :-1] == kept[:, 1:]).sum()
+    assert found["eval_right"] == right
+    assert seen == [(*targets.shape, oracle.logits.shape[-1])]
+    assert_pruned()
+
+
 @pytest.mark.parametrize("optimize", [True, False])
 def test_distributed_data_parallel(family: Family, group: None, optimize: bool) -> None:
     inputs = family.make_inputs("one")

@@ -1,0 +1,51 @@
+"""Why a call is not one graph: what dynamo said of it, for the refusals of its several graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+from dartfx.passes.refusal import Declined
+
+__all__ = ["GraphBreak", "broken_by", "with_graph_break"]
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Dynamo's explanation of a graph break, and the user's line that caused it."""
+
+    because: str
+    where: str
+
+    @classmethod
+    def of(cls, error: Exception) -> GraphBreak:
+        """Read from the error of a compilation with ``fullgraph=True``."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~")]
+        explained = [line.removeprefix("Explanation:").strip() for line in lines if
+                     line.startswith("Explanation:")]  # fmt: skip
+        because = next(filter(None, explained), lines[0] if lines else type(error).__name__)
+        files = [at for at, line in enumerate(lines) if line.startswith("File ")]
+        return cls(because.rstrip("."), " ".join(lines[files[-1] : files[-1] + 2]) if files else "")
+
+
+_current: ContextVar[GraphBreak | None] = ContextVar("dartfx_graph_break", default=None)
+
+
+@contextmanager
+def broken_by(graph_break: GraphBreak | None) -> Iterator[None]:
+    """Calls inside the ``with`` block are several graphs for this reason."""
+    token = _current.set(graph_break)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def with_graph_break(declined: Declined) -> Declined:
+    """The refusal of a graph or call, with the reason why the call is not one graph."""
+    if (found := _current.get()) is None:
+        return declined
+    because = f"{declined.because}; the call is not one graph, because: {found.because}"
+    return replace(declined, because=because, where=declined.where or found.where)
