@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dartfx.cli.main import main
-from dartfx.tools.zoo import command, hooked, oracle
+from dartfx.tools.zoo import command, hooked, oracle, registry
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.measure import Call, Result, measure
 from dartfx.tools.zoo.registry import FAMILIES
@@ -80,6 +80,15 @@ def test_forward_and_padded_pair(name: str) -> None:
     result = checked(name, "one", "pad2")
     assert result.status == "pruned", {k: c.why for k, c in result.calls.items()}
     assert result.calls["one"].moved > 0.05
+
+
+def test_new_lists_classes_that_no_family_covers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = {"llava": "LlavaForConditionalGeneration", "later": "LaterForConditionalGeneration"}
+    monkeypatch.setattr(registry, "IMAGE_TEXT_CLASSES", classes)
+    assert main(["families", "--new"]) == 0
+    assert capsys.readouterr().out.split() == ["later", "LaterForConditionalGeneration"]
 
 
 def test_another_selection_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import transformers
 import dartfx
 from dartfx.integrations.outputs import check_file, check_folder
 from dartfx.tools.zoo.measure import CALLS, RETAIN, Call, Result, measure
-from dartfx.tools.zoo.registry import FAMILIES
+from dartfx.tools.zoo.registry import FAMILIES, missing_classes
 
 HELP = "prune every model family and hold it against the oracle"
 
@@ -34,6 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="families; default: all")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument(
+        "--new",
+        action="store_true",
+        help="print the vision-language classes of this transformers that no family covers",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write a Markdown page")
     parser.add_argument("--lowering", choices=["eager", "inductor"], default="eager")
@@ -45,6 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 1 when any family is wrong, crashes or is silently left alone."""
     if arguments.list:
         print("\n".join(FAMILIES))
+        return 0
+    if arguments.new:
+        print("\n".join(f"{kind:24} {name}" for kind, name in missing_classes().items()))
         return 0
     names = arguments.names or list(FAMILIES)
     unknown = [name for name in names if name not in FAMILIES]

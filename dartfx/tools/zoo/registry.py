@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_CLASSES,
+)
+
 from dartfx.tools.zoo.families import gemma, grids, llava, others, projected, qwen, tokenised
 from dartfx.tools.zoo.family import Builder, Family, build
 
@@ -74,6 +80,19 @@ BUILDERS: tuple[Builder, ...] = (
 )
 
 FAMILIES: dict[str, Builder] = {builder.__name__: builder for builder in BUILDERS}
+
+
+def missing_classes() -> dict[str, str]:
+    """Vision-language classes of the installed transformers that no family is built from.
+
+    By model type, from what ``AutoModelForImageTextToText`` makes.
+    """
+    held = set()
+    for builder in BUILDERS:
+        # This transformers lacks the family, or a package that its configuration needs.
+        with contextlib.suppress(AttributeError, ImportError):
+            held.add(builder().model_class)
+    return {kind: name for kind, name in IMAGE_TEXT_CLASSES.items() if name not in held}
 
 
 def load(name: str, *, seed: int = 0, attn_implementation: str = "sdpa", **sizes: object) -> Family:
