@@ -140,14 +140,21 @@ def queries_of(stack: Stack, index: int) -> Queries:
 
 def _core(stack: Stack, index: int) -> Node:
     """The one attention operation of a layer."""
-    cores = [n for n in stack.nodes(index) if is_attention(n)]
+    cores = _cores(stack, index)
     if len(cores) != 1:
+        later = range(index + 1, stack.layers - 1)
+        fitting = [f"layer={i + 1}" for i in later if len(_cores(stack, i)) == 1]
         raise Refusal(
             f"layer {index} of {stack.path} holds {len(cores)} attention operations, expected one",
             cores[0] if cores else None,
-            advice="another layer: the one before the cut must be self-attention",
+            advice=f"{(fitting or ['another layer'])[0]}: the one before the cut must be "
+            "self-attention",
         )
     return cores[0]
+
+
+def _cores(stack: Stack, index: int) -> list[Node]:
+    return [n for n in stack.nodes(index) if is_attention(n)]
 
 
 def _eager_attention(softmax: Node) -> _Scores:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import dartfx
 from dartfx.passes.outcome import OrderMixing, Pruned
@@ -136,6 +136,20 @@ def test_refused_on_request() -> None:
     text = "1 layer mixes tokens by order: conv1d, and order_mixing='refuse' allows none"
     declined = assert_declined(model, prompt(SMALL), text, order_mixing="refuse")
     assert "F.conv1d" in declined.where
+
+
+class NoAttention(nn.Module):
+    """Stands where attention does, as the recurrent layers of a hybrid do."""
+
+    def forward(self, x: Tensor, context: object) -> tuple[Tensor, Tensor, Tensor]:
+        return x.tanh(), x, x
+
+
+def test_a_layer_without_attention_before_the_cut() -> None:
+    model = Decoder(Sizes(layers=3))
+    model.layers[0].attn = NoAttention()
+    text = "holds 0 attention operations, expected one; try: layer=2: the one before the cut"
+    assert_declined(model, prompt(model.z), text)
 
 
 class Ending(Decoder):
