@@ -192,6 +192,12 @@ NAMES: dict[str, PrivateName] = {
         "the ranks of a tensor-parallel model agree on what is pruned",
     ),
     # transformers
+    **_names(
+        "transformers.models.auto.modeling_auto",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "families --new lists the classes that no family covers",
+        TRANSFORMERS,
+    ),
     "output_capturing": PrivateName(
         "transformers.utils.output_capturing",
         "",

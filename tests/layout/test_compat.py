@@ -20,6 +20,7 @@ from dartfx.cli import doctor
 from dartfx.cli.tiny_model import Tiny, prompt
 from dartfx.ops.registration import require_rows
 from dartfx.runtime import rank_agreement
+from dartfx.tools.zoo.registry import missing_classes
 from tests.layout.test_layout import sources
 
 OPTIONS: dict[str, Any] = {"layer": 1, "retain_tokens": 4, "on_unsupported": "ignore"}
@@ -114,6 +115,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "FunctionalTensorMode HigherOrderOperator InstructionTranslator on_compile_start "
     "callback_handler": lambda _: pruned(),
     "aot_eager": lambda _: pruned("aot_eager"),
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": lambda _: missing_classes(),
     "compile_fx": lambda _: pruned("inductor"),
     "list_mode_options": lambda _: pruned("inductor", mode="max-autotune"),
     "list_options inductor_config": lambda _: dartfx.DartConfig(inductor={"max_autotune": True}),

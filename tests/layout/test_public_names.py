@@ -69,7 +69,7 @@ ARGUMENTS = {
     "--quick --retain --retain-elsewhere --seeds --selectors --write",
     "explain": "--device --dtype --dump --forward --image --layer --model --prompt "
     "--retain-tokens --selector --tokens",
-    "families": "--json --list --lowering --quick --traces --write names",
+    "families": "--json --list --lowering --new --quick --traces --write names",
     "show": "--anyres --device --dtype --grid --image --layer --model --out --overview --prompt "
     "--retain-tokens --selector --tiles",
 }

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from dartfx import compat
 from dartfx.cli.main import main
-from dartfx.tools.zoo import command, hooked, oracle, registry
+from dartfx.tools.zoo import command, hooked, oracle
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.measure import Call, Result, measure
 from dartfx.tools.zoo.registry import FAMILIES
@@ -86,7 +87,8 @@ def test_new_lists_classes_that_no_family_covers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     classes = {"llava": "LlavaForConditionalGeneration", "later": "LaterForConditionalGeneration"}
-    monkeypatch.setattr(registry, "IMAGE_TEXT_CLASSES", classes)
+    name = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
+    monkeypatch.setitem(vars(compat), name, classes)
     assert main(["families", "--new"]) == 0
     assert capsys.readouterr().out.split() == ["later", "LaterForConditionalGeneration"]
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_CLASSES,
-)
-
+from dartfx import compat
 from dartfx.tools.zoo.families import gemma, grids, llava, others, projected, qwen, tokenised
 from dartfx.tools.zoo.family import Builder, Family, build
 
@@ -85,14 +82,15 @@ FAMILIES: dict[str, Builder] = {builder.__name__: builder for builder in BUILDER
 def missing_classes() -> dict[str, str]:
     """Vision-language classes of the installed transformers that no family is built from.
 
-    By model type, from what ``AutoModelForImageTextToText`` makes.
+    By model type, from what ``AutoModelForImageTextToText`` makes.  Raises Unavailable where that
+    is not to be found.
     """
-    held = set()
+    known, held = compat.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, set()
     for builder in BUILDERS:
         # This transformers lacks the family, or a package that its configuration needs.
         with contextlib.suppress(AttributeError, ImportError):
             held.add(builder().model_class)
-    return {kind: name for kind, name in IMAGE_TEXT_CLASSES.items() if name not in held}
+    return {kind: name for kind, name in known.items() if name not in held}
 
 
 def load(name: str, *, seed: int = 0, attn_implementation: str = "sdpa", **sizes: object) -> Family:
