@@ -79,8 +79,8 @@ def test_padded_rows_in_a_window_that_is_full(dynamic: bool | None) -> None:
     dartfx.compile(family.model, retain_tokens=RETAIN, **options)
     output = generate(family.model, inputs)
     torch.testing.assert_close(torch.stack(output.logits, 1), oracle.logits, **CLOSE)
-    left = inputs["input_ids"].shape[1] - 10 + STEPS - 1
-    assert {layer.get_seq_length() for layer in output.past_key_values.layers} == {left}
+    seen = inputs["input_ids"].shape[1] + STEPS - 1
+    assert {layer.get_seq_length() for layer in output.past_key_values.layers} == {seen}
 
 
 def test_refused_where_nobody_counts_the_tokens_anew(family: Family) -> None:
