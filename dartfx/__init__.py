@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from dartfx._version import __version__ as __version__
+from dartfx.backend.cache_files import load_cache, save_cache
 from dartfx.backend.pre_pass import PrePass, as_pre_pass
 from dartfx.config.options import DartConfig
 from dartfx.errors import (
@@ -74,6 +75,7 @@ __all__ = [
     "exported_pruning",
     "kept_positions",
     "kept_tokens",
+    "load_cache",
     "media_tokens",
     "overlay",
     "overlay_html",
@@ -81,6 +83,7 @@ __all__ = [
     "register_selector",
     "reports",
     "reset",
+    "save_cache",
     "select_tokens",
     "uncompile",
     "verify",

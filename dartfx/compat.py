@@ -59,6 +59,7 @@ def _names(module: str, attributes: str, use: str, seen: str = TORCH) -> dict[st
 
 _SIZES = "error texts that show a size do not fix that size"
 _EXPORT = "exported programs are pruned"
+_TIMES = "reports say what compiling took"
 
 NAMES: dict[str, PrivateName] = {
     # Dynamo
@@ -121,6 +122,8 @@ NAMES: dict[str, PrivateName] = {
     **_names("torch._inductor", "list_mode_options", "the option mode is checked and applied"),
     **_names("torch._inductor", "list_options", "the option inductor is checked"),
     "inductor_config": PrivateName("torch._inductor.config", "", "the option inductor is checked"),
+    **_names("torch._dynamo.utils", "compilation_time_metrics counters", _TIMES),
+    "inductor_metrics": PrivateName("torch._inductor.metrics", "", _TIMES),
     **_names(
         "torch._inductor.codecache", "PyCodeCache", "dumps and reports name the file of the code"
     ),

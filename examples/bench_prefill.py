@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--lowering", choices=("inductor", "aot_eager", "eager"), default="inductor")
+    add("--outline-layers", action="store_true", help="compile equal layers once")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     args = parser.parse_args(argv)
     if args.repeat < 1:
@@ -71,6 +72,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "layer": args.layer,
         "selector": args.selector,
         "lowering": args.lowering,
+        "outline_layers": args.outline_layers,
     }
 
 

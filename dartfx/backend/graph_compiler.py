@@ -170,7 +170,9 @@ class GraphCompiler:
 
     def lower(self, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph that the passes are done with."""
-        return lower(self.config, module, inputs, self.dump.note_output_code)
+        note, reported = self.dump.note_output_code, self.reported
+        compilation = reported[-1].compilation if reported else None
+        return lower(self.config, module, inputs, note, compilation)
 
     def dispatcher(self, request: Request) -> MaskDispatcher:
         """What runs this graph where its vision mask comes from outside of it."""

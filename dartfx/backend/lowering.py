@@ -11,7 +11,9 @@ import torch
 from torch.fx import GraphModule
 
 from dartfx import compat
+from dartfx.backend.outlining import outlined
 from dartfx.config.options import DartConfig
+from dartfx.observe.compilation import Compilation
 
 __all__ = ["Lower", "lower", "lowering_with"]
 
@@ -38,10 +40,11 @@ def lower(
     module: GraphModule,
     inputs: Sequence[Any],
     note_output_code: Callable[[Sequence[str]], None] = lambda files: None,
+    compilation: Compilation | None = None,
 ) -> Callable[..., Any]:
     """Compile ``module`` as ``config.lowering`` says, or as :func:`lowering_with` does.
 
-    note_output_code: receives the files of Inductor's code.
+    note_output_code: receives the files of Inductor's code; compilation: is filled in.
     The config's fingerprint goes into the compilers' cache keys: those hash the graph but not the
     Python that an operator decomposes through, so an edited operator would hit an old entry.
     """
@@ -56,12 +59,14 @@ def lower(
     if config.lowering == "aot_eager":
         eager: Callable[..., Any] = compat.aot_eager(module, list(inputs))
         return eager
+    compilation = Compilation() if compilation is None else compilation
+    module = outlined(config, module, inputs, compilation)
     compile_fx, patches = compat.compile_fx, config.inductor_patches()
     settings = torch.compiler.config
     tag = f"{settings.cache_key_tag}dartfx-{config.fingerprint()}"
     loaded = getattr(compat.find("PyCodeCache"), "modules", [])
     before = len(loaded)
-    with settings.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+    with compilation.measure(), settings.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(module, list(inputs), config_patches=patches)
     # Kernels are modules of their own; the code that calls them has a function ``call``.
     note_output_code([str(m.__file__) for m in loaded[before:] if hasattr(m, "call")])

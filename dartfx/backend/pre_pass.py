@@ -28,6 +28,7 @@ _NOT_HERE = {
     "lowering": _COMPILES,
     "inductor": _COMPILES,
     "mode": _COMPILES,
+    "outline_layers": _COMPILES,
     "tokens": "which tokens are kept is recorded around the compiled code, which the host makes; "
     'use backend="dart"',
     "check_ranks": 'tensor-parallel graphs are left to backend="dart", whose ranks agree',

@@ -73,6 +73,7 @@ class DartConfig:
     tokens: record which tokens each pruned call keeps, for :func:`dartfx.kept_tokens`.
     check_ranks: under tensor parallelism, compare at run time that all ranks keep the same tokens,
         and raise SelectionError naming the rank that does not.
+    outline_layers: compile equal layers of a pruned graph once, where no gradients are recorded.
     """
 
     retain_tokens: int | tuple[int, ...] | None = None
@@ -95,6 +96,7 @@ class DartConfig:
     min_tokens: int = 1
     dump_graphs: str | None = None
     dump_passes: str | None = None
+    outline_layers: bool = False
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():

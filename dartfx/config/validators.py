@@ -248,4 +248,5 @@ CHECKS: dict[str, Check] = {
     "dump_passes": _pattern,
     "tokens": _flag,
     "check_ranks": _flag,
+    "outline_layers": _flag,
 }

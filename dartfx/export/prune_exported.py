@@ -40,6 +40,7 @@ _NOT_HERE = {
     "mode": _COMPILES,
     "quota": "the number of images is read on the host, which a program without dartfx cannot do",
     "min_tokens": "it belongs to quota, which reads the number of images on the host",
+    "outline_layers": _COMPILES,
     "check_ranks": "it compares the ranks of a tensor-parallel model, which a program knows not of",
 }
 

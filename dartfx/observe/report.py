@@ -6,8 +6,9 @@ import json
 import threading
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
+from dartfx.observe.compilation import Compilation
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.refusal import Declined
 from dartfx.runtime.collecting import collecting
@@ -36,12 +37,14 @@ class Report:
 
     graph: running number since the last reset; nodes: the graph's size as dynamo gave it;
     outcome: Pruned (every figure of the cut), Declined (why, where, what to try), Unchanged
-    (nothing to do, and why) or ReturnsMask (merges vision tokens for a later graph).
+    (nothing to do, and why) or ReturnsMask (merges vision tokens for a later graph);
+    compilation: what compiling it took, filled in once it is compiled.
     """
 
     graph: int
     nodes: int
     outcome: Outcome
+    compilation: Compilation = field(default_factory=Compilation, compare=False)
 
     @property
     def pruned(self) -> bool:
@@ -169,6 +172,7 @@ def as_json(report: Report, **more: object) -> str:
         "nodes": report.nodes,
         "kind": type(report.outcome).__name__.lower(),
         **outcome,
+        "compile": asdict(report.compilation),
         **more,
     }
     return json.dumps(shown, indent=2, default=asdict) + "\n"

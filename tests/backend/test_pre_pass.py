@@ -202,7 +202,7 @@ def test_cached_code_of_an_edited_operator_is_not_used(monkeypatch: pytest.Monke
     assert all(report.pruned for report in dartfx.reports())
 
 
-@pytest.mark.parametrize("option", ["lowering", "inductor", "mode", "tokens", "check_ranks"])
+@pytest.mark.parametrize("option", ["lowering", "inductor", "mode", "tokens", "outline_layers"])
 def test_options_of_the_host(option: str) -> None:
     with pytest.raises(dartfx.ConfigError, match=f"{option} has no meaning for dartfx.as_pre_pass"):
         dartfx.as_pre_pass({option: "eager"})

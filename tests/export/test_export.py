@@ -304,6 +304,7 @@ def test_unflattened_it_is_the_same(llava: Family, program: ExportedProgram) -> 
         ({"lowering": "eager"}, r"lowering has no meaning.*aoti_compile_and_package"),
         ({"inductor": {}}, "inductor has no meaning"),
         ({"mode": "default"}, "mode has no meaning"),
+        ({"outline_layers": True}, "outline_layers has no meaning"),
         ({"check_ranks": True}, "check_ranks has no meaning"),
         ({"kernel": "triton"}, "kernel='triton' has no meaning"),
         ({"retain_token": 3}, "did you mean 'retain_tokens'"),

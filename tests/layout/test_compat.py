@@ -18,6 +18,7 @@ import dartfx
 from dartfx import compat
 from dartfx.cli import doctor
 from dartfx.cli.tiny_model import Tiny, prompt
+from dartfx.observe.compilation import Compilation
 from dartfx.ops.registration import require_rows
 from dartfx.runtime import rank_agreement
 from dartfx.tools.zoo.registry import missing_classes
@@ -85,6 +86,14 @@ def replayed(tmp_path: Path) -> str:
     return str(replay.size(3))
 
 
+def measured(tmp_path: Path) -> str:
+    compilation = Compilation()
+    with compilation.measure():
+        pass
+    assert compilation.seconds["other"] >= 0
+    return str(compilation)
+
+
 def exchanged(tmp_path: Path) -> str:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -116,6 +125,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "callback_handler": lambda _: pruned(),
     "aot_eager": lambda _: pruned("aot_eager"),
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": lambda _: missing_classes(),
+    "compilation_time_metrics counters inductor_metrics": measured,
     "compile_fx": lambda _: pruned("inductor"),
     "list_mode_options": lambda _: pruned("inductor", mode="max-autotune"),
     "list_options inductor_config": lambda _: dartfx.DartConfig(inductor={"max_autotune": True}),

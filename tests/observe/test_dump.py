@@ -58,6 +58,7 @@ def test_every_stage_and_the_report(
     names = ("layer", "vision_tokens", "retained", "sequence")
     expected |= {name: getattr(outcome, name) for name in names}
     expected["output_code"] = []
+    expected["compile"] = vars(report.compilation)
     for name in ("operators", "collectives"):
         expected[name] = read[name]
     assert read["operators"]["dartfx.select_tokens.default"] == 1

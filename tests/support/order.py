@@ -19,7 +19,7 @@ LONGEST = [
     "tools/test_bench_generate.py",
     "passes/test_queries.py",
     "ops/test_triton_interpreted.py",
-    "backend/test_warm_start.py",
+    "compilation/test_warm_start.py",
     "layout/test_docs.py",
     "export/test_export.py",
     "backend/test_sliding_window.py",

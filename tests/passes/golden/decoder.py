@@ -22,19 +22,27 @@ class Layer(nn.Module):
         return x + y, key, value
 
 
+class Layers(nn.ModuleList):
+    """x [B, S, 8] -> the last hidden state and the keys of every layer."""
+
+    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        keys = []
+        for layer in self:
+            x, key, _ = layer(x, table)
+            keys.append(key)
+        return x, *keys
+
+
 class Decoder(nn.Module):
     """ids [1, S], features [N, 8] -> the last hidden state and the keys of both layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.norm = nn.Embedding(10, 8), nn.LayerNorm(8)
-        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.layers = Layers([Layer(), Layer()])
 
     def forward(self, ids: Tensor, features: Tensor) -> tuple[Tensor, ...]:
         x = self.embed(ids).masked_scatter((ids == 1)[..., None], features)
         table = torch.arange(ids.shape[1])[None, :, None].expand(1, -1, 4).cos()
-        keys = []
-        for layer in self.layers:
-            x, key, _ = layer(x, table)
-            keys.append(key)
+        x, *keys = self.layers(x, table)
         return self.norm(x), *keys

@@ -32,9 +32,10 @@ from dartfx.passes.frontend.normalise import example_values, normalise
 from dartfx.passes.frontend.unwrap_subclasses import unwrap_subclasses
 from dartfx.passes.graph import fake_mode
 from dartfx.passes.transform.inline_ops import inline_ops
+from dartfx.passes.transform.outline_layers import outline_layers
 from dartfx.passes.transform.restore_checkpoints import restore_checkpoints
 from dartfx.passes.transform.return_mask import return_vision_mask
-from tests.passes.golden.decoder import Decoder
+from tests.passes.golden.decoder import Decoder, Layer, Layers
 from tests.passes.golden.graph_text import marked, renamed, render
 
 FOLDER, PASSES = Path(__file__).parent, Path(__file__).parents[3] / "passes"
@@ -251,6 +252,15 @@ def _inline_ops() -> str:
     inline_ops(module, {torch.ops.aten.silu.default: lambda x: x * x.sigmoid()})
     assert fake_mode(module.graph)
     return renamed(marked(before, render(module.graph)), "S", "D")
+
+
+@golden("outline_layers")
+def _outline_layers() -> str:
+    inputs = torch.rand(1, 6, 8), torch.rand(1, 6, 4)
+    module = normalise(dynamo_graph(Layers([Layer(), Layer()]), *inputs, symbolic=[(0, 1), (1, 1)]))
+    outlined: Any = outline_layers(module)
+    around = marked(render(module.graph), render(outlined.module.graph))
+    return renamed(f"{around}\nlayers_0:\n{render(outlined.module.layers_0.graph)}", "S")
 
 
 # --- the texts, and what docstrings quote of them ---------------------------------------------

@@ -26,12 +26,14 @@ def compiled(retain):
     torch.compiler.reset()
     counters.clear()
     torch.manual_seed(0)
-    z = Sizes(layers=2, vocab=41)
+    z = Sizes(layers=4, vocab=41)
     model, inputs = Decoder(z).eval(), prompt(z)
-    options = {"layer": 1, "selector": "uniform", "on_unsupported": "error"}
+    options = {"layer": 2, "selector": "uniform", "on_unsupported": "error", "outline_layers": True}
     model = dartfx.compile(model, retain_tokens=retain, **options)
     with torch.no_grad():
         logits = model(**inputs)[0]
+    (report,) = (r for r in dartfx.reports()[-1:] if r.pruned)
+    assert [calls for calls, _ in report.compilation.outlined] == [2, 2]
     found = counters["aot_autograd"]
     return {
         "hit": found["autograd_cache_hit"],
@@ -43,12 +45,12 @@ def compiled(retain):
 process, artifacts = sys.argv[1:]
 if process == "first":
     told = [compiled(5)]
-    open(artifacts, "wb").write(torch.compiler.save_cache_artifacts()[0])
+    dartfx.save_cache(artifacts)
 elif process == "second":
     told = [compiled(5), compiled(6)]
 else:
     with fresh_cache():
-        torch.compiler.load_cache_artifacts(open(artifacts, "rb").read())
+        dartfx.load_cache(artifacts)
         told = [compiled(5)]
 print(json.dumps(told))
 """

@@ -1,0 +1,1 @@
+"""Layers that are equal, so that they can be compiled once."""

@@ -1,0 +1,53 @@
+"""Files of compiled code that do not fit are refused by name; test_warm_start.py uses one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import dartfx
+from dartfx.backend import cache_files
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file as save_cache writes it, of no real code."""
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"one\ntwo", None))
+    dartfx.save_cache(tmp_path / "cache")
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+    return tmp_path / "cache"
+
+
+def test_the_same_bytes_reach_torch(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bytes] = []
+    monkeypatch.setattr(
+        torch.compiler, "load_cache_artifacts", lambda data: given.append(data) or object()
+    )
+    dartfx.load_cache(saved)
+    assert given == [b"one\ntwo"]
+
+
+@pytest.mark.parametrize("name", cache_files._required())
+def test_what_differs_is_named(name: str, saved: Path) -> None:
+    head, _, rest = saved.read_bytes().partition(b"\n")
+    saved.write_bytes(json.dumps({**json.loads(head), name: "0.0"}).encode() + b"\n" + rest)
+    with pytest.raises(dartfx.DartfxError, match=f"does not fit this process: {name} 0.0 there, "):
+        dartfx.load_cache(saved)
+
+
+def test_files_that_are_no_cache(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(dartfx.DartfxError, match="no cache can be read from"):
+        dartfx.load_cache(tmp_path / "missing")
+    saved.write_bytes(b"\x80\x04abc")
+    with pytest.raises(dartfx.DartfxError, match=r"was not written by dartfx\.save_cache"):
+        dartfx.load_cache(saved)
+
+
+def test_nothing_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
+    with pytest.raises(dartfx.DartfxError, match="call the compiled model first"):
+        dartfx.save_cache(tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
