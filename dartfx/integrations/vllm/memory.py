@@ -24,7 +24,6 @@ __all__ = [
     "BehindCutSpec",
     "Counters",
     "PrunedScheduler",
-    "register",
     "respecify",
     "vision_tokens",
 ]
@@ -160,10 +159,15 @@ class PrunedScheduler(vllm_api.AsyncScheduler):  # type: ignore[misc]
         return freed
 
 
-def register() -> None:
+def _register() -> None:
     """Tell vLLM which manager serves which spec."""
     registry = vllm_api.KVCacheSpecRegistry
     # A first entry of ours would keep vLLM's own out.
     registry._ensure_registered()
     registry.register(BeforeCutSpec, vllm_api.FullAttentionManager)
     registry.register(BehindCutSpec, BehindCutManager)
+
+
+# Once the module is imported, as a process does that makes or receives such specs: where nothing is
+# pruned vLLM's table stays as it is.
+_register()

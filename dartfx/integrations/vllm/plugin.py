@@ -2,7 +2,8 @@
 
 Models: each registered one is wrapped, so that vLLM loads a subclass of it.  Config checks: one
 runs for every architecture while vLLM puts its config together, in the process that the user
-started, so that errors come out there.  KV cache specs: those of layers before and behind the cut.
+started, so that errors come out there.  :mod:`dartfx.integrations.vllm.memory` adds KV cache specs,
+where there are any.
 """
 
 from __future__ import annotations
@@ -24,10 +25,6 @@ def install() -> None:
             checks[architecture] = _Check(checks.get(architecture))
         if tested:
             models[architecture] = _wrapped(models[architecture])
-    if tested:
-        from dartfx.integrations.vllm import memory
-
-        memory.register()
 
 
 def prepare(vllm_config: Any) -> None:

@@ -26,7 +26,7 @@ def _more_than_one(name: str) -> Callable[[Any], object]:
 
 
 def _graphs(config: Any) -> bool:
-    # None before vLLM has chosen a mode; asked once more when the model is made.
+    # None before vLLM has chosen a mode; checked again when the model is made.
     mode = getattr(config.compilation_config, "cudagraph_mode", None)
     return getattr(mode, "name", mode) not in (None, "NONE")
 
