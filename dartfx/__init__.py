@@ -21,7 +21,7 @@ from dartfx.errors import (
     UnsupportedGraphError,
 )
 from dartfx.export.metadata import ChangedOutput, ExportedPruning, exported_pruning
-from dartfx.model.compile import compile, reset, uncompile
+from dartfx.model.compile import budget, compile, reset, uncompile
 from dartfx.model.explain import explain
 from dartfx.model.history import kept_tokens, reports
 from dartfx.observe.report import Report
@@ -70,6 +70,7 @@ __all__ = [
     "UnsupportedGraphError",
     "Verification",
     "as_pre_pass",
+    "budget",
     "compile",
     "explain",
     "exported_pruning",

@@ -83,6 +83,11 @@ NAMES: dict[str, PrivateName] = {
         "on_compile_start",
         "scans of models that are loaded after the backend was looked up are operators, too",
     ),
+    **_names(
+        "torch._dynamo",
+        "maybe_mark_dynamic",
+        "numbers of dartfx.budget take one compilation, not two",
+    ),
     **_names("torch._dynamo.variables.lazy", "LazySymNodeFormatString LazyVariableTracker", _SIZES),
     **_names("torch._dynamo.variables.misc", "StringFormatVariable", _SIZES),
     **_names(

@@ -204,7 +204,7 @@ def _plan_cuts(located: Located, request: Request) -> Plan | Unchanged:
     """
     region = CutRegion(located.site)
     tokens = vision_tokens(located.site.vision)
-    cuts = plan_budgets(tokens, request)
+    cuts = plan_budgets(tokens, request, located.site.hidden.graph)
     if not cuts:
         wanted = hint(request.stages[-1].retain(tokens))
         text = f"nothing to drop: {wanted} tokens to retain of {hint(tokens)}"

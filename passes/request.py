@@ -15,12 +15,14 @@ class Stage:
 
     layer: K, the first decoder layer that sees the sequence as this cut leaves it;
     retain: N -> R of the tokens that the prompt had, for int and SymInt alike;
+    given: the placeholder whose first size is a second argument of retain, None without one;
     select: emits the selection and returns keep_idx int64 [B, S'], see selection.py.
     """
 
     layer: int
-    retain: Callable[[Size], Size]
+    retain: Callable[..., Size]
     select: Select
+    given: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,8 @@ class Request:
     gathers_decode_mask: bool = False
     order_mixing: bool = True
     always: bool = False
+
+    @property
+    def varies(self) -> bool:
+        """Whether R is an input of the graph, so that nothing may be decided by its example."""
+        return any(stage.given is not None for stage in self.stages)

@@ -17,14 +17,14 @@ from dartfx import compat
 from dartfx.backend import dynamo_patch, scans
 from dartfx.backend.later_failures import note_on_errors
 from dartfx.backend.lowering import lower
-from dartfx.backend.masked_graph import rewrite_with_mask
+from dartfx.backend.masked_graph import rewrite_with_budget, rewrite_with_mask
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
 from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
 from dartfx.errors import PruningWarning, UnsupportedGraphError
 from dartfx.observe.dump import Dump
 from dartfx.observe.next_step import next_step_of
-from dartfx.observe.report import Report, discard, record
+from dartfx.observe.report import Report, discard, one_line, record
 from dartfx.passes.analysis.prefilter import has_indexed_layers, may_merge_features
 from dartfx.passes.frontend.fix_windows import fix_windows
 from dartfx.passes.frontend.inline_higher_order import inline_higher_order
@@ -33,11 +33,12 @@ from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
 from dartfx.passes.transform.return_mask import earlier_embeddings
+from dartfx.runtime.call_budget import BudgetDispatcher, CallBudget, not_honoured
 from dartfx.runtime.graph_breaks import with_graph_break
 from dartfx.runtime.graph_runs import NotedRun
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.kept_positions import TakesShortened
-from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer
+from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer, compile_apart
 from dartfx.runtime.rank_agreement import Ranks
 from dartfx.runtime.vision_mask import LOST_ADVICE
 
@@ -133,6 +134,9 @@ class GraphCompiler:
         self.reported: list[Report] = []
         fix_windows(module.graph)  # now, since a guard counts only while dynamo compiles
         self.ranks = Ranks(module)
+        self.request_for = partial(request_of, config, caller)
+        one_cut = len(config.layers) == 1 and not self.ranks.group
+        self.takes_budgets = caller.knows_positions and one_cut
         self.dump = Dump(config, module, dataclasses.asdict(caller))
 
     def compile_merge(self, inputs: Sequence[Any]) -> Compiled | None:
@@ -154,14 +158,32 @@ class GraphCompiler:
             if self.returns_keep_idx(outcome, request):
                 added = return_keep_idx(rewritten, tokens=self.config.tokens)
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
-            return self.ranks.wrap(
+            fixed = self.ranks.wrap(
                 KeepIdxRecorder(lowered, added, self.dump.note_kept) if added else lowered
             )
+            return self.per_call(fixed)
         if isinstance(outcome, ReturnsMask) and place is not None:
             earlier = earlier_embeddings(rewritten, place)
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
             return self.ranks.wrap(MaskProducer(lowered, place, earlier))
-        return self.lower(self.module, inputs)
+        plain = self.lower(self.module, inputs)
+        return self.per_call(plain) if getattr(outcome, "all_retained", False) else plain
+
+    def per_call(self, fixed: Compiled) -> Compiled:
+        """What runs ``fixed``, and for calls with a budget of their own a graph that takes it."""
+        return BudgetDispatcher(fixed, self.with_budget) if self.takes_budgets else fixed
+
+    def with_budget(self, budget: CallBudget) -> Compiled:
+        """Compile the graph with the budget as its first input.  Raises SelectionError."""
+        request = self.request_for(budget)
+        outcome, module, _ = rewrite_with_budget(self.flat, self.ranks, self.dump, request, budget)
+        if not isinstance(outcome, Pruned):
+            raise not_honoured(outcome)
+        self.announce(outcome)
+        added = return_keep_idx(module, tokens=self.config.tokens)
+        lowered = compile_apart(module, self.lower)
+        compiled = lambda given, *args: lowered(given, *self.ranks.inputs(args))  # noqa: E731
+        return KeepIdxRecorder(compiled, added, self.dump.note_kept)
 
     def returns_keep_idx(self, outcome: Pruned, request: Request) -> bool:
         """Whether somebody outside of the pruned graph needs to know which tokens it kept."""
@@ -176,7 +198,7 @@ class GraphCompiler:
 
     def dispatcher(self, request: Request) -> MaskDispatcher:
         """What runs this graph where its vision mask comes from outside of it."""
-        rewrite = partial(rewrite_with_mask, self.flat, self.ranks, request, self.dump)
+        rewrite = partial(rewrite_with_mask, self.flat, self.ranks, self.dump)
         return MaskDispatcher(
             self.config,
             self.flat,
@@ -188,6 +210,7 @@ class GraphCompiler:
             original=self.module,
             returns_keep_idx=self.returns_keep_idx,
             note_kept=self.dump.note_kept,
+            request_for=self.request_for if self.takes_budgets else None,
         )
 
     def compile_without_merge(self, inputs: Sequence[Any]) -> Compiled:
@@ -247,7 +270,7 @@ class GraphCompiler:
         self.dump.finish(report)
         if isinstance(outcome, Pruned):
             note_on_errors()
-            log.info("%s", _one_line(report, outcome))
+            log.info("%s", one_line(report, outcome))
         elif isinstance(outcome, Declined):
             refuse(self.config, outcome)
         else:
@@ -275,15 +298,3 @@ def refuse(config: DartConfig, declined: Declined) -> None:
 
 def _is_news(outcome: Outcome) -> bool:
     return isinstance(outcome, Unchanged) and (outcome.all_retained or outcome.unsure)
-
-
-def _one_line(report: Report, pruned: Pruned) -> str:
-    before, after = pruned.sequence
-    layers = ",".join(str(cut.layer) for cut in pruned.cuts)
-    flops = pruned.flops[0] / max(pruned.flops[1], 1)
-    return (
-        f"graph {report.graph}: {pruned.stack}.{layers}: {before} -> {after} tokens "
-        f"({pruned.vision_tokens} -> {pruned.retained} vision tokens per sample, {pruned.how}), "
-        f"{flops:.2f}x fewer decoder FLOPs, KV cache {pruned.kv_layout}, "
-        f"passes {sum(pruned.seconds.values()):.2f} s"
-    )

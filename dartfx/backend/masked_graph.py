@@ -1,6 +1,8 @@
-"""A decoder's graph with two inputs more, the vision mask [B, S] and a tensor [rows, 0], pruned."""
+"""Graphs with more inputs than dynamo's, pruned: a vision mask [B, S] and its rows, a budget."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -13,19 +15,24 @@ from dartfx.passes.refusal import NoDecoder
 from dartfx.passes.request import Request
 from dartfx.passes.runner import Observer
 from dartfx.passes.site import Vision
+from dartfx.runtime import call_budget
+from dartfx.runtime.call_budget import CallBudget
 from dartfx.runtime.mask_dispatch import IncomingMask
 from dartfx.runtime.rank_agreement import Ranks
 
-__all__ = ["rewrite_with_mask"]
+__all__ = ["rewrite_with_budget", "rewrite_with_mask"]
 
 
 def rewrite_with_mask(
-    module: GraphModule, ranks: Ranks, request: Request, observe: Observer, incoming: IncomingMask
+    module: GraphModule, ranks: Ranks, observe: Observer, request: Request, incoming: IncomingMask
 ) -> Rewritten:
     """Prune dynamo's graph ``module`` for calls whose mask comes as ``incoming`` does.
 
-    The empty tensor carries the number of feature rows in its shape.
+    The empty tensor carries the number of feature rows in its shape.  A request that varies has one
+    more in front, which carries the budget.
     """
+
+    budget = call_budget.active() if request.varies else None
 
     def trace() -> GraphModule:
         examples = with_own_symbols(example_values(ranks.module))
@@ -33,17 +40,33 @@ def rewrite_with_mask(
         with like.fake_mode as mode:
             mask = torch.empty(like.shape[:2], dtype=torch.bool, device=record.mask.device)
             rows = torch.empty((fresh_size(mode, record.rows), 0), device=record.mask.device)
-        return normalise(ranks.module, examples, extra=(mask, rows))
+            given = [torch.empty((fresh_size(mode, budget.example), 0))] if budget else []
+        return normalise(ranks.module, examples, extra=(*given, mask, rows))
 
     def vision(traced: GraphModule) -> Vision:
         embeds = None if incoming.embeds is None else ranks.place(incoming.embeds)
-        return _entering(incoming._replace(embeds=embeds), traced)
+        return _entering(incoming._replace(embeds=embeds), traced, behind=int(request.varies))
 
     return rewrite(trace, module, request, vision=vision, observe=observe)
 
 
-def _entering(incoming: IncomingMask, module: GraphModule) -> Vision:
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+def rewrite_with_budget(
+    module: GraphModule, ranks: Ranks, observe: Observer, request: Request, budget: CallBudget
+) -> Rewritten:
+    """Prune a graph that holds the merge, with the budget as an input in front."""
+
+    def trace() -> GraphModule:
+        examples = with_own_symbols(example_values(ranks.module))
+        mode: Any = next(v.fake_mode for v in examples if hasattr(v, "fake_mode"))
+        with mode:
+            given = torch.empty((fresh_size(mode, budget.example), 0))
+        return normalise(ranks.module, examples, extra=(given,))
+
+    return rewrite(trace, module, request, observe=observe)
+
+
+def _entering(incoming: IncomingMask, module: GraphModule, behind: int) -> Vision:
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"][behind:]
     mask, row_count = placeholders[:2]
     if incoming.embeds is not None:
         embeds = placeholders[2 + incoming.embeds]

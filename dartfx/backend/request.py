@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ import dartfx.ops  # noqa: F401  registers torch.ops.dartfx.select_tokens
 from dartfx.config.options import DartConfig
 from dartfx.passes.request import Request, Stage
 from dartfx.passes.selection import ByOperator
+from dartfx.runtime.call_budget import CallBudget
 from dartfx.selection.quotas import quota_arguments
 from dartfx.selection.registry import is_random, optional_inputs, uses_key_norms_only
 
@@ -36,8 +37,13 @@ class CallerCapabilities:
 TORCH_COMPILE = CallerCapabilities()
 
 
-def request_of(config: DartConfig, caller: CallerCapabilities) -> Request:
-    """The passes' request for these options and this caller of the compiled code."""
+def request_of(
+    config: DartConfig, caller: CallerCapabilities, budget: CallBudget | None = None
+) -> Request:
+    """The passes' request for these options and this caller of the compiled code.
+
+    budget: of the kind that the graph's first input gives at run time.
+    """
     pivots = config.pivot_image_tokens, config.pivot_text_tokens
     operator = torch.ops.dartfx.select_tokens.default
     select = ByOperator(
@@ -48,13 +54,17 @@ def request_of(config: DartConfig, caller: CallerCapabilities) -> Request:
         checks_ranks=config.check_ranks or is_random(config.selector),
         more=quota_arguments(config.quota, config.min_tokens),
     )
+    stages = tuple(
+        Stage(layer, partial(config.retain_for, stage=number), select)
+        for number, layer in enumerate(config.layers)
+    )
+    if budget is not None:
+        stages = (replace(stages[0], retain=budget.retain, given=0),)
     return Request(
-        stages=tuple(
-            Stage(layer, partial(config.retain_for, stage=number), select)
-            for number, layer in enumerate(config.layers)
-        ),
+        stages=stages,
         kv_layout=config.kv_layout,
         fixes_sliding_lengths=caller.fixes_sliding_lengths,
         gathers_decode_mask=caller.gathers_decode_mask,
+        always=budget is not None,
         order_mixing=config.order_mixing == "allow",
     )

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from dartfx.config.options import DartConfig
+from dartfx.config.validators import CHECKS
 from dartfx.errors import ConfigError
 from dartfx.model.attached import attach, detach
 from dartfx.model.capturing import prepare_capturing
 from dartfx.model.compiled_model import CompiledModel
 from dartfx.model.target import inner_model
 from dartfx.observe import report
-from dartfx.runtime import keep_idx, vision_mask
+from dartfx.runtime import call_budget, keep_idx, vision_mask
+from dartfx.runtime.call_budget import CallBudget
 
-__all__ = ["compile", "reset", "uncompile"]
+__all__ = ["budget", "compile", "reset", "uncompile"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -66,6 +70,50 @@ def uncompile(model: Module) -> Module:
         raise TypeError(f"dartfx.uncompile needs a torch.nn.Module, got {type(model).__name__}")
     detach(inner_model(model))
     return model
+
+
+@contextmanager
+def budget(
+    model: nn.Module, retain_tokens: int | None = None, *, reduction_ratio: float | None = None
+) -> Iterator[None]:
+    """Let the calls of a compiled model inside the ``with`` block keep another number of tokens.
+
+    model: compiled by :func:`compile`, which stays as it is; ``generate`` and pipelines call it as
+    ever.  retain_tokens, reduction_ratio: one of them, as in the options; a ratio of at most four
+    decimals.  All numbers share one more compilation (two at most, where dynamo first takes the
+    size for fixed).  Raises ConfigError where they do not fit the options, and in the call
+    SelectionError where its graph cannot take a budget.
+    """
+    inner = inner_model(model)
+    with call_budget.requested_for(inner, _checked_budget(inner, retain_tokens, reduction_ratio)):
+        yield
+
+
+def _checked_budget(model: nn.Module, retain_tokens: object, reduction_ratio: object) -> CallBudget:
+    compiled = model._compiled_call_impl
+    if not isinstance(compiled, CompiledModel):
+        raise ConfigError("dartfx.budget needs a model that dartfx.compile compiled in place")
+    if (retain_tokens is None) == (reduction_ratio is None):
+        raise ConfigError(
+            f"dartfx.budget takes retain_tokens or reduction_ratio, got {retain_tokens} and "
+            f"{reduction_ratio}"
+        )
+    config = compiled.config
+    if len(config.layers) > 1 or isinstance(config.quota, tuple):
+        what = f"quota={config.quota}" if len(config.layers) == 1 else f"layer={config.layers}"
+        raise ConfigError(
+            f"dartfx.budget gives one number, but the model was compiled with {what}, which has "
+            "several"
+        )
+    if retain_tokens is not None:
+        return CallBudget("tokens", CHECKS["retain_tokens"]("retain_tokens", retain_tokens))  # type: ignore[arg-type]
+    ratio: Any = CHECKS["reduction_ratio"]("reduction_ratio", reduction_ratio)
+    share = None if isinstance(ratio, tuple) else CallBudget.of_ratio(ratio)
+    if share is None:
+        raise ConfigError(
+            f"reduction_ratio={ratio} of one call must be one number of at most four decimals"
+        )
+    return share
 
 
 def _check_decode(model: nn.Module, decode: object, config: DartConfig) -> None:

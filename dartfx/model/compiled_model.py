@@ -40,7 +40,7 @@ from dartfx.model.history import History
 from dartfx.observe import folders, report
 from dartfx.observe.report import Report
 from dartfx.passes.refusal import Declined
-from dartfx.runtime import graph_runs, keep_idx, vision_mask
+from dartfx.runtime import call_budget, graph_runs, keep_idx, vision_mask
 from dartfx.runtime.full_length import restore_length
 from dartfx.runtime.graph_breaks import GraphBreak, broken_by, with_graph_break
 
@@ -153,6 +153,7 @@ class CompiledModel:
             self.reporting() as compiled,
             vision_mask.collect_masks() as noted,
             graph_runs.collect_runs() as runs,
+            call_budget.applied(self._model),
         ):
             result = self._run_by_kind(compiled, call)
             broken = self._breaks.get(call.kind) if runs else None

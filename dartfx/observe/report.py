@@ -22,6 +22,7 @@ __all__ = [
     "discard",
     "isolate_reports",
     "latest",
+    "one_line",
     "record",
     "reports",
     "since",
@@ -91,6 +92,19 @@ def _pruned_lines(p: Pruned) -> list[str]:
         dims = ", ".join(map(str, c.dims))
         lines.append(f"    {c.name} [{shape}] along dim {dims}" + (f"  {c.where}" * bool(c.where)))
     return lines
+
+
+def one_line(report: Report, pruned: Pruned) -> str:
+    """What was pruned, for a log."""
+    before, after = pruned.sequence
+    layers = ",".join(str(cut.layer) for cut in pruned.cuts)
+    flops = pruned.flops[0] / max(pruned.flops[1], 1)
+    return (
+        f"graph {report.graph}: {pruned.stack}.{layers}: {before} -> {after} tokens "
+        f"({pruned.vision_tokens} -> {pruned.retained} vision tokens per sample, {pruned.how}), "
+        f"{flops:.2f}x fewer decoder FLOPs, KV cache {pruned.kv_layout}, "
+        f"passes {sum(pruned.seconds.values()):.2f} s"
+    )
 
 
 _LOCK = threading.Lock()

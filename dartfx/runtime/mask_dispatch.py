@@ -17,14 +17,28 @@ from dartfx.passes.graph import is_one, is_state, module_paths, same_size, split
 from dartfx.passes.outcome import Outcome, Pruned, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
-from dartfx.runtime import graph_runs, vision_mask
+from dartfx.runtime import call_budget, graph_runs, vision_mask
+from dartfx.runtime.call_budget import CallBudget, not_honoured
 from dartfx.runtime.keep_idx import KeepIdxRecord, KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.rank_agreement import Ranks
 
-__all__ = ["MaskDispatcher", "MaskProducer", "prompts"]
+__all__ = ["MaskDispatcher", "MaskProducer", "compile_apart", "prompts"]
 
 Compiled = Callable[..., Any]
 Lower = Callable[[GraphModule, Sequence[Any]], Compiled]
+
+
+def compile_apart(module: GraphModule, lower: Lower) -> Compiled:
+    """Compile outside dynamo's call, which may be over: guards on what comes are its own."""
+    # Dynamo inlines a plain GraphModule, but not the lazily recompiled kind that it makes.
+    module = GraphModule(module, module.graph)
+
+    def run(*args: Any) -> Any:
+        return module(*args)
+
+    # Dynamo counts recompilations per code object; every graph gets one of its own.
+    run.__code__ = run.__code__.replace(co_name=f"run_{id(module):x}")
+    return torch.compile(run, backend=lower, fullgraph=True)
 
 
 class MaskProducer:
@@ -64,7 +78,8 @@ class MaskDispatcher:
     is built when first needed.  rewrite: the graph pruned for such a mask; announce: reports every
     outcome; lower: compiles a graph; original: what runs unpruned, where it is not ``module``;
     returns_keep_idx: whether a pruned graph returns which tokens it kept; note_kept: receives
-    those of its first call.
+    those of its first call; request_for: what stands for ``request`` where a call has a budget of
+    its own, None where none has.
     """
 
     def __init__(
@@ -73,21 +88,23 @@ class MaskDispatcher:
         module: GraphModule,
         request: Request,
         announce: Callable[[Outcome], None],
-        rewrite: Callable[[IncomingMask], tuple[Outcome | None, GraphModule, int | None]],
+        rewrite: Callable[[Request, IncomingMask], tuple[Outcome | None, GraphModule, int | None]],
         lower: Lower,
         ranks: Ranks | None = None,
         original: GraphModule | None = None,
         returns_keep_idx: Callable[[Pruned, Request], bool] = Pruned.needs_keep_idx,
         note_kept: Callable[[KeepIdxRecord], None] | None = None,
+        request_for: Callable[[CallBudget], Request] | None = None,
     ) -> None:
         self._config, self._module, self._request = config, module, request
         self._original = module if original is None else original
-        self._returns_keep_idx, self._note_kept = returns_keep_idx, note_kept
+        self._returns_keep_idx, self._request_for = returns_keep_idx, request_for
+        self._note_kept = note_kept
         self._announce, self._rewrite, self._lower = announce, rewrite, lower
         self._ranks = Ranks(module) if ranks is None else ranks
         self._embeds, self._ids = prompts(module)
         self._unpruned: Compiled | None = None
-        self._pruned: dict[int | None, Compiled | None] = {}
+        self._pruned: dict[tuple[int | None, str], Compiled | None] = {}
         self._all_retained: set[tuple[int, int]] = set()
         self._lock = threading.RLock()
 
@@ -130,10 +147,12 @@ class MaskDispatcher:
         pruned = self._pruned_for(incoming) if incoming is not None else None
         if incoming is not None and pruned is not None:
             mask, rows = incoming.record.mask, incoming.record.rows
-            return pruned(mask, mask.new_empty((rows, 0)), *self._ranks.inputs(args))
+            budget = self._budget()
+            given = [] if budget is None else [budget.as_input((mask,))]
+            return pruned(*given, mask, mask.new_empty((rows, 0)), *self._ranks.inputs(args))
         if self._unpruned is None:
             with self._lock:
-                self._unpruned = self._unpruned or self._compile(self._original)
+                self._unpruned = self._unpruned or compile_apart(self._original, self._lower)
         return self._unpruned(*args)
 
     def _incoming(self, inputs: Sequence[Any]) -> IncomingMask | None:
@@ -167,14 +186,22 @@ class MaskDispatcher:
                     return IncomingMask(None, place, given)
         return None
 
+    def _budget(self) -> CallBudget | None:
+        """The budget that this call brings, instead of the options'."""
+        return None if self._request_for is None else call_budget.active()
+
     def _pruned_for(self, incoming: IncomingMask) -> Compiled | None:
         with self._lock:
+            budget, request = self._budget(), self._request
+            if budget is not None and self._request_for is not None:
+                request = self._request_for(budget)
             # True of this many rows in this batch only: a larger image may come the same way.
             size = incoming.record.rows, incoming.record.mask.shape[0]
-            if size in self._all_retained:
+            if budget is None and size in self._all_retained:
                 return None
-            if incoming.embeds not in self._pruned:
-                outcome, module, _ = self._rewrite(incoming)
+            key = incoming.embeds, "" if budget is None else budget.kind
+            if key not in self._pruned:
+                outcome, module, _ = self._rewrite(request, incoming)
                 agreed = self._ranks.agree(outcome)
                 assert agreed is not None
                 outcome = agreed
@@ -182,28 +209,18 @@ class MaskDispatcher:
                 if isinstance(outcome, Unchanged) and outcome.all_retained:
                     self._all_retained.add(size)
                 else:
-                    self._pruned[incoming.embeds] = self._recorded(outcome, module)
-            return self._pruned.get(incoming.embeds)
+                    self._pruned[key] = self._recorded(outcome, module, request)
+            return self._pruned.get(key)
 
-    def _recorded(self, outcome: Outcome, module: GraphModule) -> Compiled | None:
+    def _recorded(self, outcome: Outcome, module: GraphModule, request: Request) -> Compiled | None:
         if not isinstance(outcome, Pruned):
+            if request.varies:
+                raise not_honoured(outcome)
             return None
-        if not self._config.tokens and not self._returns_keep_idx(outcome, self._request):
-            return self._compile(module)
+        if not self._config.tokens and not self._returns_keep_idx(outcome, request):
+            return compile_apart(module, self._lower)
         added = return_keep_idx(module, tokens=self._config.tokens)
-        return KeepIdxRecorder(self._compile(module), added, self._note_kept)
-
-    def _compile(self, module: GraphModule) -> Compiled:
-        """Compile outside dynamo's call, which may be over: guards on what comes are its own."""
-        # Dynamo inlines a plain GraphModule, but not the lazily recompiled kind that it makes.
-        module = GraphModule(module, module.graph)
-
-        def run(*args: Any) -> Any:
-            return module(*args)
-
-        # Dynamo counts recompilations per code object; every graph gets one of its own.
-        run.__code__ = run.__code__.replace(co_name=f"run_{id(module):x}")
-        return torch.compile(run, backend=self._lower, fullgraph=True)
+        return KeepIdxRecorder(compile_apart(module, self._lower), added, self._note_kept)
 
 
 def _same_shape(one: torch.Size, other: torch.Size) -> bool:

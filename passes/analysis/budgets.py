@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
-from dartfx.passes.graph import Size, depends_on_data, sizes
+from torch.fx import Graph, Node
+
+from dartfx.passes.graph import Emitter, Size, depends_on_data, sizes
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.request import Request, Stage
 from dartfx.passes.site import Vision
@@ -45,14 +48,31 @@ def vision_tokens(vision: Vision) -> Size:
     return tokens
 
 
-def plan_budgets(tokens: Size, request: Request) -> list[PlannedCut]:
+def given_number(stage: Stage, graph: Graph) -> list[Node]:
+    """The placeholder whose first size a stage's ``retain`` takes as well, if it does."""
+    if stage.given is None:
+        return []
+    return [[n for n in graph.nodes if n.op == "placeholder"][stage.given]]
+
+
+def retained(stage: Stage, tokens: Size, graph: Graph) -> Size:
+    """R of a stage."""
+    return stage.retain(tokens, *(sizes(n)[0] for n in given_number(stage, graph)))
+
+
+def arguments(emit: Emitter, stage: Stage, tokens: int | Node) -> tuple[Any, ...]:
+    """A stage's ``retain`` and what it takes, as graph arguments."""
+    return stage.retain, tokens, *(emit.size(n, 0) for n in given_number(stage, emit.graph))
+
+
+def plan_budgets(tokens: Size, request: Request, graph: Graph) -> list[PlannedCut]:
     """The cuts that drop tokens: of ``tokens`` per sample, or of those that the cut before retains.
 
     On symbolic sizes whether a cut drops anything installs a guard, because the graph differs.
     """
     planned, remaining = [], tokens
     for stage in request.stages:
-        retain = stage.retain(tokens)
+        retain = retained(stage, tokens, graph)
         if request.always or not bool(retain >= remaining):
             planned.append(PlannedCut(stage, remaining, retain))
             remaining = retain

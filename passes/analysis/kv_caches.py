@@ -39,6 +39,12 @@ def plan_cache_layout(region: CutRegion, length: Size, request: Request) -> Cach
     site, axes, returned = region.site, region.axes, region.output.all_input_nodes
     sliding, wanted = sliding_caches(site, returned, axes), request.kv_layout
     width = window(sliding)
+    if width is not None and request.varies:
+        raise Refusal(
+            "sliding-window caches of one length or another are laid out by how many tokens are "
+            "left, which here is known only when a call comes",
+            advice="retain_tokens or reduction_ratio when the model is compiled",
+        )
     if width is None or bool(length >= width):
         caches = kv_caches(site, returned, axes)
         return CacheLayout(choose_layout(site, request, caches), caches, width)

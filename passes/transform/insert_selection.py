@@ -30,7 +30,7 @@ import torch
 from torch.fx import Node
 
 from dartfx.passes.analysis.attention import HIDING, queries_of
-from dartfx.passes.analysis.budgets import PlannedCut, rows_of
+from dartfx.passes.analysis.budgets import PlannedCut, arguments, rows_of
 from dartfx.passes.analysis.cut_region import CutRegion
 from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.distributed.sync_selection import sync_selection
@@ -88,7 +88,7 @@ def emit_budgets(region: CutRegion, cuts: Sequence[PlannedCut]) -> list[Budget]:
     emit, vision = Emitter(region.anchor()), region.site.vision
     batch = emit.size(vision.embeds, 0)
     tokens = emit.arithmetic(operator.floordiv, vision_rows(emit, vision), batch)
-    retained = [emit.arithmetic(cut.stage.retain, tokens) for cut in cuts]
+    retained = [emit.arithmetic(*arguments(emit, cut.stage, tokens)) for cut in cuts]
     return [Budget(n, r) for n, r in zip([tokens, *retained], retained, strict=False)]
 
 

@@ -23,9 +23,9 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 NAMES = """
     ChangedOutput ConfigError DartConfig DartfxError ExportedPruning KernelUnavailableError PrePass
     PruningWarning RanksError Report SelectionError UnsupportedGraphError Verification as_pre_pass
-    compile explain exported_pruning kept_positions kept_tokens load_cache media_tokens overlay
-    overlay_html prune_exported register_selector reports reset save_cache select_tokens uncompile
-    verify vision_tokens
+    budget compile explain exported_pruning kept_positions kept_tokens load_cache media_tokens
+    overlay overlay_html prune_exported register_selector reports reset save_cache select_tokens
+    uncompile verify vision_tokens
 """
 
 ENTRY_POINTS = {

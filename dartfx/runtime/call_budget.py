@@ -1,0 +1,122 @@
+"""How many vision tokens a call keeps where that is not what its graphs were compiled for.
+
+The number reaches a graph as the size of an empty input, so the compiler treats it as a symbol like
+any other length, and one graph serves every number.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dartfx import compat
+from dartfx.errors import SelectionError
+from dartfx.passes.graph import Size
+
+__all__ = ["BudgetDispatcher", "CallBudget", "active", "applied", "not_honoured", "requested_for"]
+
+Compiled = Callable[..., Any]
+
+# A share is a whole number of these, so that it fits into a size.
+_PARTS = 10_000
+
+
+@dataclass(frozen=True)
+class CallBudget:
+    """kind: "tokens", ``number`` being R, or "share", of 10,000 parts of the vision tokens."""
+
+    kind: str
+    number: int
+
+    @classmethod
+    def of_ratio(cls, reduction_ratio: float) -> CallBudget | None:
+        """The budget that drops this share; None where it has more than four decimals."""
+        parts = round((1 - reduction_ratio) * _PARTS)
+        return cls("share", parts) if round(1 - parts / _PARTS, 12) == reduction_ratio else None
+
+    def retain(self, tokens: Size, number: Size) -> Size:
+        """R of ``tokens`` vision tokens for a number of this kind, also as a symbol."""
+        if self.kind == "tokens":
+            return number
+        nearest = (2 * tokens * number + _PARTS) // (2 * _PARTS)
+        retained: Size = torch.sym_max(1, nearest)  # type: ignore[no-untyped-call]
+        return retained
+
+    @property
+    def example(self) -> int:
+        """What stands for the number while a graph is rewritten: 0 and 1 would be no symbols."""
+        return max(self.number, 2)
+
+    def as_input(self, args: tuple[Any, ...]) -> Tensor:
+        """The graph's input that says the number, on the device of the others."""
+        device = next((a.device for a in args if isinstance(a, Tensor)), None)
+        size = torch.empty((self.number, 0), device=device)
+        if (mark := compat.find("maybe_mark_dynamic")) is not None:
+            mark(size, 0)
+        return size
+
+
+_requested: ContextVar[Mapping[int, CallBudget]] = ContextVar("dartfx_budgets", default={})  # noqa: B039
+_active: ContextVar[CallBudget | None] = ContextVar("dartfx_budget", default=None)
+
+
+def not_honoured(outcome: object) -> SelectionError:
+    """The error for a graph that cannot take its budget as an input."""
+    because = getattr(outcome, "because", "no vision tokens enter a decoder in it")
+    return SelectionError(
+        f"dartfx.budget cannot change how many vision tokens a graph keeps: {because}; give "
+        "retain_tokens or reduction_ratio to dartfx.compile, and call outside of dartfx.budget"
+    )
+
+
+@contextmanager
+def requested_for(model: object, budget: CallBudget) -> Iterator[None]:
+    """Let calls of ``model`` in this context keep so many vision tokens."""
+    token = _requested.set({**_requested.get(), id(model): budget})
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@contextmanager
+def applied(model: object) -> Iterator[None]:
+    """Run graphs of ``model``, with the budget that was requested for it, if any."""
+    token = _active.set(_requested.get().get(id(model)))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def active() -> CallBudget | None:
+    """The budget of the call that runs; None where it is the options'."""
+    return _active.get()
+
+
+class BudgetDispatcher:
+    """Runs a graph with the budget of its options, or the graph that takes the call's.
+
+    build: makes the second, which takes :meth:`CallBudget.as_input` in front of the inputs.
+    """
+
+    def __init__(self, fixed: Compiled, build: Callable[[CallBudget], Compiled]) -> None:
+        self._fixed, self._build = fixed, build
+        self._varying: dict[str, Compiled] = {}
+        self._lock = threading.RLock()
+
+    def __call__(self, *args: Any) -> Any:
+        budget = active()
+        if budget is None:
+            return self._fixed(*args)
+        with self._lock:
+            if budget.kind not in self._varying:
+                self._varying[budget.kind] = self._build(budget)
+        return self._varying[budget.kind](budget.as_input(args), *args)
