@@ -20,7 +20,7 @@ from dartfx.cli import doctor
 from dartfx.cli.tiny_model import Tiny, prompt
 from dartfx.observe.compilation import Compilation
 from dartfx.ops.registration import require_rows
-from dartfx.runtime import rank_agreement
+from dartfx.runtime import call_budget, rank_agreement
 from dartfx.tools.zoo.registry import missing_classes
 from tests.layout.test_layout import sources
 
@@ -139,6 +139,7 @@ USES: dict[str, Callable[[Path], object]] = {
         str(f) for f in doctor.examine("inductor", quick=True) if "C++" in str(f)
     ),
     "assert_async": checked_on_a_device,
+    "maybe_mark_dynamic": lambda _: call_budget.CallBudget("tokens", 3).as_input(()),
     "reset_cudagraph_trees": reset_on_cuda,
     "get_default_store resolve_process_group": exchanged,
     "maybe_install_capturing_hooks output_capturing": lambda _: dartfx.compile(Tiny(), **EAGER),
