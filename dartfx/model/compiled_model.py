@@ -273,10 +273,18 @@ def _with_decode_masks(call: Arguments, caches: Sequence[Any]) -> Arguments:
 
 def _with_traced_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The same for a decode step that transformers compiles, while it is traced."""
-    kv, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if kv is None or not isinstance(mask, Tensor) or mask.ndim != 4:
+    kv, given = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+
+    def fitted(mask: Any) -> Any:
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            return mask
+        return kv_cache.fit_mask(kv, mask, mask.shape[2])
+
+    if kv is None or given is None:
         return kwargs
-    return kwargs | {"attention_mask": kv_cache.fit_mask(kv, mask, mask.shape[2])}
+    if isinstance(given, dict):  # one for each kind of layer
+        return kwargs | {"attention_mask": {kind: fitted(mask) for kind, mask in given.items()}}
+    return kwargs | {"attention_mask": fitted(given)}
 
 
 def _may_be_mask(name: str, value: Any) -> bool:
