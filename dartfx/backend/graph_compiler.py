@@ -134,9 +134,6 @@ class GraphCompiler:
         self.reported: list[Report] = []
         fix_windows(module.graph)  # now, since a guard counts only while dynamo compiles
         self.ranks = Ranks(module)
-        self.request_for = partial(request_of, config, caller)
-        one_cut = len(config.layers) == 1 and not self.ranks.group
-        self.takes_budgets = caller.knows_positions and one_cut
         self.dump = Dump(config, module, dataclasses.asdict(caller))
 
     def compile_merge(self, inputs: Sequence[Any]) -> Compiled | None:
@@ -171,14 +168,20 @@ class GraphCompiler:
 
     def per_call(self, fixed: Compiled) -> Compiled:
         """What runs ``fixed``, and for calls with a budget of their own a graph that takes it."""
-        return BudgetDispatcher(fixed, self.with_budget) if self.takes_budgets else fixed
+        return BudgetDispatcher(fixed, self.with_budget) if self.caller.knows_positions else fixed
+
+    def request_for(self, budget: CallBudget) -> Request:
+        """The request of calls that bring a budget of this kind.  Raises SelectionError."""
+        if self.ranks.group:
+            raise not_honoured("several ranks share it")
+        return request_of(self.config, self.caller, budget)
 
     def with_budget(self, budget: CallBudget) -> Compiled:
         """Compile the graph with the budget as its first input.  Raises SelectionError."""
         request = self.request_for(budget)
         outcome, module, _ = rewrite_with_budget(self.flat, self.ranks, self.dump, request, budget)
         if not isinstance(outcome, Pruned):
-            raise not_honoured(outcome)
+            raise not_honoured(getattr(outcome, "because", None))
         self.announce(outcome)
         added = return_keep_idx(module, tokens=self.config.tokens)
         lowered = compile_apart(module, self.lower)
@@ -210,7 +213,7 @@ class GraphCompiler:
             original=self.module,
             returns_keep_idx=self.returns_keep_idx,
             note_kept=self.dump.note_kept,
-            request_for=self.request_for if self.takes_budgets else None,
+            request_for=self.request_for if self.caller.knows_positions else None,
         )
 
     def compile_without_merge(self, inputs: Sequence[Any]) -> Compiled:
@@ -274,7 +277,8 @@ class GraphCompiler:
         elif isinstance(outcome, Declined):
             refuse(self.config, outcome)
         else:
-            level = logging.WARNING if _is_news(outcome) else logging.INFO
+            news = isinstance(outcome, Unchanged) and (outcome.all_retained or outcome.unsure)
+            level = logging.WARNING if news else logging.INFO
             said = f"; {next_step_of(outcome)}" if level == logging.WARNING else ""
             log.log(level, "graph %d: %s%s", report.graph, outcome.because, said)
 
@@ -294,7 +298,3 @@ def refuse(config: DartConfig, declined: Declined) -> None:
         text = f"dartfx left a graph unpruned: {shown}; {next_step_of(declined)}"
         warnings.warn(text, PruningWarning, stacklevel=2)
     log.info("not pruned: %s", declined)
-
-
-def _is_news(outcome: Outcome) -> bool:
-    return isinstance(outcome, Unchanged) and (outcome.all_retained or outcome.unsure)

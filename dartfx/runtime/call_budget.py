@@ -67,9 +67,9 @@ _requested: ContextVar[Mapping[int, CallBudget]] = ContextVar("dartfx_budgets", 
 _active: ContextVar[CallBudget | None] = ContextVar("dartfx_budget", default=None)
 
 
-def not_honoured(outcome: object) -> SelectionError:
+def not_honoured(because: str | None) -> SelectionError:
     """The error for a graph that cannot take its budget as an input."""
-    because = getattr(outcome, "because", "no vision tokens enter a decoder in it")
+    because = because or "no vision tokens enter a decoder in it"
     return SelectionError(
         f"dartfx.budget cannot change how many vision tokens a graph keeps: {because}; give "
         "retain_tokens or reduction_ratio to dartfx.compile, and call outside of dartfx.budget"

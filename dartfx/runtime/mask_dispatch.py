@@ -215,7 +215,7 @@ class MaskDispatcher:
     def _recorded(self, outcome: Outcome, module: GraphModule, request: Request) -> Compiled | None:
         if not isinstance(outcome, Pruned):
             if request.varies:
-                raise not_honoured(outcome)
+                raise not_honoured(getattr(outcome, "because", None))
             return None
         if not self._config.tokens and not self._returns_keep_idx(outcome, request):
             return compile_apart(module, self._lower)

@@ -11,10 +11,13 @@ import torch
 from torch.fx import GraphModule
 
 import dartfx
+from dartfx.backend.graph_compiler import GraphCompiler
 from dartfx.backend.lowering import lower, lowering_with
+from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError, SelectionError
 from dartfx.passes.outcome import Pruned
+from dartfx.runtime.call_budget import CallBudget
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.registry import load
 from tests.support.slow import slow
@@ -120,3 +123,11 @@ def test_sliding_windows_take_no_budget_of_a_call() -> None:
     ):
         model(**inputs)
     model(**inputs)
+
+
+def test_ranks_that_share_a_graph_take_no_budget_of_a_call() -> None:
+    module = torch.fx.symbolic_trace(torch.nn.Identity())
+    compiler = GraphCompiler(DartConfig(), module, CallerCapabilities(knows_positions=True))
+    compiler.ranks.group = "0"
+    with pytest.raises(SelectionError, match="several ranks share it; give retain_tokens"):
+        compiler.request_for(CallBudget("tokens", 4))
