@@ -6,13 +6,13 @@ model, pickled or by ``copy.deepcopy``, is an uncompiled model with its class's 
 
 from __future__ import annotations
 
-import sys
 from functools import update_wrapper
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from dartfx.model.arguments import Arguments
+from dartfx.errors import SelectionError
+from dartfx.model.arguments import Arguments, brings_media
 from dartfx.model.compiled_model import Call, CompiledModel
 from dartfx.passes.refusal import Declined
 
@@ -28,10 +28,7 @@ def attach(model: nn.Module, compiled: CompiledModel, *, static: bool) -> None:
     model._compiled_call_impl = compiled
     model.register_forward_pre_hook(_through_call)
     vars(model)[_REPLICATE] = _Replicate(model, compiled)
-    own = getattr(type(model), "generate", None)
-    transformers = sys.modules.get("transformers")
-    inherited = transformers is not None and own is transformers.GenerationMixin.generate
-    if own is not None and (static or not inherited):
+    if hasattr(type(model), "generate"):
         vars(model)["generate"] = _Generate(model, compiled, static)
 
 
@@ -60,7 +57,7 @@ class _Attached:
     def __init__(self, model: nn.Module, compiled: CompiledModel, name: str) -> None:
         self.__self__, self._compiled, self._name = model, compiled, name
         self._own: Call = getattr(type(model), name)
-        update_wrapper(cast(Call, self), self._own)
+        update_wrapper(cast(Call, self), self._own.__get__(model))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copying and pickling drop what was compiled, so the class's method is left.
@@ -68,7 +65,10 @@ class _Attached:
 
 
 class _Generate(_Attached):
-    """``generate`` with a static cache by default, and a refusal where it never calls the model."""
+    """``generate`` with a static cache by default, and refusals of what cannot be pruned.
+
+    That is a prompt in chunks, and a model inside this one that it calls instead.
+    """
 
     def __init__(self, model: nn.Module, compiled: CompiledModel, static: bool) -> None:
         super().__init__(model, compiled, "generate")
@@ -77,6 +77,7 @@ class _Generate(_Attached):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, compiled = self.__self__, self._compiled
         before = compiled.calls
+        _require_one_chunk(model, args, kwargs)
         if self._static and not _names_a_cache(model, kwargs):
             kwargs["cache_implementation"] = "static"
         result = self._own(model, *args, **kwargs)
@@ -92,9 +93,30 @@ class _Generate(_Attached):
         return result
 
 
+def _require_one_chunk(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise SelectionError where ``generate`` would feed a prompt with images in several chunks."""
+    size = kwargs.get("prefill_chunk_size")
+    if size is None:
+        size = getattr(_settings(model, kwargs), "prefill_chunk_size", None)
+    prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    if size is None or not isinstance(prompt, Tensor) or not brings_media((), kwargs):
+        return
+    if size < prompt.shape[1]:
+        raise SelectionError(
+            f"prefill_chunk_size={size} feeds the prompt of {prompt.shape[1]} tokens in several "
+            "chunks, so no call of the model sees all of its vision tokens; leave it out, give at "
+            f"least {prompt.shape[1]}, or call dartfx.uncompile(model) first"
+        )
+
+
+def _settings(model: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """The GenerationConfig of a call of ``generate``, if any."""
+    return kwargs.get("generation_config") or getattr(model, "generation_config", None)
+
+
 def _names_a_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether the caller of ``generate`` chose a cache, or none."""
-    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    settings = _settings(model, kwargs)
     given = {"use_cache": getattr(settings, "use_cache", None)} | kwargs
     return (
         given["use_cache"] is False

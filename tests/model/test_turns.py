@@ -166,6 +166,33 @@ def test_layers_that_hold_different_tokens_take_one_token_at_a_time() -> None:
             model(input_ids=words(1, 2), past_key_values=cache)
 
 
+def test_a_row_alone_padded_and_in_a_batch_decodes_the_same() -> None:
+    batch = llava().make_inputs("pad2")
+    alone = llava().row(batch, 0)
+    del alone["attention_mask"]
+    padded = {
+        "input_ids": torch.nn.functional.pad(alone["input_ids"], (3, 0)),
+        "attention_mask": torch.nn.functional.pad(torch.ones_like(alone["input_ids"]), (3, 0)),
+        "pixel_values": alone["pixel_values"],
+    }
+    steps = {"max_new_tokens": 4, "output_logits": True}
+    first, *others = [
+        torch.stack(greedy(compiled(), **inputs, **steps).logits)[:, :1]
+        for inputs in (alone, padded, batch)
+    ]
+    for other in others:
+        torch.testing.assert_close(other, first, **CLOSE)
+
+
+def test_a_prompt_with_images_is_not_computed_in_chunks() -> None:
+    inputs = llava().make_inputs()
+    length = inputs["input_ids"].shape[1]
+    with pytest.raises(dartfx.SelectionError, match=f"prefill_chunk_size=4 feeds .* {length} tok"):
+        greedy(compiled(), **inputs, prefill_chunk_size=4, max_new_tokens=2)
+    text = greedy(compiled(), input_ids=words(1, 9), prefill_chunk_size=4, max_new_tokens=2)
+    assert text.sequences.shape == (1, 11)
+
+
 # --- drafts, beams, rows ---------------------------------------------------------------------
 
 
