@@ -217,6 +217,10 @@ class _DimPairs:
         if factors and isinstance(factors[0], tuple):
             self.unify(var, factors[0])
 
+    def factors(self, var: Factor) -> tuple[Factor, ...]:
+        """Of what a dim is a product is not known from one operator."""
+        return ()
+
     def preserve_opaque(self, user: Node, a: Var, b: Var) -> None:
         """Positions are read: a range of them is not enough to know."""
 
