@@ -23,9 +23,9 @@ class GraphBreak:
     def of(cls, error: Exception) -> GraphBreak:
         """Read from the error of a compilation with ``fullgraph=True``."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~")]
-        explained = [line.removeprefix("Explanation:").strip() for line in lines if
-                     line.startswith("Explanation:")]  # fmt: skip
-        because = next(filter(None, explained), lines[0] if lines else type(error).__name__)
+        label = "Explanation:"
+        said = [line.removeprefix(label).strip() for line in lines if line.startswith(label)]
+        because = next(filter(None, said), lines[0] if lines else type(error).__name__)
         files = [at for at, line in enumerate(lines) if line.startswith("File ")]
         return cls(because.rstrip("."), " ".join(lines[files[-1] : files[-1] + 2]) if files else "")
 
