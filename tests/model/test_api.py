@@ -140,6 +140,7 @@ def test_reports_as_json() -> None:
         "where": "here",
         "advice": "that",
         "broken_may_do": False,
+        "compile": {"seconds": {}, "kernels": 0, "cached": False, "outlined": [], "flat": ""},
     }
 
 

@@ -24,18 +24,21 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # A change here raises the version.
 SURFACE = {
-    "VERSION": "(0, 3)",
-    "ByOperator": "(operator, args=..., queries=..., reads=..., checks_ranks=...)",
+    "VERSION": "(0, 4)",
+    "ByOperator": "(operator, args=..., queries=..., reads=..., checks_ranks=..., more=...)",
     "Declined": "(because, where=..., advice=..., may_retry_with_graph_breaks=...)",
     "Emitter": "(anchor)",
     "Given": "(index=...)",
-    "Pruned": "(stack, how, batch, cuts, kv_layout, flops, kv_bytes, seconds=...)",
+    "Pruned": (
+        "(stack, how, batch, cuts, kv_layout, flops, kv_bytes, seconds=..., order_mixing=...)"
+    ),
     "Refusal": "(because, node=..., advice=..., may_retry_with_graph_breaks=...)",
     "Request": (
-        "(stages, kv_layout=..., fixes_sliding_lengths=..., gathers_decode_mask=..., always=...)"
+        "(stages, kv_layout=..., fixes_sliding_lengths=..., gathers_decode_mask=..., "
+        "order_mixing=..., always=...)"
     ),
     "SelectionInputs": "(normed, keys, vision_mask, valid, vision_tokens, retain, queries)",
-    "Stage": "(layer, retain, select)",
+    "Stage": "(layer, retain, select, given=...)",
     "Unchanged": "(because, all_retained=..., unsure=...)",
     "normalise": "(module, examples=..., extra=...)",
     "prune": "(module, request, vision=..., observe=...)",
@@ -101,6 +104,7 @@ def test_audio_tokens(example: Any) -> None:
         retain=module.RETAIN,
         max_new_tokens=8,
         image_token_id=module.AUDIO,
+        kv_layout="uniform",
     )
     assert torch.equal(tokens[:, -8:], oracle.token_ids)
     assert (report.outcome.vision_tokens, report.outcome.retained) == (64, 16)

@@ -51,12 +51,13 @@ def test_caches_hold_what_the_cut_leaves(measured: tuple[dict[str, Any], str]) -
     rows = {row["name"]: row for row in measured[0]["rows"]}
     assert {name: row["failed"] for name, row in rows.items()} == dict.fromkeys(VARIANTS, "")
     full, left = LAYERS * S * BYTES, (CUT * S + (LAYERS - CUT) * (S - N + R)) * BYTES
+    uniform = LAYERS * (S - N + R) * BYTES
     slots = S + NEW - 1  # the last token is never put into a cache
     assert {name: row["kv_bytes"] for name, row in rows.items()} == {
         "eager": full,
         "hooks": left,
         "plain": full,
-        "dart": left,
+        "dart": uniform,
         "plain_static": LAYERS * slots * BYTES,
         "dart_static": LAYERS * slots * BYTES,
     }

@@ -15,7 +15,7 @@ from dartfx.tools.zoo.registry import load
 from tests.support.decoders import IMAGE, Decoder, Sizes, assert_same, prompt, pruned_by_hand
 from tests.support.tolerances import CLOSE, RETAIN
 
-OPTIONS: dict[str, Any] = {"lowering": "eager", "on_unsupported": "error"}
+OPTIONS: dict[str, Any] = {"lowering": "eager", "on_unsupported": "error", "kv_layout": "layered"}
 SIZES = Sizes(layers=3)
 
 
