@@ -184,8 +184,9 @@ class Hooks:
 
     def before_decoder(
         self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook of the decoder: the same for one that adds them in its own loop."""
+        kwargs = kwargs | self._positions(kwargs)
         padding: Any = kwargs.get("attention_mask")
         known = self.uniform and isinstance(padding, Tensor) and padding.ndim == 2
         if known and self.keep_idx is not None:
@@ -195,7 +196,7 @@ class Hooks:
             return args, kwargs | {"attention_mask": torch.cat(columns, 1)}
         mask, features = kwargs.get("vision_mask"), kwargs.get("deepstack_features")
         if mask is None or features is None:
-            return None
+            return args, kwargs
 
         def left(index: int) -> tuple[Tensor, Tensor]:
             positions, rows = self._left(mask[..., 0], features[index])
@@ -210,6 +211,16 @@ class Hooks:
             "deepstack_features": {i: _Late(partial(rows_left, i)) for i in features},
         }
         return args, kwargs | late
+
+    def _positions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Positions [1, 1] of a decode step that would take them from its caches' length."""
+        cache, given = kwargs.get("past_key_values"), kwargs.get("position_ids")
+        decodes = self.uniform and not self.prefilling and self.keep_idx is not None
+        if not decodes or cache is None or given is not None:
+            return {}
+        assert self.keep_idx is not None
+        dropped = self.valid.shape[1] - self.keep_idx.shape[1]
+        return {"position_ids": self.keep_idx.new_tensor([[cache.get_seq_length() + dropped]])}
 
     def _left(self, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, S] and rows of vision features, or what pruning left of them."""
