@@ -23,7 +23,9 @@ def test_the_quick_suite_is_that_of_make_test() -> None:
     command = ["make", "--dry-run", "--no-print-directory", "-o", ".venv/.installed", "test"]
     # The tests may run under make themselves, whose flags and level this one would inherit.
     own = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MAKE", "MFLAGS", "ARGS"))
     }
     done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
     assert shlex.split(done.stdout)[1:] == ["-m", "pytest", *DATA["quick_suite"]]
