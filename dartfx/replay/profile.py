@@ -16,15 +16,13 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dartfx.backend.request import CallerCapabilities, request_of
-from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
 from dartfx.observe.repro_inputs import draw
 from dartfx.passes.analysis.cost import bytes_of, node_flops
-from dartfx.passes.frontend.inline_higher_order import inline_higher_order
-from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.graph import depends_on_data, module_paths, sizes, split_index, tensor
 from dartfx.passes.outcome import Pruned
 from dartfx.replay.run import copies
+from dartfx.replay.steps import rewritten
 
 __all__ = ["profiled"]
 
@@ -48,9 +46,7 @@ def profiled(
     Yields the lines of a table, and a sentence for each region where time and FLOPs part.  Times
     are those of eager operators: Inductor fuses across regions.
     """
-    flat = inline_higher_order(module)
-    request = request_of(config, caller)
-    outcome, pruned, _ = rewrite(lambda: normalise(flat), flat, request)
+    outcome, pruned = rewritten(module, request_of(config, caller))
     if not isinstance(outcome, Pruned):
         yield f"not profiled: the graph is not pruned ({outcome})"
         return

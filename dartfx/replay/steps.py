@@ -23,10 +23,12 @@ from dartfx.passes.frontend.inline_higher_order import inline_higher_order
 from dartfx.passes.frontend.normalise import normalise
 from dartfx.passes.graph import render
 from dartfx.passes.outcome import Outcome, Pruned
+from dartfx.passes.request import Request
+from dartfx.passes.runner import Observer
 from dartfx.passes.site import Site
 from dartfx.replay.run import copies, mask_present
 
-__all__ = ["UnknownPass", "after_pass", "bisect", "timed"]
+__all__ = ["UnknownPass", "after_pass", "bisect", "rewritten", "timed"]
 
 _RUNS = 5  # of which the median is shown, after one that is not timed
 
@@ -39,6 +41,15 @@ class _Stop(BaseException):
     """Ends the passes from an observer; what catches an Exception must let it through."""
 
 
+def rewritten(
+    module: GraphModule, request: Request, observe: Observer | None = None
+) -> tuple[Outcome | None, GraphModule]:
+    """What the passes make of dynamo's graph."""
+    flat = inline_higher_order(module)
+    outcome, result, _ = rewrite(lambda: normalise(flat), flat, request, observe=observe)
+    return outcome, result
+
+
 def after_pass(module: GraphModule, config: DartConfig, caller: CallerCapabilities, name: str
                ) -> str:  # fmt: skip
     """The graph as it is after one pass; the later ones do not run.  Raises UnknownPass."""
@@ -49,9 +60,8 @@ def after_pass(module: GraphModule, config: DartConfig, caller: CallerCapabiliti
         if done == name:
             raise _Stop(render(graph))
 
-    flat = inline_higher_order(module)
     try:
-        rewrite(lambda: normalise(flat), flat, request_of(config, caller), observe=observe)
+        rewritten(module, request_of(config, caller), observe)
     except _Stop as stopped:
         return str(stopped)
     raise UnknownPass(f"no pass {name!r} ran; these did: {', '.join(ran)}")
@@ -104,8 +114,7 @@ def _snapshots(
     def observe(name: str, graph: GraphModule, site: Site | None = None, /) -> None:
         found.append((name, _copy(graph)))
 
-    flat = inline_higher_order(module)
-    outcome, _, _ = rewrite(lambda: normalise(flat), flat, unshortened, observe=observe)
+    outcome, _ = rewritten(module, unshortened, observe)
     return outcome, found
 
 
