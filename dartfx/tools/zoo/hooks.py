@@ -215,12 +215,11 @@ class Hooks:
     def _positions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Positions [1, 1] of a decode step that would take them from its caches' length."""
         cache, given = kwargs.get("past_key_values"), kwargs.get("position_ids")
-        decodes = self.uniform and not self.prefilling and self.keep_idx is not None
-        if not decodes or cache is None or given is not None:
+        kept = self.keep_idx if self.uniform and not self.prefilling else None
+        if kept is None or cache is None or given is not None:
             return {}
-        assert self.keep_idx is not None
-        dropped = self.valid.shape[1] - self.keep_idx.shape[1]
-        return {"position_ids": self.keep_idx.new_tensor([[cache.get_seq_length() + dropped]])}
+        dropped = self.valid.shape[1] - kept.shape[1]
+        return {"position_ids": kept.new_tensor([[cache.get_seq_length() + dropped]])}
 
     def _left(self, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, S] and rows of vision features, or what pruning left of them."""
