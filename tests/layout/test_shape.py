@@ -28,12 +28,6 @@ LARGE_FILES = {
 }
 
 LARGE_FUNCTIONS = {
-    "dartfx/tools/zoo/families/gemma.py gemma4",
-    "dartfx/tools/zoo/families/gemma.py gemma4_unified",
-    "dartfx/tools/zoo/families/others.py florence2",
-    "dartfx/tools/zoo/families/others.py kimi_k25",
-    "dartfx/tools/zoo/families/others.py llama4",
-    "dartfx/tools/zoo/families/others.py phi4_multimodal",
     "examples/bench_prefill.py measure",
     "examples/seeing.py show",
     "tests/support/cuda_codegen.py pretend",

@@ -212,6 +212,17 @@ def text_sizes(
     }
 
 
+def tower_sizes(layers: int = 3, **more: Any) -> dict[str, Any]:
+    """Sizes of a vision tower, under the names that most vision configurations use."""
+    return {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        **more,
+    }
+
+
 def images(*shape: int, name: str = "pixel_values", **more: list[int]) -> Pixels:
     """Vision arguments of one random tensor [images, *shape], and one row of ``more`` per image."""
 

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 from dartfx.tools.zoo.families.llava import siglip
-from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes
+from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes, tower_sizes
 
 
 def _paligemma(decoder: Any, sizes: dict[str, Any], attention: str = "") -> Structure:
@@ -88,17 +88,13 @@ def gemma4(**text: Any) -> Structure:
         use_bidirectional_attention="vision",
     )
     image, video, start, end, audio = (special(vocab, n) for n in range(1, 6))
-    tower = {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 12,
-        "patch_size": 4,
-        "position_embedding_size": 64,
-        "pooling_kernel_size": 2,
-    }
+    tower = tower_sizes(
+        num_key_value_heads=4,
+        head_dim=12,
+        patch_size=4,
+        position_embedding_size=64,
+        pooling_kernel_size=2,
+    )
     config = hf.Gemma4Config(
         text_config=sizes,
         vision_config=tower,
@@ -109,24 +105,8 @@ def gemma4(**text: Any) -> Structure:
         audio_token_id=audio,
     )
 
-    def pixels(count: int, generator: torch.Generator) -> Inputs:
-        axis = torch.arange(8)
-        grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(1, 64, 2)
-        return {
-            "pixel_values": torch.randn((count, 64, 48), generator=generator),
-            "image_position_ids": grid.repeat(count, 1, 1),
-        }
-
-    return Structure(
-        "Gemma4ForConditionalGeneration",
-        config,
-        image,
-        16,
-        pixels,
-        image_prefix=(start,),
-        image_suffix=(end,),
-        types="mm_token_type_ids",
-    )
+    name = "Gemma4ForConditionalGeneration"
+    return _with_positions(name, config, 8, start, end)
 
 
 def gemma4_unified(**text: Any) -> Structure:
@@ -158,18 +138,25 @@ def gemma4_unified(**text: Any) -> Structure:
         audio_token_id=audio,
     )
 
+    name = "Gemma4UnifiedForConditionalGeneration"
+    return _with_positions(name, config, 4, start, end)
+
+
+def _with_positions(name: str, config: Any, side: int, start: int, end: int) -> Structure:
+    """A model of images cut into ``side`` by ``side`` patches, each with its position."""
+
     def pixels(count: int, generator: torch.Generator) -> Inputs:
-        axis = torch.arange(4)
-        grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(1, 16, 2)
+        axis = torch.arange(side)
+        grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(1, -1, 2)
         return {
-            "pixel_values": torch.randn((count, 16, 48), generator=generator),
+            "pixel_values": torch.randn((count, side * side, 48), generator=generator),
             "image_position_ids": grid.repeat(count, 1, 1),
         }
 
     return Structure(
-        "Gemma4UnifiedForConditionalGeneration",
+        name,
         config,
-        image,
+        config.image_token_id,
         16,
         pixels,
         image_prefix=(start,),

@@ -16,7 +16,15 @@ from dartfx.tools.zoo.families.qwen import (
     tokens,
     window_tower,
 )
-from dartfx.tools.zoo.family import Inputs, Pixels, Structure, patches, special, text_sizes
+from dartfx.tools.zoo.family import (
+    Inputs,
+    Pixels,
+    Structure,
+    patches,
+    special,
+    text_sizes,
+    tower_sizes,
+)
 
 
 def _audio() -> dict[str, Any]:
@@ -84,13 +92,7 @@ def video_llama_3(**text: Any) -> Structure:
     """VideoLLaMA 3: any image size, plain rotary positions in the text."""
     sizes = text_sizes(**text)
     image, video = (special(sizes["vocab_size"], n) for n in (1, 2))
-    tower = {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "patch_size": 14,
-    }
+    tower = tower_sizes(patch_size=14)
     config = hf.VideoLlama3Config(
         vision_config=tower,
         text_config=hf.Qwen2Config(**sizes),
@@ -119,14 +121,7 @@ def paddleocr_vl(**text: Any) -> Structure:
     """PaddleOCR-VL: Ernie 4.5 decoder with M-RoPE, tied weights."""
     sizes = mrope({**text_sizes(**text), "tie_word_embeddings": True, "head_dim": 16})
     vocab = sizes["vocab_size"]
-    tower = {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 112,
-        "patch_size": 14,
-    }
+    tower = tower_sizes(image_size=112, patch_size=14)
     config = hf.PaddleOCRVLConfig(vision_config=tower, text_config=sizes, **tokens(vocab))
     name = "PaddleOCRVLForConditionalGeneration"
     return structure(name, config, vocab, pixels=_squares(14, 8))
@@ -249,17 +244,13 @@ def hunyuan_vl(**text: Any) -> Structure:
     sizes = {**text_sizes(**text), "head_dim": 16}
     vocab, hidden = sizes["vocab_size"], sizes["hidden_size"]
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}
-    tower = {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "out_hidden_size": hidden,
-        "text_hidden_size": hidden,
-        "patch_size": 14,
-        "max_image_size": 112,
-    }
+    tower = tower_sizes(
+        num_key_value_heads=4,
+        out_hidden_size=hidden,
+        text_hidden_size=hidden,
+        patch_size=14,
+        max_image_size=112,
+    )
     config = hf.HunYuanVLConfig(
         vision_config=tower,
         text_config={**sizes, "rope_parameters": rope},

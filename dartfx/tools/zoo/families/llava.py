@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers as hf
 
-from dartfx.tools.zoo.family import Structure, images, special, text_sizes
+from dartfx.tools.zoo.family import Structure, images, special, text_sizes, tower_sizes
 
 _PINPOINTS = [[28, 56], [56, 28], [56, 56]]
 
@@ -174,14 +174,7 @@ def internvl(**text: Any) -> Structure:
     """InternVL3: its own tower, pixels shuffled 2 x 2, Qwen2 decoder."""
     sizes = text_sizes(**text)
     image = special(sizes["vocab_size"], 1)
-    tower = {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": [112, 112],
-        "patch_size": [14, 14],
-    }
+    tower = tower_sizes(image_size=[112, 112], patch_size=[14, 14])
     config = hf.InternVLConfig(
         vision_config=tower, text_config=hf.Qwen2Config(**sizes), image_token_id=image
     )
@@ -191,14 +184,7 @@ def internvl(**text: Any) -> Structure:
 def _idefics3(kind: str, text: dict[str, Any]) -> Structure:
     sizes = text_sizes(**text)
     image = special(sizes["vocab_size"], 1)
-    tower = {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 64,
-        "patch_size": 8,
-    }
+    tower = tower_sizes(image_size=64, patch_size=8)
     config = getattr(hf, f"{kind}Config")(
         vision_config=tower,
         text_config=hf.LlamaConfig(**sizes),
@@ -236,17 +222,9 @@ def ovis2(**text: Any) -> Structure:
     sizes = text_sizes(**text)
     vocab = sizes["vocab_size"]
     image, *indicators = (special(vocab, n) for n in range(1, 7))
-    tower = {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 112,
-        "patch_size": 14,
-        "vocab_size": 96,
-        "hidden_stride": 2,
-        "num_visual_indicator_tokens": 5,
-    }
+    tower = tower_sizes(
+        image_size=112, patch_size=14, vocab_size=96, hidden_stride=2, num_visual_indicator_tokens=5
+    )
     config = hf.Ovis2Config(
         vision_config=tower,
         text_config=hf.Qwen2Config(**sizes),
@@ -270,16 +248,9 @@ def lfm2_vl(**text: Any) -> Structure:
     """LFM2-VL: a hybrid decoder whose short convolutions mix neighbouring tokens."""
     sizes = text_sizes(**text)
     image = special(sizes["vocab_size"], 1)
-    tower = {
-        "model_type": "siglip2_vision_model",
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "patch_size": 8,
-        "num_patches": 64,
-        "vision_use_head": False,
-    }
+    tower = tower_sizes(
+        model_type="siglip2_vision_model", patch_size=8, num_patches=64, vision_use_head=False
+    )
     layers = ["conv", "full_attention"] * (sizes["num_hidden_layers"] // 2)
     decoder = {"model_type": "lfm2", **sizes, "layer_types": layers, "conv_L_cache": 3}
     config = hf.Lfm2VlConfig(

@@ -9,22 +9,14 @@ import transformers as hf
 from torch import Tensor
 
 from dartfx.tools.zoo.families.qwen import hybrid_sizes
-from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes
+from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes, tower_sizes
 
 
 def minicpmv4_6(**text: Any) -> Structure:
     """MiniCPM-V 4.6: slices of one long strip of patches, hybrid Qwen3.5 decoder."""
     sizes = {**hybrid_sizes(**text), "head_dim": 16}
     image, video = (special(sizes["vocab_size"], n) for n in (1, 2))
-    tower = {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 128,
-        "patch_size": 8,
-        "insert_layer_id": 1,
-    }
+    tower = tower_sizes(image_size=128, patch_size=8, insert_layer_id=1)
     config = hf.MiniCPMV4_6Config(
         vision_config=tower,
         text_config=hf.Qwen3_5TextConfig(**sizes),
@@ -47,33 +39,10 @@ def kimi_k25(**text: Any) -> Structure:
     sizes = text_sizes(**{"num_key_value_heads": 4, **text})
     vocab = sizes["vocab_size"]
     image, video, start, end = (special(vocab, n) for n in range(1, 5))
-    decoder = hf.DeepseekV3Config(
-        **sizes,
-        moe_intermediate_size=32,
-        n_shared_experts=1,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        kv_lora_rank=16,
-        q_lora_rank=24,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=16,
-        first_k_dense_replace=1,
-    )
-    tower = {
-        "patch_size": 14,
-        "pos_emb_height": 8,
-        "pos_emb_width": 8,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 3,
-        "hidden_size": 48,
-        "intermediate_size": 96,
-    }
+    tower = tower_sizes(patch_size=14, pos_emb_height=8, pos_emb_width=8)
     config = hf.Kimi_K25Config(
         vision_config=tower,
-        text_config=decoder,
+        text_config=_latent_attention(sizes),
         projection_hidden_size=48,
         image_token_id=image,
         video_token_id=video,
@@ -89,6 +58,24 @@ def kimi_k25(**text: Any) -> Structure:
     return Structure(name, config, image, 16, pixels, latent_cache=True)
 
 
+def _latent_attention(sizes: dict[str, Any]) -> Any:
+    return hf.DeepseekV3Config(
+        **sizes,
+        moe_intermediate_size=32,
+        n_shared_experts=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        kv_lora_rank=16,
+        q_lora_rank=24,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+    )
+
+
 def phi4_multimodal(**text: Any) -> Structure:
     """Phi-4 multimodal: merges by positions from ``nonzero``, a branch on the token ids.
 
@@ -97,16 +84,7 @@ def phi4_multimodal(**text: Any) -> Structure:
     """
     sizes = text_sizes(**text)
     image, audio = (special(sizes["vocab_size"], n) for n in (1, 2))
-    tower = {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 112,
-        "patch_size": 14,
-        "crop_size": 112,
-        "image_token_id": image,
-    }
+    tower = tower_sizes(image_size=112, patch_size=14, crop_size=112, image_token_id=image)
     ears = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -167,14 +145,9 @@ def llama4(**text: Any) -> Structure:
         boi_token_index=start,
         eoi_token_index=end,
     )
-    return Structure(
-        "Llama4ForConditionalGeneration",
-        config,
-        image,
-        16,
-        images(3, 112, 112),
-        decoder="language_model.model",
-    )
+    pixels = images(3, 112, 112)
+    name, decoder_path = "Llama4ForConditionalGeneration", "language_model.model"
+    return Structure(name, config, image, 16, pixels, decoder=decoder_path)
 
 
 def perception_lm(**text: Any) -> Structure:
@@ -246,25 +219,7 @@ def mllama(**text: Any) -> Structure:
 def florence2(**text: Any) -> Structure:
     """Florence-2: the vision tokens enter the encoder of an encoder-decoder model (BART)."""
     sizes = text_sizes(**text)
-    vocab, width = sizes["vocab_size"], sizes["hidden_size"]
-    image = special(vocab, 1)
-    bart = {
-        "model_type": "bart",
-        "d_model": width,
-        "encoder_layers": 3,
-        "decoder_layers": sizes["num_hidden_layers"],
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 2 * width,
-        "decoder_ffn_dim": 2 * width,
-        "vocab_size": vocab,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 1,
-        "forced_eos_token_id": None,
-    }
+    image = special(sizes["vocab_size"], 1)
     tower = {
         "depths": (1, 1),
         "patch_size": (7, 3),
@@ -275,15 +230,36 @@ def florence2(**text: Any) -> Structure:
         "num_heads": (2, 4),
         "num_groups": (2, 4),
         "window_size": 4,
-        "projection_dim": width,
+        "projection_dim": sizes["hidden_size"],
     }
-    config = hf.Florence2Config(text_config=bart, vision_config=tower, image_token_id=image)
+    config = hf.Florence2Config(text_config=_bart(sizes), vision_config=tower, image_token_id=image)
 
     def start(ids: Tensor, mask: Tensor) -> Inputs:
         return {"decoder_input_ids": ids[:, :5]}
 
     name = "Florence2ForConditionalGeneration"
     return Structure(name, config, image, 17, images(3, 32, 32), extra=start)
+
+
+def _bart(sizes: dict[str, Any]) -> dict[str, Any]:
+    width = sizes["hidden_size"]
+    return {
+        "model_type": "bart",
+        "d_model": width,
+        "encoder_layers": 3,
+        "decoder_layers": sizes["num_hidden_layers"],
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 2 * width,
+        "decoder_ffn_dim": 2 * width,
+        "vocab_size": sizes["vocab_size"],
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 1,
+        "forced_eos_token_id": None,
+    }
 
 
 def fuyu(**text: Any) -> Structure:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import transformers as hf
 
 from dartfx.tools.zoo.families.llava import clip, pixtral, siglip
-from dartfx.tools.zoo.families.tokenised import tower
-from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes
-
-_tower = partial(tower, num_hidden_layers=3)
+from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes, tower_sizes
 
 
 def _sam(output: int, **more: Any) -> dict[str, Any]:
     """A SAM tower: window attention, relative positions, a convolutional neck."""
     return {
-        **_tower(image_size=64, patch_size=8),
+        **tower_sizes(image_size=64, patch_size=8),
         "output_channels": output,
         "window_size": 4,
         "global_attn_indexes": [1],
@@ -46,7 +42,7 @@ def aria(**text: Any) -> Structure:
     """Aria: an MoE decoder with shared experts, images cross-attended into a fixed query count."""
     sizes = text_sizes(**text)
     image = special(sizes["vocab_size"], 1)
-    tower = {"model_type": "idefics3_vision", **_tower(image_size=56, patch_size=14)}
+    tower = {"model_type": "idefics3_vision", **tower_sizes(image_size=56, patch_size=14)}
     decoder = {
         "model_type": "aria_text",
         **sizes,
@@ -93,7 +89,7 @@ def janus(**text: Any) -> Structure:
         "image_token_embed_dim": hidden,
         "num_patches": 4,
     }
-    tower = _tower(image_size=64, patch_size=16, projection_dim=hidden, num_image_tokens=16)
+    tower = tower_sizes(image_size=64, patch_size=16, projection_dim=hidden, num_image_tokens=16)
     config = hf.JanusConfig(
         vision_config={k: v for k, v in tower.items() if k != "intermediate_size"},
         text_config=hf.LlamaConfig(**sizes),
@@ -110,7 +106,7 @@ def idefics2(**text: Any) -> Structure:
     image = special(sizes["vocab_size"], 1)
     hidden = sizes["hidden_size"]
     config = hf.Idefics2Config(
-        vision_config=_tower(image_size=56, patch_size=14),
+        vision_config=tower_sizes(image_size=56, patch_size=14),
         perceiver_config={
             "hidden_size": hidden,
             "resampler_n_latents": 12,
@@ -157,7 +153,7 @@ def qianfan_ocr(**text: Any) -> Structure:
     sizes = text_sizes(**text)
     image = special(sizes["vocab_size"], 1)
     config = hf.QianfanOCRConfig(
-        vision_config=_tower(image_size=[112, 112], patch_size=[14, 14]),
+        vision_config=tower_sizes(image_size=[112, 112], patch_size=[14, 14]),
         text_config=hf.Qwen3Config(**sizes, head_dim=16),
         image_token_id=image,
         image_seq_length=16,
@@ -196,7 +192,7 @@ def granite_docling(**text: Any) -> Structure:
     """Granite-Docling: tower features added to the first decoder layers (DeepStack)."""
     sizes = text_sizes(**text)
     image = special(sizes["vocab_size"], 1)
-    tower = _tower(
+    tower = tower_sizes(
         image_size=64,
         patch_size=8,
         out_hidden_size=sizes["hidden_size"],
@@ -236,7 +232,7 @@ def step3p7(**text: Any) -> Structure:
         "mlp_layer_types": ["dense"] + ["sparse"] * (sizes["num_hidden_layers"] - 1),
     }
     config = hf.Step3p7Config(
-        vision_config=_tower(image_size=224, patch_size=14),
+        vision_config=tower_sizes(image_size=224, patch_size=14),
         text_config=decoder,
         image_token_id=image,
     )
@@ -271,7 +267,7 @@ def molmo2(**text: Any) -> Structure:
     image, start, end, low, frame, frame_end = (special(vocab, n) for n in (1, 3, 4, 5, 6, 7))
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12}
     config = hf.Molmo2Config(
-        vision_config=_tower(
+        vision_config=tower_sizes(
             **heads, image_size=[56, 56], patch_size=14, num_position_embeddings=16
         ),
         adapter_config={

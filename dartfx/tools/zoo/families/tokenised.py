@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes
+from dartfx.tools.zoo.family import Inputs, Structure, images, special, text_sizes, tower_sizes
 
 
 def emu3(**text: Any) -> Structure:
@@ -58,18 +58,8 @@ def chameleon(**text: Any) -> Structure:
     return Structure("ChameleonForConditionalGeneration", config, image, 16, images(3, 16, 16))
 
 
-def tower(**more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        **more,
-    }
-
-
 def _qformer(vocab: int) -> dict[str, Any]:
-    return tower(encoder_hidden_size=48, vocab_size=vocab, cross_attention_frequency=1)
+    return tower_sizes(2, encoder_hidden_size=48, vocab_size=vocab, cross_attention_frequency=1)
 
 
 def blip_2(**text: Any) -> Structure:
@@ -83,7 +73,7 @@ def blip_2(**text: Any) -> Structure:
         word_embed_proj_dim=sizes["hidden_size"],
     )
     config = hf.Blip2Config(
-        vision_config=tower(image_size=56, patch_size=14),
+        vision_config=tower_sizes(2, image_size=56, patch_size=14),
         qformer_config=_qformer(vocab),
         text_config=decoder.to_dict(),
         num_query_tokens=16,
@@ -112,7 +102,7 @@ def instructblip(**text: Any) -> Structure:
     vocab = sizes["vocab_size"]
     image = special(vocab, 1)
     config = hf.InstructBlipConfig(
-        vision_config=tower(image_size=56, patch_size=14),
+        vision_config=tower_sizes(2, image_size=56, patch_size=14),
         qformer_config=_qformer(vocab),
         text_config={"model_type": "llama", **sizes},
         num_query_tokens=16,
@@ -135,7 +125,7 @@ def instructblipvideo(**text: Any) -> Structure:
     vocab = sizes["vocab_size"]
     video = special(vocab, 1)
     config = hf.InstructBlipVideoConfig(
-        vision_config=tower(image_size=56, patch_size=14),
+        vision_config=tower_sizes(2, image_size=56, patch_size=14),
         qformer_config=_qformer(vocab),
         text_config={"model_type": "llama", **sizes},
         num_query_tokens=4,
