@@ -3,6 +3,23 @@
 The selection looks at hidden states, masks and keys.  The graph must show that the first two are
 the same on every rank; keys are mostly split by heads, and what the selection reads of them is
 combined by one collective in front of it.
+
+Before, with keys ``transpose`` of this rank's two heads::
+
+    select_tokens: i64[1, 5] = dartfx.select_tokens(hidden_1, transpose, vision_1, ...)
+    return select_tokens
+
+After, for a selector that reads key norms and whose result is compared between the ranks::
+
+    sum_dim_int_list: f32[1, 1, 7, 1] = aten.sum.dim_IntList(abs_default, [1, 3], True, dtype=f32)
+    all_reduce_default: f32[1, 1, 7, 1] = _c10d_functional.all_reduce(sum_dim_int_list, ...)
+    wait_tensor_default: f32[1, 1, 7, 1] = _c10d_functional.wait_tensor(all_reduce_default)
+    select_tokens: i64[1, 5] = dartfx.select_tokens(hidden_1, wait_tensor_default, vision_1, ...)
+    hash_indices_default: i64[1] = dartfx.hash_indices(select_tokens)
+    all_gather_into_tensor_default: i64[2] = ...
+    eq_tensor: bool[2] = aten.eq.Tensor(wait_tensor_default_1, slice_tensor)
+    require_rows_default: i64[1, 5] = dartfx.require_rows(select_tokens, eq_tensor, ...)
+    return require_rows_default
 """
 
 from __future__ import annotations

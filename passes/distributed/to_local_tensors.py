@@ -4,6 +4,24 @@ Under tensor parallelism dynamo's graph takes parameters as DTensors, most of wh
 once, and a few operators on them (a vocabulary-parallel embedding).  The re-trace to ATen knows
 plain tensors only, so these operators are traced one level lower, where they are operators on local
 tensors and functional collectives; everything else stays as dynamo wrote it.
+
+Before, a table of 8 words split over two ranks and a split linear layer behind it::
+
+    l_table_: f32[8, 6] = input
+    embedding: f32[1, 3, 6] = embedding(ids, l_table_)
+    redistribute: f32[1, 3, 6] = Tensor.redistribute(embedding, placements=[Replicate()])
+    found: f32[1, 3, 6] = Tensor.to_local(redistribute)
+    to_local_1: f32[4, 6] = Tensor.to_local(l_weight_)
+    linear: f32[1, 3, 4] = linear(found, to_local_1)
+
+After, where this rank masks the words that it does not hold::
+
+    l_table_: f32[4, 6] = input
+    embedding: f32[1, 3, 6] = aten.embedding(view, index_put_)
+    index_put__1: f32[1, 3, 6] = aten.index_put_(embedding, [bitwise_or], lift_fresh_copy_1)
+    all_reduce: f32[1, 3, 6] = _c10d_functional.all_reduce(index_put__1, 'sum', '0')
+    wait_tensor: f32[1, 3, 6] = _c10d_functional.wait_tensor(all_reduce)
+    linear: f32[1, 3, 4] = linear(wait_tensor, l_weight_)
 """
 
 from __future__ import annotations

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import ast
 import os
-import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -37,8 +35,9 @@ from dartfx.passes.transform.restore_checkpoints import restore_checkpoints
 from dartfx.passes.transform.return_mask import return_vision_mask
 from tests.passes.golden.decoder import Decoder, Layer, Layers
 from tests.passes.golden.graph_text import marked, renamed, render
+from tests.passes.golden.rank_graphs import local_tensors, synced_selection
 
-FOLDER, PASSES = Path(__file__).parent, Path(__file__).parents[3] / "passes"
+FOLDER = Path(__file__).parent
 GOLDEN: dict[str, Callable[[], str]] = {}
 
 
@@ -263,7 +262,20 @@ def _outline_layers() -> str:
     return renamed(f"{around}\nlayers_0:\n{render(outlined.module.layers_0.graph)}", "S")
 
 
-# --- the texts, and what docstrings quote of them ---------------------------------------------
+# --- distributed ------------------------------------------------------------------------------
+
+
+@golden("to_local_tensors")
+def _to_local_tensors() -> str:
+    return marked(*map(render, local_tensors(dynamo_graph)))
+
+
+@golden("sync_selection")
+def _sync_selection() -> str:
+    return marked(*map(render, synced_selection()))
+
+
+# --- the texts --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -277,24 +289,3 @@ def test_the_graph_is_as_its_golden_text(name: str) -> None:
 
 def test_no_golden_text_is_left_over() -> None:
     assert {file.stem for file in FOLDER.glob("*.txt")} == set(GOLDEN)
-
-
-def rewriting_files() -> list[Path]:
-    found = [f for folder in ("frontend", "transform") for f in (PASSES / folder).glob("*.py")]
-    return sorted(f for f in found if f.name != "__init__.py")
-
-
-@pytest.mark.parametrize("file", rewriting_files(), ids=lambda file: file.stem)
-def test_the_graphs_in_a_docstring_are_those_of_the_golden_text(file: Path) -> None:
-    """``...`` in the docstring stands for any text."""
-    golden_lines = [
-        line.lstrip("+- ")
-        for text in FOLDER.glob(f"{file.stem}*.txt")
-        for line in text.read_text().splitlines()
-    ]
-    doc = ast.get_docstring(ast.parse(file.read_text())) or ""
-    quoted = re.findall(r"^    (\S.*)$", doc, re.MULTILINE)
-    assert len(quoted) >= 2, "the graph before and after"
-    for line in quoted:
-        pattern = re.escape(line).replace(r"\.\.\.", ".*")
-        assert any(re.fullmatch(pattern, found) for found in golden_lines), line
