@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import custom_op
 
 import dartfx.ops.select_spans  # noqa: F401  registers torch.ops.dartfx.select_spans
@@ -24,11 +25,13 @@ from dartfx.errors import ConfigError, KernelUnavailableError, SelectionError
 from dartfx.ops import triton_launch, validation
 from dartfx.selection import registry
 from dartfx.selection.batch_rule import (
+    BatchPlan,
     Size,
     enforce_budget,
     keep_positions,
     kept_length,
     plan_batch,
+    smaller,
 )
 
 __all__ = ["KERNELS", "TEXT_LOST", "assertion", "checked", "choose_kernel"]
@@ -137,7 +140,9 @@ def selection(
         return keep_idx
     plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
     budget = torch.ops.dartfx.require_rows(plan.budget, plan.pads_kept >= 0, TEXT_LOST)
-    optional = _optional_inputs(selector, queries=queries, valid_mask=plan.text | vision_mask)
+    optional = _optional_inputs(
+        selector, queries=queries, valid_mask=plan.text | vision_mask, most=_largest(plan, retain)
+    )
     inputs = hidden, keys, vision_mask, plan.text_after, budget
     return keep_positions(plan, _kept(selector, inputs, pivots, optional, quota, min_tokens))
 
@@ -146,7 +151,7 @@ def _kept(
     selector: str,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     pivots: Mapping[str, int],
-    optional: Mapping[str, Tensor],
+    optional: Mapping[str, Any],
     quota: Sequence[int] | None,
     min_tokens: int,
 ) -> Tensor:
@@ -163,7 +168,13 @@ def _kept(
     return checked(kept, inputs[2], inputs[4], f"selector {selector!r}")
 
 
-def _optional_inputs(selector: str, **optional: Tensor | None) -> dict[str, Tensor]:
+def _largest(plan: BatchPlan, retain: Size) -> Size:
+    """What no row's budget exceeds: R, but where other rows may hold more vision tokens."""
+    alone = statically_known_true(plan.budget.shape[0] == 1)
+    return smaller(retain, plan.length) if alone else plan.length
+
+
+def _optional_inputs(selector: str, **optional: Tensor | Size | None) -> dict[str, Any]:
     """Those of the optional inputs that the selector asks for by name."""
     given = {}
     for name in registry.optional_inputs(selector):

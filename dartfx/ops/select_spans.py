@@ -49,10 +49,10 @@ def select_spans(
     """
     spans = span_numbers(vision_mask)
     budgets = share_out(spans, budget, quota, min_tokens)
-    given = {"queries": queries, "valid_mask": valid_mask}
+    given = {"queries": queries, "valid_mask": valid_mask, "most": int(budgets.max())}
     keywords: dict[str, Any] = {name: given[name] for name in registry.optional_inputs(selector)}
     # What a selector of dartfx ranks by depends on no other positions, unless it reads attention.
-    narrow = not keywords and registry.is_exact(selector)
+    narrow = keywords.keys() <= {"most"} and registry.is_exact(selector)
     keywords.update(pivot_image_tokens=pivot_image_tokens, pivot_text_tokens=pivot_text_tokens)
     kept = torch.zeros_like(vision_mask)
     for number in range(budgets.shape[1]):

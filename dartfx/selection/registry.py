@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from dartfx.errors import ConfigError
-from dartfx.selection import fastv, simple, spread
+from dartfx.selection import cover, fastv, simple, spread
 from dartfx.selection.dart import dart
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
 
 # What a selector is given only where its signature names it, keyword-only: what nobody asks for is
 # not carried into the compiled graph.
-OPTIONAL = ("queries", "valid_mask")
+OPTIONAL = ("queries", "valid_mask", "most")
 
 
 class Selector(Protocol):
@@ -55,6 +55,7 @@ class Selector(Protocol):
     a multiple of H, each key serving Hq / H of them in turn, and ``queries @ keys.T / sqrt(Dh)``
     are that layer's attention scores before its mask (and before a soft cap, where it has one).
     valid_mask: [B, S] bool, False at pads.
+    most: an int or SymInt that no budget exceeds, for loops that cannot read budgets on the host.
 
     It is traced once and compiled: shapes must not depend on values, and sizes may be symbolic.
     """
@@ -73,6 +74,14 @@ class Selector(Protocol):
 
 
 _F = TypeVar("_F", bound=Selector)
+
+# Names of methods that stand under another one here.
+_ELSEWHERE = {
+    "divprune": (
+        "; DivPrune's farthest point is 'spread' here, which also counts how far apart two tokens "
+        "stand in vision order"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,7 @@ def _entry(name: str) -> _Entry:
     except (KeyError, TypeError):
         pass
     near = difflib.get_close_matches(str(name), _ENTRIES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = _ELSEWHERE.get(str(name)) or (f"; did you mean {near[0]!r}?" if near else "")
     names = ", ".join(map(repr, selector_names()))
     raise ConfigError(f"unknown selector {name!r}; registered: {names}{hint}")
 
@@ -238,9 +247,11 @@ def _code(code: CodeType) -> Iterator[bytes]:
             yield repr(constant).encode()
 
 
+_register("cover", needs_keys=False)(cover.cover)
 _register("dart")(dart)
 _register("fastv", uses_key_norms_only=False)(fastv.fastv)
 _register("random", is_random=True, needs_keys=False)(simple.random)
+_register("relevant", uses_key_norms_only=False)(cover.relevant)
 _register("spread", needs_keys=False)(spread.spread)
 _register("tiled")(spread.tiled)
 _register("uniform", needs_keys=False)(simple.uniform)

@@ -5,6 +5,8 @@ Vision order is the only idea of place here: it needs no grid, and holds for man
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -61,21 +63,25 @@ def spread(
     text_mask: Tensor,
     budget: Tensor,
     *,
-    pivot_image_tokens: int,
-    pivot_text_tokens: int,
+    most: int,
+    **pivots: Any,
 ) -> Tensor:
     """The vision tokens that farthest-point sampling takes, one after the other.
 
     The first is that of the largest key norm (before layer 0, the first in the row); then always
     the one whose nearest kept token is farthest.  Two tokens are apart by 1 less their cosine, and
     by how many of R equal stretches of the row's vision tokens lie between them, up to one.
-    Arguments and result as in :class:`dartfx.selection.registry.Selector`; the numbers of pivots
-    have no say.  One step a kept token: a step for every position of the row where reading the
-    budget would make the host wait.
+
+    most: the largest budget, which is the number of steps.  The others, and the result, as in
+    :class:`dartfx.selection.registry.Selector`.
+
+    Source: DivPrune (arXiv 2503.02175) section 3.  What differs: place counts there for nothing,
+    the first token is the one whose nearest other is farthest, and it prunes what the projector
+    gives.  Without place, counting falls to chance on the model of docs/quality.md.
     """
     hidden = hidden.to(accumulation_dtype(hidden))
     units = hidden / (hidden * hidden).sum(-1, keepdim=True).sqrt().clamp(min=EPS)
-    kept: Tensor = torch.ops.dartfx.take_apart(units, key_norms(keys), vision_mask, budget)
+    kept: Tensor = torch.ops.dartfx.take_apart(units, key_norms(keys), vision_mask, budget, most)
     return kept
 
 
@@ -84,9 +90,9 @@ def spread(
 @custom_op(
     "dartfx::take_apart",
     mutates_args=(),
-    schema="(Tensor units, Tensor first, Tensor members, Tensor budget) -> Tensor",
+    schema="(Tensor units, Tensor first, Tensor members, Tensor budget, SymInt most) -> Tensor",
 )
-def _take_apart(units: Tensor, first: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+def _take_apart(units: Tensor, first: Tensor, members: Tensor, budget: Tensor, most: int) -> Tensor:
     position = torch.arange(members.shape[1], device=members.device)
     place = members.cumsum(1) * (budget / members.sum(1).clamp(min=1)).to(units.dtype)[:, None]
     # What is no number is taken last, but before what is no member.
@@ -94,7 +100,7 @@ def _take_apart(units: Tensor, first: Tensor, members: Tensor, budget: Tensor) -
     score = torch.where(first.isnan(), lowest, first)
     nearest = torch.full_like(score, torch.inf)
     kept = torch.zeros_like(members)
-    steps = int(budget.max()) if budget.device.type == "cpu" else members.shape[1]
+    steps = int(budget.max()) if budget.device.type == "cpu" else most
     for step in range(steps):
         score = torch.where(members & ~kept, score, -torch.inf)
         best = score.amax(1, keepdim=True)
@@ -108,5 +114,7 @@ def _take_apart(units: Tensor, first: Tensor, members: Tensor, budget: Tensor) -
 
 
 @_take_apart.register_fake
-def _take_apart_fake(units: Tensor, first: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+def _take_apart_fake(
+    units: Tensor, first: Tensor, members: Tensor, budget: Tensor, most: int
+) -> Tensor:
     return torch.empty_like(members)

@@ -93,7 +93,7 @@ def test_every_layer_is_short(dynamic: bool) -> None:
     assert {e.keys.shape[2] for e in output.past_key_values.layers} == {pruned.sequence[1]}
 
 
-@pytest.mark.parametrize("selector", ["dart", "fastv", "tiled"])
+@pytest.mark.parametrize("selector", ["dart", "fastv", "relevant", "tiled"])
 def test_selectors_that_read_keys_are_refused(selector: str) -> None:
     with pytest.raises(ConfigError, match=rf"layer=0, but selector='{selector}'.*layer=1.*uniform"):
         dartfx.DartConfig(layer=0, selector=selector)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dartfx.tools.evaluate.selectors  # noqa: F401  (registers one more)
 from dartfx.ops import select_tokens
+from dartfx.selection import cover
 from dartfx.selection.registry import BUILT_IN, get_selector, optional_inputs
 from dartfx.tools.zoo import oracle
 from tests.support.selection_cases import draw, ragged
@@ -40,7 +41,8 @@ def chosen(name: str, case: dict[str, Any], budget: Tensor, pivots: int = 4) -> 
     vision, valid = case["vision_mask"], case["valid_mask"]
     position = torch.arange(vision.shape[1])
     last = torch.where(vision, position, -1).amax(1, keepdim=True)
-    asked = {n: {"queries": case["queries"], "valid_mask": valid}[n] for n in optional_inputs(name)}
+    given = {"queries": case["queries"], "valid_mask": valid, "most": int(budget.max())}
+    asked = {n: given[n] for n in optional_inputs(name)}
     return get_selector(name)(
         case["hidden"],
         case["keys"],
@@ -194,21 +196,87 @@ def by_distance(case: dict[str, Array], row: int, pool: list[int], budget: int) 
     return out
 
 
+def by_coverage(case: dict[str, Array], row: int, pool: list[int], budget: int) -> oracle.Selection:
+    """Of each of the equal stretches its share, one token after the other."""
+    hidden, out = case["hidden"][row], oracle.Selection([])
+    weights = case.get("weights", np.ones(case["valid"].shape))[row]
+    longest = int(case.get("longest", np.array(576)))
+    parts = max(1, -(-len(pool) // longest))
+    for part, share in enumerate(shares(pool, parts, budget)):
+        members = [p for i, p in enumerate(pool) if i * parts // len(pool) == part]
+        alike = {u: {k: oracle.cosine(hidden[u], hidden[k]) for k in members} for u in members}
+        covered, kept = dict.fromkeys(members, 0.0), list[int]()
+        for _ in range(share):
+            gain = {
+                k: sum(weights[u] * max(0.0, alike[u][k] - covered[u]) for u in members)
+                for k in members
+                if k not in kept
+            }
+            [taken] = oracle.lowest({k: -g for k, g in gain.items()}, 1, out.gaps, True)
+            kept.append(taken)
+            covered = {u: max(covered[u], alike[u][taken]) for u in members}
+        out.kept += kept
+    out.kept.sort()
+    return out
+
+
+def shares(pool: list[int], parts: int, budget: int) -> list[int]:
+    """By size, largest remainders first, ties to the earlier."""
+    sizes = [sum(i * parts // len(pool) == p for i in range(len(pool))) for p in range(parts)]
+    whole = [budget * size // len(pool) for size in sizes]
+    order = sorted(range(parts), key=lambda p: (-(budget * sizes[p] % len(pool)), p))
+    for part in order[: budget - sum(whole)]:
+        whole[part] += 1
+    return whole
+
+
+def by_relevance(
+    case: dict[str, Array], row: int, pool: list[int], budget: int
+) -> oracle.Selection:
+    queries, keys, valid = case["queries"][row], case["keys"][row], case["valid"][row]
+    readers = [p for p in range(pool[-1] + 1, len(valid)) if valid[p]][-32:]
+    weights, group = np.zeros(len(valid)), queries.shape[0] // keys.shape[0]
+    for reader in readers:
+        for head in range(queries.shape[0]):
+            scores = [queries[head, reader] @ keys[head // group, p] for p in pool]
+            shares = np.exp(np.array(scores) / np.sqrt(keys.shape[2]))
+            weights[pool] += shares / shares.sum() / (len(readers) * queries.shape[0])
+    if not readers:
+        weights[pool] = 1
+    rows = np.zeros(case["valid"].shape)
+    rows[row] = weights
+    return by_coverage({**case, "weights": rows}, row, pool, budget)
+
+
 DEFINITIONS: dict[str, Callable[..., oracle.Selection]] = {
     "fastv": by_attention,
     "tiled": by_stretches,
     "spread": by_distance,
+    "cover": by_coverage,
+    "relevant": by_relevance,
 }
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_it_selects_what_its_definition_says(name: str, dtype: torch.dtype) -> None:
+    compare_with_definition(name, dtype, 576)
+
+
+@pytest.mark.parametrize("name", ["cover", "relevant"])
+def test_long_rows_are_covered_stretch_by_stretch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cover, "STRETCH", 7)
+    compare_with_definition(name, torch.float32, 7)
+
+
+def compare_with_definition(name: str, dtype: torch.dtype, longest: int) -> None:
     decided = 0
     for seed in range(30):
         case = with_queries(draw(seed, S=60, dtype=dtype), seed)
         numbers = {n: case[n].double().numpy() for n in ("hidden", "keys", "queries")}
-        numbers["valid"] = case["valid_mask"].numpy()
+        numbers |= {"valid": case["valid_mask"].numpy(), "longest": np.array(longest)}
         total = case["vision_mask"].sum(1)
         budget = torch.minimum(total, torch.tensor(case["retain"]))
         kept = chosen(name, case, budget)

@@ -58,7 +58,10 @@ def vision_kept(case: dict[str, Any], keep_idx: Tensor) -> list[list[int]]:
 
 
 def test_built_in_names() -> None:
-    assert BUILT_IN == ("dart", "fastv", "random", "spread", "tiled", "uniform")
+    assert (
+        *("cover", "dart", "fastv", "random"),
+        *("relevant", "spread", "tiled", "uniform"),
+    ) == BUILT_IN
     assert list(selector_names()) == sorted(selector_names())
 
 
@@ -151,6 +154,8 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         selector_fingerprint("zzz")
     with pytest.raises(ConfigError, match=r"did you mean 'uniform'\?"):
         select_tokens(**batch(), selector="unifrom")
+    with pytest.raises(ConfigError, match=r"'divprune'; registered: .*farthest point is 'spread'"):
+        select_tokens(**batch(), selector="divprune")
 
 
 def test_bad_registrations_are_refused() -> None:

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from dartfx.integrations.outputs import check_file
 from dartfx.ops import registration  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
+from dartfx.selection.registry import BUILT_IN, optional_inputs
 from dartfx.tools.bench.baselines import Layer, published
 from dartfx.tools.bench.launches import launches
 from dartfx.tools.bench.timing import device_name
@@ -46,7 +47,7 @@ __all__ = ["HELP", "SHAPES", "Shape", "configure", "run"]
 HELP = "the selection, its floor, its torch form, the published loop and a decoder layer"
 
 _COPY_BYTES = 1 << 28
-OTHERS = ("tiled", "spread", "uniform", "random")
+OTHERS = tuple(name for name in BUILT_IN if name != "dart")
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,12 @@ def inputs_of(
 def node(
     shape: Shape, selector: str, kernel: str, hidden: Tensor, keys: Tensor, vision: Tensor
 ) -> Tensor:
-    """The selection as a compiled graph holds it."""
+    """The selection as a compiled graph holds it; queries, where asked for, are the keys."""
+    queries = None
+    if "queries" in optional_inputs(selector):
+        queries = keys.repeat_interleave(shape.heads // shape.key_heads, 1)
     kept: Tensor = torch.ops.dartfx.select_tokens(
-        hidden, keys, vision, None, shape.N, shape.R, 4, 4, selector, kernel
+        hidden, keys, vision, None, shape.N, shape.R, 4, 4, selector, kernel, queries
     )
     return kept
 

@@ -44,16 +44,19 @@ def _plain(
     budget: Tensor,
     *,
     valid_mask: Tensor,
+    most: int,
     **keywords: Any,
 ) -> Tensor:
     name = _names[-1]
-    if "valid_mask" in optional_inputs(name):
-        keywords["valid_mask"] = valid_mask
+    own = {"valid_mask": valid_mask, "most": most}
+    keywords.update({k: v for k, v in own.items() if k in optional_inputs(name)})
     return get_selector(name)(hidden, keys, vision_mask, text_mask, budget, **keywords)
 
 
 @register_selector(_ASKING)
-def _asking(*given: Tensor, queries: Tensor, valid_mask: Tensor, **keywords: Any) -> Tensor:
+def _asking(
+    *given: Tensor, queries: Tensor, valid_mask: Tensor, most: int, **keywords: Any
+) -> Tensor:
     if "queries" in optional_inputs(_names[-1]):
         keywords["queries"] = queries
-    return _plain(*given, valid_mask=valid_mask, **keywords)
+    return _plain(*given, valid_mask=valid_mask, most=most, **keywords)
