@@ -14,13 +14,18 @@ __all__ = ["add_model", "load", "options"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say which model, image, question and options."""
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Arguments that say which model, image, question and options.
+
+    required: whether a command needs the model and the image.
+    """
     add = parser.add_argument
     add(
-        "--model", required=True, help="a vision-language model on the Hugging Face hub or a folder"
+        "--model",
+        required=required,
+        help="a vision-language model on the Hugging Face hub or a folder",
     )
-    add("--image", required=True, help="an image file")
+    add("--image", required=required, help="an image file")
     add(
         "--prompt",
         default="What is shown in this image?",

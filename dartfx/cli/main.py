@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("dartfx.tools.evaluate", "measure what pruning costs in answers"),
     "explain": ("dartfx.cli.explain", "show what would be pruned of a prompt, and why"),
     "families": ("dartfx.tools.zoo.command", "prune all families and compare with the oracle"),
+    "profile": ("dartfx.cli.profile", "time each region of a pruned graph beside its FLOPs"),
     "show": ("dartfx.cli.show", "draw the kept vision tokens over their image"),
 }
 

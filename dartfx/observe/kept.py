@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from dartfx.observe.folders import write
 from dartfx.runtime.keep_idx import KeepIdxRecord
 
-__all__ = ["Grid", "add_picture", "grids", "kept_rows"]
+__all__ = ["Grid", "add_picture", "fill", "grids", "kept_rows"]
 
 
 def kept_rows(record: KeepIdxRecord) -> dict[str, Any]:
@@ -67,7 +67,14 @@ def grids(kept: dict[str, Any] | None) -> Iterator[Grid]:
 
 def add_picture(folder: Path, png: bytes) -> None:
     """Show a picture in the report of a graph's folder, above the grids of kept tokens."""
-    page, here = folder / "report.html", '<div id="picture"></div>'
-    data = base64.b64encode(png).decode()
+    page, data = folder / "report.html", base64.b64encode(png).decode()
     image = f'<img alt="kept tokens over the image" src="data:image/png;base64,{data}">'
-    write(page, page.read_text().replace(here, f'<div id="picture">{image}</div>'))
+    write(page, fill(page.read_text(), "picture", image))
+
+
+def fill(page: str, name: str, html: str) -> str:
+    """A report with ``html`` where it leaves room for what is known only later."""
+    start, end = f'<div id="{name}">', f"</div><!-- {name} -->"
+    before, opened, rest = page.partition(start)
+    _, closed, after = rest.partition(end)
+    return f"{before}{opened}{html}{closed}{after}" if closed else page

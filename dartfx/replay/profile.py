@@ -1,14 +1,13 @@
-"""``repro.py --profile``: measured time of each region of a graph beside its FLOPs and bytes.
+"""Measured time of each region of a graph, unpruned and pruned, beside its FLOPs and bytes.
 
-Regions are those of the pruned graph: before the decoder (a vision tower, if the graph holds one),
-its layers before the cut, the selection, its layers behind the cut, and the head.
+``repro.py --profile`` and ``dartfx profile`` show it.  Operators run one by one: Inductor fuses
+across regions, so that its kernels belong to none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,82 +19,122 @@ from dartfx.config.options import DartConfig
 from dartfx.observe.repro_inputs import draw
 from dartfx.passes.analysis.cost import bytes_of, node_flops
 from dartfx.passes.graph import depends_on_data, module_paths, sizes, split_index, tensor
-from dartfx.passes.outcome import Pruned
+from dartfx.passes.outcome import Outcome, Pruned
+from dartfx.passes.site import Site
+from dartfx.replay.measured import Profile, Region
+from dartfx.replay.progress import Progress
 from dartfx.replay.run import copies
-from dartfx.replay.steps import rewritten
+from dartfx.replay.steps import copy, rewritten
 
-__all__ = ["profiled"]
+__all__ = ["REGIONS", "NotPruned", "measure"]
 
-_RUNS = 3  # whose mean is shown, after one that is not recorded
-REGIONS = (
-    "before the decoder", "layers before the cut", "selection", "layers behind the cut", "head",
+_RUNS = 3  # of each graph, whose mean is shown, after one that is not recorded
+TOWER, EMBEDDINGS, EARLY, SELECTION, LATE, HEAD = REGIONS = (
+    "vision tower", "embeddings", "layers before the cut", "selection and gathers",
+    "layers behind the cut", "head",
 )  # fmt: skip
-_PREFIX = "dartfx: "
+GRAPHS = ("unpruned", "pruned")
 
 
-def profiled(
+class NotPruned(Exception):
+    """There is no pruned graph to measure."""
+
+
+class _Sides(NamedTuple):
+    """Both graphs, and the region of every call in each."""
+
+    modules: tuple[GraphModule, GraphModule]
+    regions: tuple[dict[Node, str], dict[Node, str]]
+
+
+def measure(
     module: GraphModule,
     config: DartConfig,
     caller: CallerCapabilities,
     recorded: Mapping[str, Tensor],
     seed: int,
-    trace: str,
-) -> Iterator[str]:
-    """Run the pruned graph, operator by operator, and write a Chrome trace.
+    trace: str | None,
+) -> Profile:
+    """Run the graph unpruned and pruned, operator by operator; write a Chrome trace of both.
 
-    Yields the lines of a table, and a sentence for each region where time and FLOPs part.  Times
-    are those of eager operators: Inductor fuses across regions.
+    module: as dynamo made it; recorded, seed: as :func:`repro_inputs.draw` takes them.  Raises
+    NotPruned.
     """
-    outcome, pruned = rewritten(module, request_of(config, caller))
+    sides = _sides(module, config, caller)
+    values = draw(module, recorded, seed)
+    seconds = _run(sides, values, trace)
+    return Profile(
+        tuple(
+            Region(
+                name,
+                (seconds.get((GRAPHS[0], name), 0.0), seconds.get((GRAPHS[1], name), 0.0)),
+                _both(_flops, sides, name),
+                _both(bytes_of, sides, name),
+            )
+            for name in REGIONS
+            if any(name in found.values() for found in sides.regions)
+        ),
+        _device(values),
+        _RUNS,
+    )
+
+
+def _sides(module: GraphModule, config: DartConfig, caller: CallerCapabilities) -> _Sides:
+    located: list[tuple[GraphModule, set[str]]] = []
+
+    def observe(name: str, graph: GraphModule, site: Site | None = None, /) -> None:
+        # Before the first cut: every name still means what it does in the unpruned graph.
+        if name == "locate" and site is not None and not located:
+            located.append((copy(graph), {node.name for node in _above(site.vision.features)}))
+
+    outcome, pruned = rewritten(module, request_of(config, caller), observe)
     if not isinstance(outcome, Pruned):
-        yield f"not profiled: the graph is not pruned ({outcome})"
-        return
-    region_of = _regions(pruned, outcome)
-    runner, values = _ByRegion(pruned, region_of), draw(module, recorded, seed)
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    with torch.no_grad():
-        runner.run(*copies(values))
-        with profile(activities=activities) as profiler:
-            for _ in range(_RUNS):
-                runner.run(*copies(values))
-    profiler.export_chrome_trace(str(Path(trace)))
-    yield from _table(region_of, _seconds(profiler))
-    yield f"wrote {trace}, for chrome://tracing or ui.perfetto.dev"
+        raise NotPruned(_why(outcome))
+    unpruned, tower = located[0]
+    before = _regions(unpruned, outcome, tower)
+    old = {node.name: region for node, region in before.items()}
+    # What has no name in the unpruned graph came with the selection.
+    after = {node: old.get(node.name, SELECTION) for node in _calls(pruned)}
+    return _Sides((unpruned, pruned), (before, after))
 
 
-class _ByRegion(Interpreter):
-    """Runs a graph with each region's operators under the region's name."""
-
-    def __init__(self, module: GraphModule, region_of: Mapping[Node, str]) -> None:
-        super().__init__(module)
-        self._region_of = region_of
-
-    def run_node(self, n: Node) -> Any:
-        if n not in self._region_of:
-            return super().run_node(n)
-        with record_function(_PREFIX + self._region_of[n]):
-            return super().run_node(n)
+def _why(outcome: Outcome | None) -> str:
+    return "no vision tokens enter this graph" if outcome is None else str(outcome)
 
 
-def _regions(module: GraphModule, outcome: Pruned) -> dict[Node, str]:
-    """The region of every call: layers by their module, the rest by where it stands.
+def _above(nodes: Iterable[Node]) -> set[Node]:
+    """Some nodes and all that they are computed from."""
+    found: set[Node] = set()
+    left = list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
 
-    What stands between layers and belongs to none of them is the selection and its gathers.
+
+def _calls(module: GraphModule) -> list[Node]:
+    return [node for node in module.graph.nodes if node.op == "call_function"]
+
+
+def _regions(module: GraphModule, outcome: Pruned, tower: set[str]) -> dict[Node, str]:
+    """The region of every call of the unpruned graph.
+
+    Layers are known by their module, the tower by what the vision features are computed from;
+    what stands between layers and belongs to none counts to the layer before it.
     """
-    calls = [node for node in module.graph.nodes if node.op == "call_function"]
+    calls = _calls(module)
     layer_of = {node: layer for node in calls if (layer := _layer(node, outcome.stack)) is not None}
-    inside = [place for place, node in enumerate(calls) if node in layer_of]
-    first, last = (inside[0], inside[-1]) if inside else (len(calls), len(calls))
+    last = max((place for place, node in enumerate(calls) if node in layer_of), default=-1)
     found: dict[Node, str] = {}
+    here = EMBEDDINGS
     for place, node in enumerate(calls):
-        if "dartfx" in str(node.target):
-            found[node] = REGIONS[2]
-        elif node in layer_of:
-            found[node] = REGIONS[1] if layer_of[node] < outcome.layer else REGIONS[3]
-        else:
-            found[node] = REGIONS[0 if place < first else 2 if place < last else 4]
+        if node in layer_of:
+            here = EARLY if layer_of[node] < outcome.layer else LATE
+        elif place > last:
+            here = HEAD
+        found[node] = TOWER if node.name in tower and node not in layer_of else here
     return found
 
 
@@ -108,33 +147,65 @@ def _layer(node: Node, stack: str) -> int | None:
     return None
 
 
-def _seconds(profiler: profile) -> dict[str, float]:
-    """Mean seconds of each region in one run; of its kernels where they ran on a GPU."""
-    found = {}
-    for event in profiler.key_averages():
-        if event.key.startswith(_PREFIX):
-            micros = event.device_time_total or event.cpu_time_total
-            found[event.key.removeprefix(_PREFIX)] = micros / 1e6 / _RUNS
-    return found
+class _ByRegion(Interpreter):
+    """Runs a graph with each region's operators under the region's name."""
+
+    def __init__(self, module: GraphModule, names: Mapping[Node, str]) -> None:
+        super().__init__(module)
+        self._names = names
+
+    def run_node(self, n: Node) -> Any:
+        if n not in self._names:
+            return super().run_node(n)
+        with record_function(self._names[n]):
+            return super().run_node(n)
 
 
-def _table(region_of: Mapping[Node, str], seconds: Mapping[str, float]) -> Iterator[str]:
-    flops = {name: sum(map(node_flops, _sized(region_of, name))) for name in REGIONS}
-    held = {name: bytes_of(_sized(region_of, name)) for name in REGIONS}
-    whole, all_flops = sum(seconds.values()) or 1.0, sum(flops.values()) or 1
-    yield f"{'region':<22} {'time':>12} {'share':>6} {'GFLOP':>9} {'share':>6} {'MB':>9}"
-    for name in REGIONS:
-        time, share = seconds.get(name, 0.0), seconds.get(name, 0.0) / whole
-        yield (
-            f"{name:<22} {1000 * time:>9.3f} ms {share:>6.0%} {flops[name] / 1e9:>9.4f} "
-            f"{flops[name] / all_flops:>6.0%} {held[name] / 1e6:>9.3f}"
-        )
-    for name in REGIONS:
-        time_share, flop_share = seconds.get(name, 0.0) / whole, flops[name] / all_flops
-        if abs(time_share - flop_share) > 0.1:
-            how = "more" if time_share > flop_share else "less"
-            shares = f"{time_share:.0%} of the time for {flop_share:.0%} of the FLOPs"
-            yield f"{name}: {shares}, {how} than its arithmetic explains"
+def _run(sides: _Sides, values: Sequence[Any], trace: str | None) -> dict[tuple[str, str], float]:
+    """Mean seconds by graph and region; of its kernels where they ran on a GPU."""
+    names = {_label(graph, region): (graph, region) for graph in GRAPHS for region in REGIONS}
+    runners = [
+        _ByRegion(module, {node: _label(graph, region) for node, region in found.items()})
+        for graph, module, found in zip(GRAPHS, *sides, strict=True)
+    ]
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with torch.no_grad(), Progress("profile", 2 * (_RUNS + 1)) as progress:
+        for runner in runners:
+            runner.run(*copies(values))
+            progress.step()
+        with profile(activities=activities) as profiler:
+            for runner in runners * _RUNS:
+                runner.run(*copies(values))
+                progress.step()
+    if trace is not None:
+        profiler.export_chrome_trace(trace)
+    return {
+        names[event.key]: (event.device_time_total or event.cpu_time_total) / 1e6 / _RUNS
+        for event in profiler.key_averages()
+        if event.key in names
+    }
+
+
+def _label(graph: str, region: str) -> str:
+    return f"dartfx, {graph}: {region}"
+
+
+def _device(values: Sequence[Any]) -> str:
+    kinds = sorted({value.device.type for value in values if isinstance(value, Tensor)})
+    return ", ".join(torch.cuda.get_device_name() if k == "cuda" else k.upper() for k in kinds)
+
+
+def _both(
+    count: Callable[[Sequence[Node]], int], sides: _Sides, region: str
+) -> tuple[int, int]:  # fmt: skip
+    one, other = (count(_sized(found, region)) for found in sides.regions)
+    return one, other
+
+
+def _flops(nodes: Sequence[Node]) -> int:
+    return sum(map(node_flops, nodes))
 
 
 def _sized(region_of: Mapping[Node, str], name: str) -> Sequence[Node]:

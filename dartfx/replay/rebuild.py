@@ -10,10 +10,9 @@ from __future__ import annotations
 import builtins
 import importlib
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +29,10 @@ from dartfx.observe.report import Report
 from dartfx.observe.repro_script import RecordedMask
 from dartfx.passes.frontend.normalise import fresh_size
 from dartfx.passes.graph import Size
-from dartfx.replay import steps
-from dartfx.replay.profile import profiled
-from dartfx.replay.run import mask_present, reason_not_to_run, run_both
+from dartfx.replay import examine
+from dartfx.replay.measured import Profile
+from dartfx.replay.profile import NotPruned, measure
+from dartfx.replay.run import mask_present, reason_not_to_run
 
 __all__ = ["Replay", "find", "missing"]
 
@@ -163,21 +163,40 @@ class Replay:
         module = GraphModule(self.root, self.graph)
         given = {"lowering": time or "eager", "on_unsupported": "ignore", "dump": dump}
         config, can = DartConfig.from_options({**options, **given}), CallerCapabilities(**caller)
+        ran = examine.Ran(module, None, config, can, mask, repro_inputs.load(folder), seed)
         if after is not None:
-            _print([_after(module, config, can, mask, after)])
+            _print(examine.after_lines(ran, after))
             return []
         with report.isolate_reports() as reports:
             compiled = self._compiled(config, module, can, mask)
         _print([*reports, *self._notes()])
         if run is not False:
-            pruned = compiled if any(r.pruned for r in reports) else None
-            ran = _Ran(module, pruned, mask, repro_inputs.load(folder), seed)
+            ran = ran._replace(pruned=compiled if any(r.pruned for r in reports) else None)
             reason = reason_not_to_run(module, ran.recorded, even_if_large=run is True)
-            if reason is not None or not (bisect or profile):
-                _print(_run_lines(ran, config, time) if reason is None else [reason])
-            else:
-                _print(_examined(ran, config, can, profile, tolerance))
+            wanted = examine.wanted_lines(ran, time, profile, tolerance if bisect else None)
+            _print(wanted if reason is None else [reason])
         return reports
+
+    def profile(
+        self,
+        options: Mapping[str, object],
+        *,
+        caller: Mapping[str, bool],
+        mask: RecordedMask | None,
+        folder: Path,
+        trace: str | None,
+    ) -> Profile:
+        """Time of each region beside its FLOPs; arguments as of :meth:`run`, writes ``trace``.
+
+        Raises NotPruned where there is no pruned graph, or where it cannot run here.
+        """
+        module, recorded = GraphModule(self.root, self.graph), repro_inputs.load(folder)
+        config = DartConfig.from_options({**options, "on_unsupported": "ignore", "dump": None})
+        if mask is not None:
+            raise NotPruned(f"a profile {examine.NEEDS_MERGE}")
+        if reason := reason_not_to_run(module, recorded, even_if_large=False):
+            raise NotPruned(reason)
+        return measure(module, config, CallerCapabilities(**caller), recorded, 0, trace)
 
     def _notes(self) -> list[str]:
         missing = ", ".join(sorted(self.missing))
@@ -203,61 +222,6 @@ class Replay:
 def _print(lines: Iterable[object]) -> None:
     for line in lines:
         print(line)  # noqa: T201  its reader is a terminal
-
-
-class _Ran(NamedTuple):
-    """A graph to run: as dynamo made it and pruned (None if it was not), and what it runs on."""
-
-    module: GraphModule
-    pruned: Callable[..., Any] | None
-    mask: RecordedMask | None
-    recorded: Mapping[str, Tensor]
-    seed: int
-
-
-def _run_lines(ran: _Ran, config: DartConfig, time: str | None) -> Iterator[str]:
-    yield from run_both(ran.module, ran.pruned, ran.recorded, ran.mask, ran.seed)
-    if time is not None and ran.pruned is not None:
-        yield from steps.timed(ran.module, ran.pruned, config, ran.recorded, ran.mask, ran.seed)
-
-
-def _examined(
-    ran: _Ran,
-    config: DartConfig,
-    caller: CallerCapabilities,
-    trace: str | None,
-    tolerance: float,
-) -> Iterator[str]:
-    """The lines of --profile, which is given a trace, or --bisect."""
-    _require_merge(ran.mask)
-    if trace is not None and not Path(trace).resolve().parent.is_dir():
-        _fail(f"argument --profile: there is no folder {str(Path(trace).parent)!r}; make it first")
-    what = ran.module, config, caller, ran.recorded, ran.seed
-    return profiled(*what, trace) if trace else steps.bisect(*what, tolerance)
-
-
-def _after(
-    module: GraphModule,
-    config: DartConfig,
-    caller: CallerCapabilities,
-    mask: RecordedMask | None,
-    name: str,
-) -> str:
-    _require_merge(mask)
-    try:
-        return steps.after_pass(module, config, caller, name)
-    except steps.UnknownPass as error:
-        _fail(f"argument --pass: {error}")
-
-
-def _require_merge(mask: RecordedMask | None) -> None:
-    if mask is not None:
-        _fail("--pass, --bisect and --profile need a graph that merges the vision tokens itself")
-
-
-def _fail(why: str) -> NoReturn:
-    print(f"error: {why}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(2)
 
 
 def find(name: str) -> Any:

@@ -28,7 +28,7 @@ from dartfx.passes.runner import Observer
 from dartfx.passes.site import Site
 from dartfx.replay.run import copies, mask_present
 
-__all__ = ["UnknownPass", "after_pass", "bisect", "rewritten", "timed"]
+__all__ = ["UnknownPass", "after_pass", "bisect", "copy", "rewritten", "timed"]
 
 _RUNS = 5  # of which the median is shown, after one that is not timed
 
@@ -112,7 +112,7 @@ def _snapshots(
     found: list[tuple[str, GraphModule]] = []
 
     def observe(name: str, graph: GraphModule, site: Site | None = None, /) -> None:
-        found.append((name, _copy(graph)))
+        found.append((name, copy(graph)))
 
     outcome, _ = rewritten(module, unshortened, observe)
     return outcome, found
@@ -155,7 +155,7 @@ def _wait(values: Sequence[Any]) -> None:
         torch.get_device_module(kind).synchronize()
 
 
-def _copy(module: GraphModule) -> GraphModule:
+def copy(module: GraphModule) -> GraphModule:
     """The graph as it is now, over the same attributes."""
     graph = Graph()
     output = graph.graph_copy(module.graph, {})

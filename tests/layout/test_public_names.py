@@ -72,6 +72,8 @@ ARGUMENTS = {
     "explain": "--device --dtype --dump --forward --image --layer --model --prompt "
     "--retain-tokens --selector --tokens",
     "families": "--json --list --lowering --new --quick --traces --write names",
+    "profile": "--device --dtype --dump --image --layer --model --prompt --retain-tokens "
+    "--selector --trace folder",
     "show": "--anyres --device --dtype --grid --image --layer --model --out --overview --prompt "
     "--retain-tokens --selector --tiles",
 }

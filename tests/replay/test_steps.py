@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import torch
 
 from dartfx.passes import pipeline
 from dartfx.passes.outcome import Pruned
-from dartfx.replay.profile import REGIONS
 from tests.support.decoders import Decoder, Sizes, Style, prompt, run
 
 
@@ -82,18 +79,3 @@ def test_both_are_timed(script: Path, capsys: pytest.CaptureFixture[str]) -> Non
     shown = output(script, capsys, "--time")
     assert "time unpruned: " in shown
     assert "x as fast" in shown
-
-
-def test_regions_are_measured_beside_their_flops(
-    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trace = tmp_path / "trace.json"
-    shown = output(script, capsys, "--profile", str(trace))
-    rows = {
-        m[1]: float(m[2]) for m in re.finditer(r"^([a-z ]+?) +([\d.]+) ms ", shown, re.MULTILINE)
-    }
-    assert list(rows) == list(REGIONS)
-    assert all(milliseconds > 0 for milliseconds in rows.values())
-    assert "selection: " in shown  # no FLOPs are counted there, and it takes time
-    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {f"dartfx: {region}" for region in REGIONS} <= names
