@@ -26,12 +26,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dartfx
-from dartfx.integrations.hf import to_model
+from dartfx.integrations.hf import load_model, read_image, to_model
 
 HERE = Path(__file__).parent
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -39,7 +37,7 @@ Line = dict[str, Any]
 
 
 class InputError(Exception):
-    """What the user must change, told without a traceback."""
+    """What the user must change, shown without a traceback."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -145,21 +143,13 @@ class Captioner:
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args = args
         self.folder = args.images or args.questions.parent
-        self.processor = AutoProcessor.from_pretrained(args.model)
+        model, self.processor = load_model(args.model, device)
         self.processor.tokenizer.padding_side = "left"
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype)
-        # One layout for every batch: a line is answered alike whoever shares its batch.
-        self.model = dartfx.compile(
-            model.to(device).eval(),
-            retain_tokens=args.retain_tokens,
-            kv_layout="uniform",
-            lowering=args.lowering,
-        )
+        self.model = dartfx.compile(model, retain_tokens=args.retain_tokens, lowering=args.lowering)
 
     def __call__(self, lines: Sequence[Line]) -> list[str]:
         """The answers to a batch of lines."""
-        images = [Image.open(self.folder / line["image"]).convert("RGB") for line in lines]
+        images = [read_image(self.folder / line["image"]) for line in lines]
         texts = [self._prompt(line["question"]) for line in lines]
         made = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
         inputs = to_model(made, self.model)
@@ -227,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 when there is nothing to do it with."""
     try:
         run(parse(argv))
-    except (InputError, dartfx.ConfigError) as error:
+    except (InputError, dartfx.DartfxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -22,14 +22,13 @@ from typing import Any
 import seeing
 import torch
 import vlm
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from progress import working
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dartfx
-from dartfx.integrations.hf import to_model
+from dartfx.integrations.hf import load_model, prompt_inputs, read_image, to_model
 from dartfx.passes.outcome import Pruned
 
 SAMPLES = ("china.jpg", "flower.jpg")
@@ -37,7 +36,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class DemoError(Exception):
-    """What stops the demo, told to the user without a traceback."""
+    """What stops the demo, shown without a traceback."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,41 +79,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load_image(name: str) -> Image.Image:
     """The image file, or one of scikit-learn's sample photographs."""
-    if not Path(name).is_file():
-        if name not in SAMPLES:
-            raise DemoError(f"no image file {name!r}; give a path, or one of {', '.join(SAMPLES)}")
+    if name in SAMPLES and not Path(name).is_file():
         from sklearn.datasets import load_sample_image
 
         return Image.fromarray(load_sample_image(name))
-    try:
-        return Image.open(name).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise DemoError(f"{name!r} is not an image that Pillow can read") from error
+    image: Image.Image = read_image(name)
+    return image
 
 
-def load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+def load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     """The model and its processor: pretrained, or a small one made here."""
-    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    if args.model is None:
-        size = vlm.SIZES["tiny" if args.tiny else "small"]
-        return vlm.build_model(size, device=args.device, dtype=dtype), vlm.build_processor(size)
-    try:
-        processor = AutoProcessor.from_pretrained(args.model)
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:
-        raise DemoError(f"cannot load the model {args.model!r}: {error}") from error
-    return model.to(args.device).eval().requires_grad_(False), processor
-
-
-def make_inputs(processor: Any, image: Image.Image, prompt: str, model: nn.Module) -> vlm.Inputs:
-    """What the processor makes of the question, in the chat format of the model."""
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    if getattr(processor, "chat_template", None):
-        chat = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    else:
-        text = f"USER: {processor.image_token}\n{prompt} ASSISTANT:"
-    return to_model(processor(images=image, text=text, return_tensors="pt"), model)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    if args.model is not None:
+        return load_model(args.model, args.device, dtype)
+    size = vlm.SIZES["tiny" if args.tiny else "small"]
+    model = vlm.build_model(size, device=args.device, dtype=getattr(torch, dtype))
+    return model, vlm.build_processor(size)
 
 
 def compile_plain(model: nn.Module, inputs: vlm.Inputs, lowering: str) -> tuple[float, str]:
@@ -137,14 +117,14 @@ def compile_dart(
         retain_tokens=args.retain_tokens,
         layer=args.layer,
         lowering=args.lowering,
-        on_unsupported="ignore",  # told below, in full
+        on_unsupported="ignore",  # all of it is shown below
     )
     took = vlm.seconds(partial(vlm.prefill, model, inputs))
     for report in dartfx.reports():
         if report.pruned:
             return took, report
-    told = "\n".join(map(str, dartfx.reports())) or "dynamo made no graph of this call"
-    raise DemoError(f"no vision token was pruned:\n{told}")
+    reports = "\n".join(map(str, dartfx.reports())) or "dynamo made no graph of this call"
+    raise DemoError(f"no vision token was pruned:\n{reports}")
 
 
 def show_memory(plain: Any, dart: Any, pruned: Pruned) -> None:
@@ -203,8 +183,8 @@ def run(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     """The second part; raises DemoError when something is missing or nothing was pruned."""
     image = load_image(args.image)
-    model, processor = load_model(args)
-    inputs = make_inputs(processor, image, args.prompt, model)
+    model, processor = load(args)
+    inputs = to_model(prompt_inputs(processor, image, args.prompt), model)
     made = "tiny" if args.tiny else "small"
     name = args.model or f"LLaVA-1.5 shape, {made}, RANDOM weights (seed 0)"
     weights = sum(p.numel() for p in model.parameters()) / 1e6

@@ -95,6 +95,8 @@ def _transformers() -> Any:
 
 def _check_folder(name: str) -> None:
     path = Path(name)
+    if name.startswith((".", "/", "~")) and not path.exists():  # no name on the hub does
+        raise InputError("model", f"there is no folder {name!r}")
     if path.exists() and not (path / "config.json").is_file():
         raise InputError("model", f"{name!r} is no folder with a model: it has no config.json")
 

@@ -63,7 +63,7 @@ def broken(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("image", "{root}/text.png", "is not a picture"),
         ("image", "{root}/half.png", "cannot read"),
         ("image", "{root}", "cannot read"),
-        ("model", "{root}/none", "cannot load the processor"),
+        ("model", "{root}/none", "there is no folder"),
         ("model", "{root}/text.png", "is no folder with a model"),
         ("model", "{root}", "it has no config.json"),
         ("model", "{root}/no_processor", "processor"),

@@ -153,9 +153,9 @@ def test_demo_on_a_saved_model_and_image(saved: Path, capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         (["--questions", "1", "--retain-tokens", "576"], "the trained model: nothing was pruned"),
-        (["--image", "nowhere.jpg"], "no image file 'nowhere.jpg'"),
-        (["--image", __file__], "not an image that Pillow can read"),
-        (["--model", "./no-such-model"], "cannot load the model './no-such-model'"),
+        (["--image", "nowhere.jpg"], "there is no file 'nowhere.jpg'"),
+        (["--image", __file__], "not a picture that Pillow can read"),
+        (["--model", "./no-such-model"], "there is no folder './no-such-model'"),
         (["--retain-tokens", "16", *EAGER], "no vision token was pruned"),
         (["--layer", "9", *EAGER], "no vision token was pruned"),
         (["--retain-tokens", "-1", *EAGER], "retain_tokens"),
