@@ -55,7 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="dartfx-tests-", ignore_cleanup_errors=True)
     config.stash[_FOLDERS] = folder
     os.environ[_CACHE] = folder.name
-    os.environ.pop("DARTFX_DUMP", None)
+    for variable in ("DARTFX_DUMP", "DARTFX_OPTIONS"):
+        os.environ.pop(variable, None)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

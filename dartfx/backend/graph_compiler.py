@@ -58,11 +58,11 @@ def dart(
 ) -> Compiled:
     """The backend that ``torch.compile(backend="dart")`` calls for each dynamo graph.
 
-    mode, options: as given to ``torch.compile``; see :class:`dartfx.DartConfig`.
+    mode, options: as given to ``torch.compile``; see :meth:`dartfx.DartConfig.of_call`.
     Raises ConfigError for an invalid option, and UnsupportedGraphError for a graph with vision
     tokens that cannot be pruned when ``on_unsupported="error"``.
     """
-    return compile_graph(DartConfig.from_options(options, mode), module, inputs)
+    return compile_graph(DartConfig.of_call(options, mode), module, inputs)
 
 
 def _reset() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -25,9 +26,10 @@ from dartfx.config.validators import (
 from dartfx.errors import ConfigError
 from dartfx.selection.registry import selector_fingerprint
 
-__all__ = ["DUMP_VARIABLE", "DartConfig"]
+__all__ = ["DUMP_VARIABLE", "OPTIONS_VARIABLE", "DartConfig"]
 
 DUMP_VARIABLE = "DARTFX_DUMP"
+OPTIONS_VARIABLE = "DARTFX_OPTIONS"
 
 # None reaches a tensor: they say how loudly a refusal is reported and which graphs are written.
 _NO_EFFECT_ON_RESULT = frozenset({"dump", "dump_graphs", "dump_passes", "on_unsupported"})
@@ -154,6 +156,22 @@ class DartConfig:
             given["dump"] = os.environ.get(DUMP_VARIABLE) or None
         return cls(**given)
 
+    @classmethod
+    def of_call(cls, options: Mapping[str, object] | None, mode: str | None = None) -> DartConfig:
+        """The config of a call: of its options, of ``DARTFX_OPTIONS`` (JSON) where it gives none.
+
+        The two are not mixed, so nothing that the caller gives contradicts what it does not see.
+        Raises ConfigError as :meth:`from_options`; it names the variable where the options are
+        from there.
+        """
+        text = os.environ.get(OPTIONS_VARIABLE)
+        if options or not text:
+            return cls.from_options(options, mode)
+        try:
+            return cls.from_options(_parsed(text), mode)
+        except ConfigError as error:
+            raise ConfigError(f"the environment's {OPTIONS_VARIABLE}: {error}") from error
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The layer of every stage, ascending."""
@@ -215,6 +233,18 @@ class DartConfig:
         decisive = {k: v for k, v in options.items() if k not in _NO_EFFECT_ON_RESULT}
         selector = selector_fingerprint(self.selector)
         return digest({"options": decisive, "selector": selector})
+
+
+def _parsed(text: str) -> dict[str, object]:
+    """The options in ``DARTFX_OPTIONS``.  Raises ConfigError for anything but a JSON object."""
+    example = f"""write for example {OPTIONS_VARIABLE}='{{"retain_tokens": 64}}'"""
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{text!r} is no JSON ({error}); {example}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"it must hold a JSON object, got {describe(given)}; {example}")
+    return given
 
 
 def _refuse_inductor_options(config: DartConfig) -> None:

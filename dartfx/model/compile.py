@@ -35,21 +35,22 @@ def compile(
 ) -> Module:
     """Compile ``model`` in place with the dart backend, for its calls and for ``generate``.
 
-    mode, dynamic: as in ``torch.compile``; options: those of :class:`DartConfig`.  Uses one graph
-    for the whole model where dynamo can trace it and falls back to several where not.  Hooks that
-    transformers would install during the first call are installed now, since installing them
-    breaks the graph.  decode: "static" makes ``generate`` use a static cache by default, so that
-    decode steps share one graph (on CUDA, transformers puts them into CUDA graphs).  Of PEFT's
-    wrappers the model inside is compiled, which is what their calls end in.  logits: "full" returns
-    those of pruned calls at the prompt's length, for a Trainer's label smoothing and metrics; a
-    dropped token's are those of the last kept token before it.
+    mode, dynamic: as in ``torch.compile``; options: those of :class:`DartConfig`, by default what
+    the environment's ``DARTFX_OPTIONS`` holds.  Uses one graph for the whole model where dynamo can
+    trace it and falls back to several where not.  Hooks that transformers would install during the
+    first call are installed now, since installing them breaks the graph.  decode: "static" makes
+    ``generate`` use a static cache by default, so that decode steps share one graph (on CUDA,
+    transformers puts them into CUDA graphs).  Of PEFT's wrappers the model inside is compiled,
+    which is what their calls end in.  logits: "full" returns those of pruned calls at the prompt's
+    length, for a Trainer's label smoothing and metrics; a dropped token's are those of the last
+    kept token before it.
 
     Returns ``model``.  Raises ConfigError for an invalid option or a decode that the model does not
     have, TypeError for anything but a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"dartfx.compile needs a torch.nn.Module, got {type(model).__name__}")
-    config = DartConfig.from_options(options, mode)
+    config = DartConfig.of_call(options, mode)
     inner = inner_model(model)
     _check_decode(inner, decode, config)
     if logits not in ("kept", "full"):

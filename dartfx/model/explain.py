@@ -102,9 +102,10 @@ def _explaining_call(
 ) -> CompiledModel:
     """The model's call with its graphs pruned but not lowered, compiled as ``model`` is."""
     current = model._compiled_call_impl
-    config = current.config if isinstance(current, CompiledModel) else DartConfig()
-    if options is not None:
-        config = DartConfig.from_options(options)
+    if options is None and isinstance(current, CompiledModel):
+        config = current.config
+    else:
+        config = DartConfig.of_call(options)
     config = dataclasses.replace(
         config, lowering="eager", inductor={}, mode=None, on_unsupported="ignore", tokens=tokens
     )
