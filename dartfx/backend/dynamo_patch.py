@@ -1,11 +1,17 @@
-"""Error texts that show a size do not fix that size, so images of all sizes share one graph.
+"""What dynamo does differently in the frames that it traces for our backend.
 
+*Error texts that show a size* do not fix that size, so images of all sizes share one graph.
 transformers checks every merge with a text like ``f"tokens: {mask.sum()}, features:
 {features.shape[0]}"``.  torch.compile drops the text, yet dynamo (torch 2.11 to 2.13) joins its
 parts at once and guards on the number shown: each image size is compiled again, and past
 ``recompile_limit`` the model runs eagerly, so unpruned.  A text that also shows a tensor is put
 together only after the graph (dynamo's StringFormatVariable); here the sizes in such a text wait
 until then, too.  Later torch goes the same way (pytorch/pytorch#185035).
+
+*Rows of hidden states picked by a mask*, ``hidden[mask]``, do not break the graph, as they do not
+with ``fullgraph=True``.  DeepStack adds features to such rows between decoder layers, and where
+that breaks the graph every layer is one of its own.  ``capture_dynamic_output_shape_ops`` would
+capture them as well, but in all frames, of which some must break for their numbers to be known.
 
 Dynamo traces a frame before it calls the backend, so the first compilation is too late to install
 this.  It is installed when the backend is looked up (``dartfx.backend.dart``, which is what
@@ -14,12 +20,16 @@ this.  It is installed when the backend is looked up (``dartfx.backend.dart``, w
 
 from __future__ import annotations
 
+import dataclasses
 import dis
 import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from dartfx import compat
 from dartfx.compat import Unavailable
@@ -29,41 +39,31 @@ __all__ = ["install", "uninstall"]
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Any, dis.Instruction], None]
+Ours = Callable[[object], bool]
+Wrap = Callable[[Handler], Handler]
 
 _LOCK = threading.Lock()
 _attempted = False
 _replaced: list[tuple[Any, int, Handler]] = []
 
 
-class _Types(NamedTuple):
-    """Dynamo's classes that the handler looks for."""
-
-    text: type[Any]
-    lazy: type[Any]
-    lazy_size: type[Any]
-
-
-def install(ours: Callable[[object], bool]) -> bool:
-    """Let dynamo delay texts with sizes and tensors in the frames it traces for our backend.
+def install(ours: Ours) -> bool:
+    """Change dynamo's handling of these instructions in the frames it traces for our backend.
 
     ours: whether what dynamo calls with a frame's graph is that backend; no other torch.compile in
-    the process changes.  Idempotent.  Returns whether it is installed; where torch differs from
-    what is expected nothing is changed and one log line says so.
+    the process changes.  Idempotent.  Returns whether all is installed; where torch differs from
+    what is expected that change is not made and one log line says so.
     """
     global _attempted
     with _LOCK:
-        if _attempted:
-            return bool(_replaced)
-        _attempted = True
-        try:
-            opcode, types, tables = _expected()
-        except Unavailable as error:
-            log.warning("images of different sizes may be compiled one by one: %s", error)
-            return False
-        for table in tables:
-            _replaced.append((table, opcode, table[opcode]))
-            table[opcode] = _delaying(table[opcode], ours, types)
-        return True
+        if not _attempted:
+            _attempted = True
+            for name, (handling, without) in _CHANGES.items():
+                try:
+                    _replace(name, handling, ours)
+                except Unavailable as error:
+                    log.warning("%s: %s", without, error)
+        return len({opcode for _, opcode, _ in _replaced}) == len(_CHANGES)
 
 
 def uninstall() -> None:
@@ -76,21 +76,12 @@ def uninstall() -> None:
         _attempted = False
 
 
-def _expected() -> tuple[int, _Types, list[Any]]:
-    """The opcode, the classes and the dispatch tables.  Raises Unavailable where torch differs."""
-    translator = compat.InstructionTranslatorBase
-    types = _Types(
-        compat.StringFormatVariable, compat.LazyVariableTracker, compat.LazySymNodeFormatString
-    )
-    opcode = dis.opmap.get("BUILD_STRING")
+def _replace(name: str, handling: Callable[[Ours], Wrap], ours: Ours) -> None:
+    """Wrap the handler of one instruction in every table.  Raises Unavailable, changing nothing."""
+    translator, wrap = compat.InstructionTranslatorBase, handling(ours)
+    opcode = dis.opmap.get(name)
     if opcode is None:
-        raise Unavailable("this Python has no BUILD_STRING instruction")
-    try:
-        inspect.signature(types.text).bind("{}", [], {})
-    except (TypeError, ValueError) as error:
-        raise Unavailable(
-            f"dynamo's StringFormatVariable takes other arguments: {error}"
-        ) from error
+        raise Unavailable(f"this Python has no {name} instruction")
     tables: dict[int, Any] = {}
     for cls in _with_subclasses(translator):
         table = getattr(cls, "dispatch_table", None)
@@ -99,9 +90,11 @@ def _expected() -> tuple[int, _Types, list[Any]]:
         except (LookupError, TypeError):
             fits = False
         if not fits:
-            raise Unavailable(f"dynamo's {cls.__name__} has no handler for BUILD_STRING")
+            raise Unavailable(f"dynamo's {cls.__name__} has no handler for {name}")
         tables[id(table)] = table
-    return opcode, types, list(tables.values())
+    for table in tables.values():
+        _replaced.append((table, opcode, table[opcode]))
+        table[opcode] = wrap(table[opcode])
 
 
 def _with_subclasses(cls: type[Any]) -> Iterator[type[Any]]:
@@ -110,16 +103,40 @@ def _with_subclasses(cls: type[Any]) -> Iterator[type[Any]]:
         yield from _with_subclasses(below)
 
 
-def _delaying(build: Handler, ours: Callable[[object], bool], types: _Types) -> Handler:
-    def build_string(translator: Any, instruction: Any) -> None:
-        parts = translator.stack[-instruction.arg :]
-        # type() and not isinstance(), for which dynamo looks into, and so fixes, a lazy variable.
-        shows_tensor = any(type(part) is types.text for part in parts)
-        if shows_tensor and ours(translator.output.compiler_fn):
-            translator.stack[-instruction.arg :] = [_delayed(part, types) for part in parts]
-        build(translator, instruction)
+# --- texts --------------------------------------------------------------------------------------
 
-    return build_string
+
+class _Types(NamedTuple):
+    """Dynamo's classes of what a text is made of."""
+
+    text: type[Any]
+    lazy: type[Any]
+    lazy_size: type[Any]
+
+
+def _delayed_texts(ours: Ours) -> Wrap:
+    types = _Types(
+        compat.StringFormatVariable, compat.LazyVariableTracker, compat.LazySymNodeFormatString
+    )
+    try:
+        inspect.signature(types.text).bind("{}", [], {})
+    except (TypeError, ValueError) as error:
+        raise Unavailable(
+            f"dynamo's StringFormatVariable takes other arguments: {error}"
+        ) from error
+
+    def wrap(build: Handler) -> Handler:
+        def build_string(translator: Any, instruction: Any) -> None:
+            parts = translator.stack[-instruction.arg :]
+            # type() and not isinstance(), for which dynamo looks into a lazy variable and fixes it.
+            shows_tensor = any(type(part) is types.text for part in parts)
+            if shows_tensor and ours(translator.output.compiler_fn):
+                translator.stack[-instruction.arg :] = [_delayed(part, types) for part in parts]
+            build(translator, instruction)
+
+        return build_string
+
+    return wrap
 
 
 def _delayed(part: Any, types: _Types) -> Any:
@@ -130,3 +147,50 @@ def _delayed(part: Any, types: _Types) -> Any:
     if not isinstance(waiting, types.lazy_size):
         return part
     return types.text(waiting.fmt_var.as_python_constant(), [waiting.sym_node_var], {})
+
+
+# --- rows picked by a mask ----------------------------------------------------------------------
+
+
+def _captured_rows(ours: Ours) -> Wrap:
+    lazy, tensor, tuples = compat.LazyVariableTracker, compat.TensorVariable, compat.TupleVariable
+
+    def example(variable: Any) -> Any:
+        if type(variable) is lazy:
+            variable = variable.realize()  # as indexing is about to
+        node = variable.as_proxy().node if isinstance(variable, tensor) else None
+        return None if node is None else node.meta.get("example_value")
+
+    def picks_rows(of: Any, key: Any) -> bool:
+        value = example(of)
+        if not isinstance(value, Tensor) or value.ndim != 3 or not value.is_floating_point():
+            return False
+        key = key.realize() if type(key) is lazy else key
+        mask = example(key.items[0] if isinstance(key, tuples) and key.items else key)
+        return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim in (2, 3)
+
+    def wrap(index: Handler) -> Handler:
+        def binary_subscr(translator: Any, instruction: Any) -> None:
+            if ours(translator.output.compiler_fn) and picks_rows(*translator.stack[-2:]):
+                _allow_dynamic_shapes(translator.output.shape_env)
+            index(translator, instruction)
+
+        return binary_subscr
+
+    return wrap
+
+
+def _allow_dynamic_shapes(shape_env: Any) -> None:
+    """Let operators of this frame from here on have outputs whose sizes depend on data.
+
+    For as long as its graph lives, since the passes and Inductor trace it again.
+    """
+    settings = shape_env.settings
+    shape_env.settings = dataclasses.replace(settings, allow_dynamic_output_shape_ops=True)
+
+
+# By instruction: what wraps its handler, and what it is like without.
+_CHANGES: dict[str, tuple[Callable[[Ours], Wrap], str]] = {
+    "BUILD_STRING": (_delayed_texts, "images of different sizes may be compiled one by one"),
+    "BINARY_SUBSCR": (_captured_rows, "forwards with DeepStack may stay unpruned"),
+}

@@ -1,22 +1,31 @@
-"""When dynamo's handling of texts is changed, and a torch without what that needs."""
+"""When dynamo's handling of instructions is changed, and a torch without what that needs."""
 
 from __future__ import annotations
 
 import dis
 import importlib
 import logging
+import operator
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from dartfx import compat
 from dartfx.backend import dynamo_patch, graph_compiler
 
-OPCODE = dis.opmap["BUILD_STRING"]
+OPCODES = {name: dis.opmap[name] for name in ("BUILD_STRING", "BINARY_SUBSCR")}
+OPCODE = OPCODES["BUILD_STRING"]
+CHANGED_BY = {
+    "LazySymNodeFormatString": ["BUILD_STRING"],
+    "StringFormatVariable": ["BUILD_STRING"],
+    "TensorVariable": ["BINARY_SUBSCR"],
+    "TupleVariable": ["BINARY_SUBSCR"],
+}
 
 PROGRAM = """
 import dis
@@ -62,9 +71,11 @@ def test_it_is_installed_once_and_can_be_undone() -> None:
         "LazySymNodeFormatString",
         "LazyVariableTracker",
         "StringFormatVariable",
+        "TensorVariable",
+        "TupleVariable",
     ],
 )
-def test_without_a_private_name_the_backend_works_and_one_line_names_it(
+def test_without_a_private_name_the_backend_works_and_a_line_for_each_change_names_it(
     key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from dartfx.backend import dart
@@ -72,14 +83,51 @@ def test_without_a_private_name_the_backend_works_and_one_line_names_it(
     name = compat.NAMES[key]
 
     dynamo_patch.uninstall()
-    before = InstructionTranslator.dispatch_table[OPCODE]
+    changed = CHANGED_BY.get(key, [*OPCODES])
+    before = [InstructionTranslator.dispatch_table[OPCODES[name]] for name in changed]
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "dartfx"):
         patch.delattr(importlib.import_module(name.module), name.attribute)
         assert compat.missing() == [name]
         graph_compiler.prepare_dynamo()
         graph_compiler.prepare_dynamo()
-    (line,) = [r.message for r in caplog.records if r.name == dynamo_patch.__name__]
-    assert str(name) in line
-    assert InstructionTranslator.dispatch_table[OPCODE] is before
+    lines = [r.message for r in caplog.records if r.name == dynamo_patch.__name__]
+    assert len(lines) == len(changed)
+    assert all(str(name) in line for line in lines)
+    assert before == [InstructionTranslator.dispatch_table[OPCODES[name]] for name in changed]
     doubled = torch.compile(lambda x: x * 2, backend=dart, options={"lowering": "eager"})
     assert torch.equal(doubled(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def added_by_mask(hidden: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    hidden = hidden.clone()
+    hidden[mask, :] = hidden[mask, :] + rows
+    return hidden * 2
+
+
+def rows_of_ids(ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    return ids[mask] + rows
+
+
+@pytest.mark.parametrize(
+    ("function", "ours", "picked"),
+    [(added_by_mask, True, True), (added_by_mask, False, False), (rows_of_ids, True, False)],
+)
+def test_rows_of_hidden_states_break_no_graph_of_ours(
+    function: Callable[..., Tensor], ours: bool, picked: bool
+) -> None:
+    """Rows of anything else do, so that their number is known to the next graph."""
+    made: list[torch.fx.GraphModule] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        made.append(module)
+        return module.forward
+
+    dynamo_patch.install(lambda called: ours)
+    torch.compiler.reset()
+    hidden, mask = torch.randn(2, 5, 4), torch.tensor([[True, False, True, False, True]] * 2)
+    given = hidden if function is added_by_mask else torch.arange(10).view(2, 5)
+    rows = torch.ones(6, 4) if function is added_by_mask else torch.ones(6, dtype=torch.int64)
+    result = torch.compile(function, backend=backend)(given, mask, rows)
+    assert torch.equal(result, function(given, mask, rows))
+    in_graph = any(n.target is operator.getitem for m in made for n in m.graph.nodes)
+    assert (in_graph and len(made) == 1) == picked
