@@ -99,6 +99,10 @@ def main(arguments=None):
         "--profile", metavar="TRACE",
         help="time each region beside its FLOPs, and write this Chrome trace (.json)",
     )
+    parser.add_argument(
+        "--export", metavar="FILE",
+        help="write both graphs to this file (.json) for Model Explorer",
+    )
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of --bisect, relative")
     given = vars(parser.parse_args(arguments))
     replay = Replay()

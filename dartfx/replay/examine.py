@@ -14,10 +14,11 @@ from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.observe.repro_script import RecordedMask
 from dartfx.replay import steps
+from dartfx.replay.model_explorer import explorable
 from dartfx.replay.profile import NotPruned, measure
 from dartfx.replay.run import run_both
 
-__all__ = ["NEEDS_MERGE", "Ran", "after_lines", "wanted_lines"]
+__all__ = ["NEEDS_MERGE", "Ran", "passes_lines", "wanted_lines"]
 
 NEEDS_MERGE = "needs a graph that merges the vision tokens itself"
 
@@ -70,13 +71,20 @@ def _profile_lines(ran: Ran, trace: str) -> Iterator[str]:
         yield f"not profiled: {error}"
 
 
-def after_lines(ran: Ran, name: str) -> Iterator[str]:
-    """--pass NAME."""
-    _require_merge("--pass", ran.mask)
+def passes_lines(ran: Ran, name: str | None, file: str | None) -> Iterator[str]:
+    """--pass NAME or --export FILE: for both the passes run, and the graph does not."""
+    argument = "--export" if name is None else "--pass"
+    _require_merge(argument, ran.mask)
     try:
-        yield steps.after_pass(ran.module, ran.config, ran.caller, name)
-    except steps.UnknownPass as error:
-        _fail(f"argument --pass: {error}")
+        if name is not None:
+            yield steps.after_pass(ran.module, ran.config, ran.caller, name)
+        if file is not None:
+            Path(file).write_text(explorable(ran.module, ran.config, ran.caller))
+            yield f"wrote {file}, for model-explorer"
+    except NotPruned as error:
+        yield f"not exported: {error}"
+    except (steps.UnknownPass, OSError) as error:
+        _fail(f"argument {argument}: {error}")
 
 
 def _require_merge(argument: str, mask: RecordedMask | None) -> None:

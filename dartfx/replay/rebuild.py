@@ -150,6 +150,7 @@ class Replay:
         seed: int = 0,
         time: str | None = None,
         after: str | None = None,
+        export: str | None = None,
         bisect: bool = False,
         tolerance: float = 1e-5,
         profile: str | None = None,
@@ -164,8 +165,8 @@ class Replay:
         given = {"lowering": time or "eager", "on_unsupported": "ignore", "dump": dump}
         config, can = DartConfig.from_options({**options, **given}), CallerCapabilities(**caller)
         ran = examine.Ran(module, None, config, can, mask, repro_inputs.load(folder), seed)
-        if after is not None:
-            _print(examine.after_lines(ran, after))
+        if after is not None or export is not None:
+            _print(examine.passes_lines(ran, after, export))
             return []
         with report.isolate_reports() as reports:
             compiled = self._compiled(config, module, can, mask)

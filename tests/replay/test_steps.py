@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,29 @@ def test_both_are_timed(script: Path, capsys: pytest.CaptureFixture[str]) -> Non
     shown = output(script, capsys, "--time")
     assert "time unpruned: " in shown
     assert "x as fast" in shown
+
+
+def test_both_graphs_are_written_for_model_explorer(
+    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "graphs.json"
+    output(script, capsys, "--export", str(file))
+    before, after = json.loads(file.read_text())["graphs"]
+    assert (before["id"], after["id"]) == ("before", "after")
+    assert not any("style" in node for node in before["nodes"])
+    added = {node["id"]: node for node in after["nodes"] if "style" in node}
+    kept = {node["id"] for node in before["nodes"]} & {node["id"] for node in after["nodes"]}
+    assert added.keys() | kept == {node["id"] for node in after["nodes"]}
+    select = added["select_tokens_default"]
+    known = {node["id"] for node in after["nodes"]}
+    assert {edge["sourceNodeId"] for edge in select["incomingEdges"]} <= known
+    assert select["outputsMetadata"][0]["attrs"][0]["value"] == "int64[1, 17]"
+    assert "layers.2/attn" in {node["namespace"] for node in after["nodes"]}
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        output(script, capsys, "--export", str(tmp_path / "none" / "graphs.json"))
+    assert capsys.readouterr().err.startswith("error: argument --export: [Errno 2]")
