@@ -41,9 +41,9 @@ def compile(
     first call are installed now, since installing them breaks the graph.  decode: "static" makes
     ``generate`` use a static cache by default, so that decode steps share one graph (on CUDA,
     transformers puts them into CUDA graphs).  Of PEFT's wrappers the model inside is compiled,
-    which is what their calls end in.  logits: "full" returns those of pruned calls at the prompt's
-    length, for a Trainer's label smoothing and metrics; a dropped token's are those of the last
-    kept token before it.
+    which is what their calls end in.  logits: "full" returns those of pruned calls (of a backbone,
+    the hidden states) at the prompt's length, for a Trainer's label smoothing and metrics; a
+    dropped token's are those of the last kept token before it.
 
     Returns ``model``.  Raises ConfigError for an invalid option or a decode that the model does not
     have, TypeError for anything but a module.

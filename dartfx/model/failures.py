@@ -58,8 +58,10 @@ def failure_after_cut(error: Exception) -> Declined:
         "the call has several graphs, one was pruned, and the code after it failed on the shorter "
         f"sequence: {message.rpartition(' got ')[2]}",
         where=files[-1] if files else "",
-        advice="give inputs_embeds that you merged, within dartfx.vision_tokens(mask), so that one "
-        "graph holds the whole call; or compute what failed (a loss, say) outside the model",
+        advice="compute what failed (a loss, say) outside the model; where it is around a model "
+        'inside this one, dartfx.compile(model.base_model, logits="full") instead of the whole; or '
+        "give inputs_embeds that you merged, within dartfx.vision_tokens(mask), so that one graph "
+        "holds the whole call",
     )
 
 

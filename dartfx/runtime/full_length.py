@@ -1,4 +1,4 @@
-"""Logits of a pruned call at the prompt's length, for code outside of the model that expects it."""
+"""Logits or hidden states of a pruned call at the prompt's length, for code that expects it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ __all__ = ["restore_length"]
 def restore_length(result: Any, length: int) -> Any:
     """The result of a call with logits [B, S, V] in place of pruned ones [B, S', V].
 
-    A dropped token's logits are those of the last kept token before it, so the label of a token
-    that follows a dropped one is predicted from what precedes it in the pruned sequence.
-    length: S; raises SelectionError where the call's arguments do not say it (0).
+    Of a model without a head, the last hidden states.  A dropped token's are those of the last kept
+    token before it, so the label of a token that follows a dropped one is predicted from what
+    precedes it in the pruned sequence.  length: S; raises SelectionError where the call's arguments
+    do not say it (0).
     """
     if isinstance(result, Tensor):
         return _restored(result, length)
     if isinstance(result, Mapping):
-        if isinstance(logits := result.get("logits"), Tensor):
-            result["logits"] = _restored(logits, length)  # type: ignore[index]
+        for name in ("logits", "last_hidden_state"):
+            if isinstance(value := result.get(name), Tensor):
+                result[name] = _restored(value, length)  # type: ignore[index]
         return result
     if not isinstance(result, Sequence):
         return result
@@ -37,12 +39,12 @@ def restore_length(result: Any, length: int) -> Any:
     return tuple(parts)
 
 
-def _restored(logits: Tensor, length: int) -> Tensor:
-    if (keep_idx := kept_positions(logits)) is None:
-        return logits
+def _restored(value: Tensor, length: int) -> Tensor:
+    if (keep_idx := kept_positions(value)) is None:
+        return value
     if not length:
         raise SelectionError('logits="full" needs a call with input_ids or inputs_embeds')
     positions = torch.arange(length, device=keep_idx.device).repeat(len(keep_idx), 1)
     before = torch.searchsorted(keep_idx, positions, right=True) - 1
-    index = before.clamp(min=0).to(logits.device)
-    return logits.gather(1, index.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+    index = before.clamp(min=0).to(value.device)
+    return value.gather(1, index.unsqueeze(-1).expand(-1, -1, value.shape[-1]))
