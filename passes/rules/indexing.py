@@ -29,10 +29,23 @@ def masked_scatter(axes: Axes, node: Node, out: Node) -> None:
 
 @rule(*named("index_put", "index_put_"))
 def index_put(axes: Axes, node: Node, out: Node) -> None:
-    """Written at positions that the indices name: the shape stays, every dim is opaque."""
-    first = argument(node, "self")
+    """Written at positions that the indices name, whose dims are opaque; the shape stays.
+
+    The dims that one 1-D index of integers leaves whole run alongside.
+    """
+    first, values = argument(node, "self"), argument(node, "values")
+    chosen = {dim: i for dim, i in enumerate(argument(node, "indices")) if i is not None}
+    (index,) = chosen.values() if len(chosen) == 1 else (None,)
+    position = tensor(index)
+    by_number = position is not None and position.ndim == 1 and position.dtype != torch.bool
     for dim in range(len(sizes(out))):
-        axes.preserve_opaque(node, (first, dim), (out, dim))
+        if dim in chosen or not by_number:
+            axes.preserve_opaque(node, (first, dim), (out, dim))
+            continue
+        axes.preserve(node, (first, dim), (out, dim))
+        back = len(sizes(out)) - dim
+        if len(sizes(values)) >= back and same_size(sizes(values)[-back], sizes(out)[dim]):
+            axes.preserve(node, (values, len(sizes(values)) - back), (out, dim))
 
 
 @rule(*named("embedding"))

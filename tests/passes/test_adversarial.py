@@ -196,6 +196,34 @@ def test_written_between_two_layers_after_the_cut(part: Callable[[Tensor], Tenso
     assert_pruned(model, inputs)
 
 
+def writing(index: tuple[Any, ...], value: Callable[[Tensor], Any]) -> type[Layer]:
+    """A layer whose input is written to by index."""
+
+    def write(_: Layer, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[index] = value(x)
+        return x
+
+    return changed(write)
+
+
+CHANNELS: dict[str, Callable[[Tensor], Any]] = {
+    "a number": lambda x: 0.5,
+    "of each token": lambda x: x[..., :2] * 2,
+}
+
+
+@pytest.mark.parametrize("value", CHANNELS.values(), ids=CHANNELS)
+def test_written_to_channels_by_index(value: Callable[[Tensor], Any]) -> None:
+    layer = writing((slice(None), slice(None), [3, 1]), value)
+    assert_pruned(Decoder(THREE, layer=layer), prompt(THREE))
+
+
+def test_written_to_tokens_by_index() -> None:
+    model = Decoder(SMALL, layer=writing((slice(None), [3, 1]), lambda x: 0.5))
+    assert_declined(model, prompt(SMALL), "reads the token axis")
+
+
 class Recording(Layer):
     """Keeps its input in a buffer of rows."""
 

@@ -35,8 +35,8 @@ REFUSED = {
 # Forwards that break into many graphs, so that the mask comes from an earlier one; DeepStack; MoE;
 # sliding windows; several rotary tables; keys shared between layers.
 BROKEN_UP = [
-    "llava_next", "qwen2_5_vl", "internvl", "gemma3", "gemma4", "granite_docling", "kimi_k25",
-    "llama4", "qwen3_vl",
+    "chameleon", "llava_next", "qwen2_5_vl", "internvl", "gemma3", "gemma4", "granite_docling",
+    "kimi_k25", "llama4", "qwen3_vl",
 ]  # fmt: skip
 
 # Decode steps that meet a full window or a new chunk, or keys of another layer.
