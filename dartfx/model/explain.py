@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from dartfx.model.compiled_model import CompiledModel
 from dartfx.model.history import kept_tokens
 from dartfx.model.target import model_of, replaced_call
 from dartfx.observe import report
+from dartfx.observe.kept import note_views
 from dartfx.observe.next_step import next_step
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Outcome, Unchanged
@@ -92,6 +94,8 @@ def explain(
             target(*args, **kwargs)
     pruned = any(made.pruned for made in reports)
     shown, notes = _kept_tokens_of_call(kwargs) if tokens and pruned else ((), [])
+    if (directory := call.config.dump) is not None:
+        note_views(Path(directory), ((k.row, k.views()) for k in shown))
     if current is None and _is_bypassed(model, target):
         notes.append(_BYPASSED)
     return Explanation(tuple(reports), shown, tuple(notes))

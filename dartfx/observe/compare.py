@@ -6,16 +6,20 @@ Times, versions and options are shown; only what a graph does decides whether tw
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dartfx.observe.dumped import Graph, graphs
 from dartfx.observe.folders import KEPT, read_json
+from dartfx.observe.kept import images
+from dartfx.observe.units import flops, in_bytes, seconds, short
 
-__all__ = ["Comparison", "Difference", "Pair", "compare", "facts", "kept_in_common"]
+__all__ = ["Common", "Comparison", "Difference", "Pair", "compare", "facts", "kept_in_common"]
+
+MOST_OPERATORS = 12  # of a pair of graphs; more say only that these are different graphs
 
 # Of report.json, with the words that people read.
 FACTS = {
@@ -33,7 +37,13 @@ FACTS = {
     "kv_bytes": "KV cache bytes",
     "collectives": "collectives, in order",
 }
-CUT_FACTS = {"layer": "layer", "sequence": "tokens", "crossings": "crossings", "across": "ranks"}
+CUT_FACTS = {
+    "layer": "layer",
+    "sequence": "tokens",
+    "retained": "retained",
+    "crossings": "crossings",
+    "across": "ranks",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,20 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.what}: {self.one} -> {self.other}"
+
+
+class Common(NamedTuple):
+    """Kept tokens in both: where, their Jaccard index (common over all), how many each kept."""
+
+    where: str
+    share: float
+    kept: tuple[int, int]
+
+    @classmethod
+    def of(cls, where: str, kept: tuple[Set[int], Set[int]], span: Set[int]) -> Common:
+        """Of the tokens in ``span`` only."""
+        a, b = kept[0] & span, kept[1] & span
+        return cls(where, len(a & b) / len(a | b) if a | b else 1.0, (len(a), len(b)))
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,11 @@ class Pair:
     def name(self) -> str:
         """The folder's name, or both."""
         return " / ".join(dict.fromkeys(g.name for g in (self.one, self.other) if g is not None))
+
+    @property
+    def is_news(self) -> bool:
+        """Whether vision tokens were dropped in either, or should have been."""
+        return any(g.is_news for g in (self.one, self.other) if g is not None)
 
     @property
     def where(self) -> str:
@@ -90,15 +119,28 @@ class Comparison:
         """The first graph that differs."""
         return next((pair for pair in self.pairs if pair.differences), None)
 
+    @property
+    def notes(self) -> tuple[Difference, ...]:
+        """What every pair notes: options and versions."""
+        noted = [pair.notes for pair in self.pairs if pair.one and pair.other]
+        return tuple(n for n in noted[0] if all(n in of for of in noted)) if noted else ()
+
+    @property
+    def shown(self) -> tuple[Pair, ...]:
+        """The pairs that differ, and those of graphs with vision tokens."""
+        return tuple(pair for pair in self.pairs if pair.differences or pair.is_news)
+
     def __str__(self) -> str:
-        lines = []
-        for pair in self.pairs:
+        lines = [f"({note})" for note in self.notes]
+        for pair in self.shown:
             same = "" if pair.differences else ": the same"
-            lines.append(f"{pair.name} ({pair.where}){same}")
+            lines.append(f"{pair.name} ({short(pair.where)}){same}")
             mark = "first difference: " if pair is self.first_difference else ""
             for number, difference in enumerate(pair.differences):
                 lines.append(f"  {mark if number == 0 else ''}{difference}")
-            lines += [f"  ({note})" for note in pair.notes]
+            lines += [f"  ({note})" for note in pair.notes if note not in self.notes]
+        if hidden := len(self.pairs) - len(self.shown):
+            lines.append(f"{hidden} other graphs, without vision tokens: the same")
         differ = sum(bool(pair.differences) for pair in self.pairs)
         verdict = "equal" if self.equal else f"{differ} of {len(self.pairs)} graphs differ"
         return "\n".join([*lines, f"{self.one} and {self.other}: {verdict}"])
@@ -148,15 +190,17 @@ def facts(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Difference]:
     """What two reports say of a graph that is not the same."""
     for name, words in FACTS.items():
         if (a := one.get(name)) != (b := other.get(name)):
-            yield Difference(words, _shown(a), _shown(b))
+            yield Difference(words, _shown(a, name), _shown(b, name))
     cuts = [report.get("cuts", []) for report in (one, other)]
     if len(cuts[0]) != len(cuts[1]):
         yield Difference("number of cuts", str(len(cuts[0])), str(len(cuts[1])))
     for number, (first, second) in enumerate(zip(*cuts, strict=False), start=1):
         for name, words in CUT_FACTS.items():
-            if _plain(name, first) != _plain(name, second):
-                a, b = (_shown(_plain(name, cut)) for cut in (first, second))
-                yield Difference(f"cut {number}, {words}", a, b)
+            # Of one cut, the report itself says these.
+            if max(map(len, cuts)) == 1 and name in FACTS:
+                continue
+            if (a := _plain(name, first)) != (b := _plain(name, second)):
+                yield Difference(f"cut {number}, {words}", _shown(a, name), _shown(b, name))
 
 
 def _plain(name: str, cut: dict[str, Any]) -> Any:
@@ -165,48 +209,91 @@ def _plain(name: str, cut: dict[str, Any]) -> Any:
     return [crossing["name"] for crossing in value] if name == "crossings" and value else value
 
 
-def _shown(value: Any) -> str:
+# Pairs of before and after, with their units.
+_PAIRS: dict[str, Callable[[int], str]] = {
+    "sequence": "{:,}".format, "flops": flops, "kv_bytes": in_bytes,
+}  # fmt: skip
+
+
+def _shown(value: Any, name: str = "") -> str:
+    if name in _PAIRS and isinstance(value, list):
+        return " to ".join(map(_PAIRS[name], value))
     if isinstance(value, list):
         return ", ".join(map(_shown, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else "none" if value is None else str(value)
+    return f"{value:,}" if type(value) is int else "none" if value is None else str(value)
 
 
 def _operators(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Difference]:
     counts = [Counter(report.get("operators") or {}) for report in (one, other)]
-    for name in sorted(counts[0].keys() | counts[1].keys()):
-        a, b = counts[0][name], counts[1][name]
-        if a != b:
-            yield Difference(f"operator {name}", f"{a} calls", f"{b} calls")
+    names = sorted(n for n in counts[0].keys() | counts[1].keys() if counts[0][n] != counts[1][n])
+    for name in names[:MOST_OPERATORS]:
+        a, b = (f"{count[name]} calls" for count in counts)
+        yield Difference(f"operator {name}", a, b)
+    if len(names) > MOST_OPERATORS:
+        a, b = (f"{sum(count.values())} calls in all" for count in counts)
+        yield Difference(f"{len(names) - MOST_OPERATORS} more operators", a, b)
 
 
-def kept_in_common(one: Any, other: Any) -> list[tuple[int, float]]:
-    """Row and Jaccard index (common over all) of the kept tokens of two kept.json files."""
+def kept_in_common(one: Any, other: Any) -> Iterator[Common]:
+    """What two kept.json files have in common, by row, by image, and by view where one is known."""
     rows = zip((one or {}).get("rows", []), (other or {}).get("rows", []), strict=False)
-    found = []
     for number, (first, second) in enumerate(rows):
-        a, b = set(first["kept"]), set(second["kept"])
-        found.append((number, len(a & b) / max(len(a | b), 1)))
-    return found
+        kept = set(first["kept"]), set(second["kept"])
+        parts = list(_parts(first))
+        yield Common.of(f"row {number}", kept, {*first["vision"], *second["vision"]})
+        if first["vision"] == second["vision"] and len(parts) > 1:
+            yield from (Common.of(f"row {number}, {name}", kept, span) for name, span in parts)
+
+
+def _parts(row: dict[str, Any]) -> Iterator[tuple[str, Set[int]]]:
+    """The images of a row, and their views: the frames, tiles or overview of each."""
+    runs = images(row)
+    for number, run in enumerate(runs):
+        yield f"image {number}", set(run)
+    for number, of_image in enumerate(row.get("views", ())):
+        spans: dict[int, set[int]] = {}
+        for position, view in of_image:
+            spans.setdefault(view, set()).add(position)
+        if len(spans) > 1:
+            yield from ((f"image {number}, view {view}", span) for view, span in spans.items())
 
 
 def _kept(one: Path, other: Path) -> Iterator[Difference]:
     files = [read_json(folder / KEPT) for folder in (one, other)]
-    counts = [[len(row["kept"]) for row in (file or {}).get("rows", [])] for file in files]
-    for row, common in kept_in_common(*files):
-        if common < 1:
-            a, b = (f"{count[row]} tokens" for count in counts)
-            yield Difference(f"kept tokens of row {row}, {common:.0%} in common (Jaccard)", a, b)
-    if len(counts[0]) != len(counts[1]):
-        a, b = (f"{len(count)} rows" if count else "not recorded" for count in counts)
+    for common in kept_in_common(*files):
+        if common.share < 1:
+            a, b = (f"{count} tokens" for count in common.kept)
+            what = f"kept tokens of {common.where}, {common.share:.0%} in common (Jaccard)"
+            yield Difference(what, a, b)
+    counts = [len((file or {}).get("rows", [])) for file in files]
+    if counts[0] != counts[1]:
+        a, b = (f"{count} rows" if count else "not recorded" for count in counts)
         yield Difference("kept tokens", a, b)
 
 
 def _notes(one: Graph, other: Graph) -> Iterator[Difference]:
-    if one.seconds or other.seconds:
-        yield Difference("passes", f"{one.seconds:.2f} s", f"{other.seconds:.2f} s")
+    for what, taken in _TIMES.items():
+        times = [float(taken(graph.report) or 0) for graph in (one, other)]
+        if any(times):
+            a, b = (seconds(time) if time else "not known" for time in times)
+            yield Difference(what, a, b)
     for name in ("options", "versions"):
         first, second = (g.compilation.get(name) or {} for g in (one, other))
         for key in sorted(first.keys() | second.keys()):
             if first.get(key) != second.get(key):
                 a, b = (str(side.get(key, "default")) for side in (first, second))
                 yield Difference(key, a, b)
+
+
+def _run_time(report: dict[str, Any]) -> float:
+    """Of the pruned graph, where ``dartfx profile`` measured it."""
+    return sum(
+        float(region["seconds"][1]) for region in report.get("profile", {}).get("regions", ())
+    )
+
+
+_TIMES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "time in the passes": lambda report: sum(report.get("seconds", {}).values()),
+    "time to compile": lambda report: sum(report.get("compile", {}).get("seconds", {}).values()),
+    "time of a run, as profiled": _run_time,
+}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dartfx.observe.folders import write
+from dartfx.observe.folders import KEPT, read_json, write, write_json
 from dartfx.runtime.keep_idx import KeepIdxRecord
 
-__all__ = ["Grid", "add_picture", "fill", "grids", "kept_rows"]
+__all__ = ["Grid", "add_picture", "fill", "grids", "images", "kept_rows", "note_views"]
 
 
 def kept_rows(record: KeepIdxRecord) -> dict[str, Any]:
@@ -32,6 +32,34 @@ def kept_rows(record: KeepIdxRecord) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def images(row: dict[str, Any]) -> list[list[int]]:
+    """The positions of a row's images: of each unbroken run of its vision tokens."""
+    runs: list[list[int]] = []
+    for position in row["vision"]:
+        if not runs or position != runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(position)
+    return runs
+
+
+def note_views(directory: Path, views: Iterable[tuple[int, Mapping[int, int]]]) -> None:
+    """Add to the newest kept.json of a dump which view (tile, frame, overview) a token is of.
+
+    views: for each image its row, and the view of each of its positions that has one.
+    """
+    files = [*directory.glob(f"graph_*/{KEPT}"), *directory.glob(f"rank_*/graph_*/{KEPT}")]
+    if not files:
+        return
+    newest = max(files, key=lambda file: file.stat().st_mtime_ns)
+    kept = read_json(newest)
+    by_row: dict[int, list[list[tuple[int, int]]]] = {}
+    for row, of_image in views:
+        by_row.setdefault(row, []).append(list(of_image.items()))
+    for row, images_of_row in by_row.items():
+        kept["rows"][row]["views"] = images_of_row
+    write_json(newest, kept)
+
+
 class Grid(NamedTuple):
     """The vision tokens of one image: their states in reading order, ``columns`` a line."""
 
@@ -48,13 +76,8 @@ class Grid(NamedTuple):
 def grids(kept: dict[str, Any] | None) -> Iterator[Grid]:
     """A grid for each unbroken run of vision tokens: square where their number is."""
     for number, row in enumerate((kept or {}).get("rows", [])):
-        runs: list[list[int]] = []
-        for position in row["vision"]:
-            if not runs or position != runs[-1][-1] + 1:
-                runs.append([])
-            runs[-1].append(position)
         stays, pivots = set(row["kept"]), set(row["pivots"])
-        for image, run in enumerate(runs):
+        for image, run in enumerate(images(row)):
             states = [
                 "pivot" if p in pivots and p in stays else "kept" if p in stays else "dropped"
                 for p in run

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dartfx.observe.folders import read_json, write, write_json
-from dartfx.observe.html.templating import flops, in_bytes, render
+from dartfx.observe.html.templating import render
 from dartfx.observe.kept import fill
+from dartfx.observe.units import flops, in_bytes
 
 __all__ = ["Profile", "Region", "add_profile"]
 

@@ -59,6 +59,12 @@ class KeptTokens:
         where = self._layout(layout)
         return [where.cells[i] for i in self.kept]
 
+    def views(self) -> dict[int, int]:
+        """The view (frame, tile grid, overview) of each position that has a cell."""
+        cells = () if self.layout is None else self.layout.cells
+        pairs = zip(self.positions, cells, strict=False)
+        return {position: cell.view for position, cell in pairs if cell is not None}
+
     def _layout(self, layout: Layout | Sequence[int] | None) -> Layout:
         found = self.layout if layout is None else layout_of(layout)
         if found is None:

@@ -21,6 +21,9 @@ def test_explain(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "row 0, image 0: 6 of 16 kept" in text
     kinds = [json.loads(f.read_text())["kind"] for f in tmp_path.glob("*/report.json")]
     assert "pruned" in kinds
+    (kept,) = tmp_path.glob("*/kept.json")
+    (row,) = json.loads(kept.read_text())["rows"]
+    assert row["views"] == [[[position, 0] for position in row["vision"]]]
 
 
 def test_explain_exits_with_1_when_nothing_would_be_pruned(

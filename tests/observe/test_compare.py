@@ -12,8 +12,11 @@ import torch
 import dartfx
 from dartfx.cli.main import main
 from dartfx.observe import folders
-from dartfx.observe.compare import compare
-from dartfx.observe.kept import add_picture
+from dartfx.observe.compare import compare, kept_in_common
+from dartfx.observe.html.comparison import page
+from dartfx.observe.kept import add_picture, note_views
+from dartfx.token_map.kept_tokens import KeptTokens
+from dartfx.token_map.layout import Layout
 from tests.support.decoders import Decoder, Sizes, prompt
 
 SIZES = Sizes(seq=24, vision=9)
@@ -63,17 +66,73 @@ def test_another_selector_keeps_other_tokens(
     assert difference == (
         f"kept tokens of row 0, {common:.0%} in common (Jaccard): 4 tokens -> 4 tokens"
     )
-    page = tmp_path / "diff.html"
-    argv = ["diff", str(dumps["one"]), str(dumps["uniform"]), "--html", str(page)]
+    written = tmp_path / "diff.html"
+    argv = ["diff", str(dumps["one"]), str(dumps["uniform"]), "--html", str(written)]
     assert main(argv) == 1
     assert "(selector: default -> uniform)" in capsys.readouterr().out
-    assert page.read_text().count('<tr class="difference">') == 1
-    assert "first difference" in page.read_text()
+    assert written.read_text().count('<tr class="difference">') == 1
+    assert "first difference" in written.read_text()
+
+
+def two_images(kept: list[int]) -> dict[str, Any]:
+    """kept.json of a row with an image at 1 to 4 and a video of two frames at 6 to 9."""
+    return {"rows": [{"vision": [1, 2, 3, 4, 6, 7, 8, 9], "kept": kept, "pivots": []}]}
+
+
+def test_kept_tokens_are_compared_by_image_and_by_view(tmp_path: Path) -> None:
+    frames = KeptTokens(0, 1, (6, 7, 8, 9), (), layout=Layout.grid(2, 1, 2))
+    image = KeptTokens(0, 0, (1, 2, 3, 4), (), layout=Layout.grid(2, 2))
+    for name, kept in (("one", [1, 2, 6, 8]), ("other", [1, 2, 6, 9])):
+        folder = tmp_path / name / "graph_000"
+        folder.mkdir(parents=True)
+        folders.write_json(folder / folders.KEPT, two_images(kept))
+        note_views(tmp_path / name, [(k.row, k.views()) for k in (image, frames)])
+    read = [folders.read_json(f) for f in sorted(tmp_path.glob(f"*/graph_000/{folders.KEPT}"))]
+    assert list(kept_in_common(*read)) == [
+        ("row 0", 3 / 5, (4, 4)),
+        ("row 0, image 0", 1.0, (2, 2)),
+        ("row 0, image 1", 1 / 3, (2, 2)),
+        ("row 0, image 1, view 0", 1.0, (1, 1)),
+        ("row 0, image 1, view 1", 0.0, (1, 1)),
+    ]
+    assert differences(tmp_path / "one", tmp_path / "other")[1:] == [
+        "kept tokens of row 0, image 1, 33% in common (Jaccard): 2 tokens -> 2 tokens",
+        "kept tokens of row 0, image 1, view 1, 0% in common (Jaccard): 1 tokens -> 1 tokens",
+    ]
+
+
+def test_graphs_without_vision_tokens_are_one_line_and_common_notes_another(
+    dumps: dict[str, Path], tmp_path: Path
+) -> None:
+    both = []
+    for name in ("one", "uniform"):
+        shutil.copytree(dumps[name], tmp_path / name)
+        other = tmp_path / name / "graph_001"
+        shutil.copytree(dumps[name] / "graph_000", other)
+        (other / folders.KEPT).unlink()
+        report = folders.read_json(other / "report.json") | {"kind": "unchanged", "because": ""}
+        folders.write_json(other / "report.json", report)
+        both.append(tmp_path / name)
+    text = str(compare(*both))
+    assert text.count("(selector: default -> uniform)") == 1
+    assert "1 other graphs, without vision tokens: the same" in text
+    assert "graph_001" not in text
+    assert "graph_001" not in page([compare(*both)])
+
+
+def test_measured_times_are_noted(dumps: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(dumps["one"], tmp_path / "one")
+    file = tmp_path / "one" / "graph_000" / "report.json"
+    measured = {"profile": {"regions": [{"seconds": [0.2, 0.125]}, {"seconds": [0, 0.025]}]}}
+    folders.write_json(file, folders.read_json(file) | measured)
+    (pair,) = compare(tmp_path / "one", dumps["one"]).pairs
+    assert not pair.differences
+    assert "time of a run, as profiled: 150 ms -> not known" in map(str, pair.notes)
 
 
 def test_another_budget_gives_other_shapes(dumps: dict[str, Path]) -> None:
     found = differences(dumps["one"], dumps["fewer"])
-    assert "tokens per sample: 24, 19 -> 24, 18" in found
+    assert "tokens per sample: 24 to 19 -> 24 to 18" in found
     assert "retained vision tokens: 4 -> 3" in found
 
 
@@ -132,9 +191,9 @@ def test_bad_arguments_are_named(
 
 def test_kept_tokens_are_in_the_report(dumps: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(dumps["one"] / "graph_000", tmp_path / "graph_000")
-    page = tmp_path / "graph_000" / "report.html"
-    assert "row 0, image 0: 4 of 9 tokens kept" in page.read_text()
-    assert page.read_text().count("<rect class=") == 4
-    assert 'viewBox="0 0 30 30"' in page.read_text()
+    shown = tmp_path / "graph_000" / "report.html"
+    assert "row 0, image 0: 4 of 9 tokens kept" in shown.read_text()
+    assert shown.read_text().count("<rect class=") == 4
+    assert 'viewBox="0 0 30 30"' in shown.read_text()
     add_picture(tmp_path / "graph_000", b"PNG")
-    assert 'src="data:image/png;base64,UE5H"' in page.read_text()
+    assert 'src="data:image/png;base64,UE5H"' in shown.read_text()

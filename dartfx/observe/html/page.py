@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import networkx as nx
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from dartfx.observe.html.changes import Change, change, operator
 from dartfx.observe.html.drawing import Drawing
@@ -33,11 +33,12 @@ CUT = "the cut"
 
 
 class Stage(NamedTuple):
-    """The graph after one pass: the pass, the dump's file of it, and its lines of code."""
+    """The graph after one pass: the dump's file of it, its lines of code, its operators."""
 
     name: str
     file: str
     lines: dict[str, str]
+    calls: list[str]
 
 
 class Page:
@@ -60,7 +61,8 @@ class Page:
         """The graph after the pass ``name``; text: as rendered; file: the dump's file of it."""
         if name == "normalise":
             self._stages = []
-        stage = Stage(name, file, lines(text))
+        code = lines(text)
+        stage = Stage(name, file, code, [_called(node, code) for node in module.graph.nodes])
         self._stages.append(stage)
         if name == "normalise":
             self._before, self._after, self._links = values(module, stage.lines), {}, {}
@@ -118,7 +120,7 @@ class Page:
 
     def counts(self) -> dict[str, Any]:
         """The last graph's calls by operator, and its collectives in order, for report.json."""
-        calls = [operator(line) for line in self._stages[-1].lines.values()] if self._stages else []
+        calls = [call for call in self._stages[-1].calls if call] if self._stages else []
         collectives = [call for call in calls if "c10d" in call]
         return {"operators": dict(sorted(Counter(calls).items())), "collectives": collectives}
 
@@ -220,6 +222,13 @@ class Page:
             number[name]: [[dim, number.get(o, -1), d, number.get(u, -1)] for dim, o, d, u in link]
             for name, link in self._links.items()
         }
+
+
+def _called(node: Node, code: Mapping[str, str]) -> str:
+    """The operator that a node calls; "" for inputs and outputs."""
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    return operator(code.get(node.name, "")) if node.op == "call_function" else ""
 
 
 def _size(found: Mapping[str, Value], node: Any) -> int:
