@@ -6,18 +6,19 @@ Times, versions and options are shown; only what a graph does decides whether tw
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dartfx.observe.dumped import Graph, graphs
 from dartfx.observe.folders import KEPT, read_json
-from dartfx.observe.kept import images
+from dartfx.observe.kept import kept_in_common
 from dartfx.observe.units import flops, in_bytes, seconds, short
 
-__all__ = ["Common", "Comparison", "Difference", "Pair", "compare", "facts", "kept_in_common"]
+__all__ = ["Comparison", "Difference", "Pair", "compare", "facts", "kept_differences"]
 
 MOST_OPERATORS = 12  # of a pair of graphs; more say only that these are different graphs
 
@@ -35,7 +36,6 @@ FACTS = {
     "kv_layout": "KV layout",
     "flops": "decoder FLOPs",
     "kv_bytes": "KV cache bytes",
-    "collectives": "collectives, in order",
 }
 CUT_FACTS = {
     "layer": "layer",
@@ -56,20 +56,6 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.what}: {self.one} -> {self.other}"
-
-
-class Common(NamedTuple):
-    """Kept tokens in both: where, their Jaccard index (common over all), how many each kept."""
-
-    where: str
-    share: float
-    kept: tuple[int, int]
-
-    @classmethod
-    def of(cls, where: str, kept: tuple[Set[int], Set[int]], span: Set[int]) -> Common:
-        """Of the tokens in ``span`` only."""
-        a, b = kept[0] & span, kept[1] & span
-        return cls(where, len(a & b) / len(a | b) if a | b else 1.0, (len(a), len(b)))
 
 
 @dataclass(frozen=True)
@@ -181,7 +167,7 @@ def _key(graph: Graph) -> tuple[str, bool]:
 
 def _pair(one: Graph, other: Graph) -> Pair:
     differences = [*facts(one.report, other.report), *_operators(one.report, other.report)]
-    differences += _kept(one.folder, other.folder)
+    differences += kept_differences(one.folder, other.folder)
     notes = list(_notes(one, other))
     return Pair(one, other, tuple(differences), tuple(notes))
 
@@ -191,6 +177,7 @@ def facts(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Difference]:
     for name, words in FACTS.items():
         if (a := one.get(name)) != (b := other.get(name)):
             yield Difference(words, _shown(a, name), _shown(b, name))
+    yield from _collectives(*(report.get("collectives", []) for report in (one, other)))
     cuts = [report.get("cuts", []) for report in (one, other)]
     if len(cuts[0]) != len(cuts[1]):
         yield Difference("number of cuts", str(len(cuts[0])), str(len(cuts[1])))
@@ -201,6 +188,20 @@ def facts(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Difference]:
                 continue
             if (a := _plain(name, first)) != (b := _plain(name, second)):
                 yield Difference(f"cut {number}, {words}", _shown(a, name), _shown(b, name))
+
+
+def _collectives(*both: list[str]) -> Iterator[Difference]:
+    """Where the order of collectives parts; a rank that waits for another there waits forever."""
+    one, other = ([called(name) for name in names if "wait_tensor" not in name] for names in both)
+    for number, (a, b) in enumerate(zip_longest(one, other, fillvalue="none"), start=1):
+        if a != b:
+            yield Difference(f"collective {number} (of {len(one)} and {len(other)})", a, b)
+            return
+
+
+def called(name: str) -> str:
+    """``_c10d_functional.all_reduce.default`` -> ``all_reduce``."""
+    return name.split(".")[1] if "." in name else name
 
 
 def _plain(name: str, cut: dict[str, Any]) -> Any:
@@ -234,31 +235,8 @@ def _operators(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Differenc
         yield Difference(f"{len(names) - MOST_OPERATORS} more operators", a, b)
 
 
-def kept_in_common(one: Any, other: Any) -> Iterator[Common]:
-    """What two kept.json files have in common, by row, by image, and by view where one is known."""
-    rows = zip((one or {}).get("rows", []), (other or {}).get("rows", []), strict=False)
-    for number, (first, second) in enumerate(rows):
-        kept = set(first["kept"]), set(second["kept"])
-        parts = list(_parts(first))
-        yield Common.of(f"row {number}", kept, {*first["vision"], *second["vision"]})
-        if first["vision"] == second["vision"] and len(parts) > 1:
-            yield from (Common.of(f"row {number}, {name}", kept, span) for name, span in parts)
-
-
-def _parts(row: dict[str, Any]) -> Iterator[tuple[str, Set[int]]]:
-    """The images of a row, and their views: the frames, tiles or overview of each."""
-    runs = images(row)
-    for number, run in enumerate(runs):
-        yield f"image {number}", set(run)
-    for number, of_image in enumerate(row.get("views", ())):
-        spans: dict[int, set[int]] = {}
-        for position, view in of_image:
-            spans.setdefault(view, set()).add(position)
-        if len(spans) > 1:
-            yield from ((f"image {number}, view {view}", span) for view, span in spans.items())
-
-
-def _kept(one: Path, other: Path) -> Iterator[Difference]:
+def kept_differences(one: Path, other: Path) -> Iterator[Difference]:
+    """Where the first calls of two graphs kept other tokens."""
     files = [read_json(folder / KEPT) for folder in (one, other)]
     for common in kept_in_common(*files):
         if common.share < 1:

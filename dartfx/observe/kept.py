@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 from dartfx.observe.folders import KEPT, read_json, write, write_json
 from dartfx.runtime.keep_idx import KeepIdxRecord
 
-__all__ = ["Grid", "add_picture", "fill", "grids", "images", "kept_rows", "note_views"]
+__all__ = [
+    "Common",
+    "Grid",
+    "add_picture",
+    "fill",
+    "grids",
+    "kept_in_common",
+    "kept_rows",
+    "note_views",
+]
 
 
 def kept_rows(record: KeepIdxRecord) -> dict[str, Any]:
@@ -32,7 +41,7 @@ def kept_rows(record: KeepIdxRecord) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def images(row: dict[str, Any]) -> list[list[int]]:
+def _images(row: dict[str, Any]) -> list[list[int]]:
     """The positions of a row's images: of each unbroken run of its vision tokens."""
     runs: list[list[int]] = []
     for position in row["vision"]:
@@ -60,6 +69,44 @@ def note_views(directory: Path, views: Iterable[tuple[int, Mapping[int, int]]]) 
     write_json(newest, kept)
 
 
+class Common(NamedTuple):
+    """Kept tokens in both: where, their Jaccard index (common over all), how many each kept."""
+
+    where: str
+    share: float
+    kept: tuple[int, int]
+
+    @classmethod
+    def of(cls, where: str, kept: tuple[Set[int], Set[int]], span: Set[int]) -> Common:
+        """Of the tokens in ``span`` only."""
+        a, b = kept[0] & span, kept[1] & span
+        return cls(where, len(a & b) / len(a | b) if a | b else 1.0, (len(a), len(b)))
+
+
+def kept_in_common(one: Any, other: Any) -> Iterator[Common]:
+    """What two kept.json files have in common, by row, by image, and by view where one is known."""
+    rows = zip((one or {}).get("rows", []), (other or {}).get("rows", []), strict=False)
+    for number, (first, second) in enumerate(rows):
+        kept = set(first["kept"]), set(second["kept"])
+        parts = list(_parts(first))
+        yield Common.of(f"row {number}", kept, {*first["vision"], *second["vision"]})
+        if first["vision"] == second["vision"] and len(parts) > 1:
+            yield from (Common.of(f"row {number}, {name}", kept, span) for name, span in parts)
+
+
+def _parts(row: dict[str, Any]) -> Iterator[tuple[str, Set[int]]]:
+    """The images of a row, and their views: the frames, tiles or overview of each."""
+    runs = _images(row)
+    for number, run in enumerate(runs):
+        yield f"image {number}", set(run)
+    for number, of_image in enumerate(row.get("views", ())):
+        spans: dict[int, set[int]] = {}
+        for position, view in of_image:
+            spans.setdefault(view, set()).add(position)
+        if len(spans) > 1:
+            yield from ((f"image {number}, view {view}", span) for view, span in spans.items())
+
+
 class Grid(NamedTuple):
     """The vision tokens of one image: their states in reading order, ``columns`` a line."""
 
@@ -77,7 +124,7 @@ def grids(kept: dict[str, Any] | None) -> Iterator[Grid]:
     """A grid for each unbroken run of vision tokens: square where their number is."""
     for number, row in enumerate((kept or {}).get("rows", [])):
         stays, pivots = set(row["kept"]), set(row["pivots"])
-        for image, run in enumerate(images(row)):
+        for image, run in enumerate(_images(row)):
             states = [
                 "pivot" if p in pivots and p in stays else "kept" if p in stays else "dropped"
                 for p in run

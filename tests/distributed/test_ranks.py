@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import dartfx
+from dartfx.observe.compare import compare
+from dartfx.observe.html.index import index
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
@@ -35,7 +39,9 @@ BY_HEADS = {"selector": "by_heads"}
 # The first token says which tokens a prefill kept: more steps compile a decode graph as well.
 IN_TWO = [
     *SAME,
-    case("generate", name="checked with tokens", check_ranks=True, tokens=True, steps=1),
+    case(
+        "generate", name="checked with tokens", check_ranks=True, tokens=True, steps=1, dump="agree"
+    ),
     case("generate", name="inductor", lowering="inductor", check_ranks=True),
     case("generate", "pad2", "by heads", steps=1, **BY_HEADS),
     case("other_prompt_on_rank_1", name="other prompt", check_ranks=True),
@@ -45,7 +51,13 @@ IN_TWO = [
     case("with_gradients"),
     case("one_rank_fails", name="fails on 0", rank=0),
     case("one_rank_fails", "pad2", name="fails on 1", rank=1, steps=1),
-    case("one_rank_cannot_trace_local_tensors", name="local trace fails on 1", rank=1, steps=1),
+    case(
+        "one_rank_cannot_trace_local_tensors",
+        name="local trace fails on 1",
+        rank=1,
+        steps=1,
+        dump="fails",
+    ),
     case("one_rank_fails_in_several_graphs", rank=1),
     case("one_rank_does_not_hand_on", rank=1),
     {"name": "no answer", "do": "no_answer"},  # rank 0 waits for what rank 1 never says
@@ -70,15 +82,19 @@ def qwen() -> Family:
 
 
 @pytest.fixture(scope="module")
-def two(
-    llava: Family, one_head: Family, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], list[Result]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks write."""
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(llava: Family, one_head: Family, folder: Path) -> Callable[[str], list[Result]]:
     """What two ranks found, by case."""
     layer = "model.language_model.layers.*.self_attn"
     whole = {f"{layer}.{name}_proj": "replicate" for name in "kv"}
     # First: the last case of IN_TWO leaves the ranks out of step.
     parts = Part(one_head, [case("generate", name="one head")], whole), Part(llava, IN_TWO)
-    found = run(tmp_path_factory.mktemp("two"), 2, *parts)
+    found = run(folder, 2, *parts)
     return lambda name: [rank[name] for rank in found]
 
 
@@ -217,3 +233,22 @@ def test_transformers_cannot_split_key_heads_over_more_ranks(
     """What its plan does with two key heads on four ranks; the day it works, test that instead."""
     for rank in four("two heads"):
         assert "is invalid for input of size" in rank["error"]
+
+
+def test_the_dumps_of_two_ranks_stand_on_one_page(
+    two: Callable[[str], list[Result]], folder: Path
+) -> None:
+    two("checked with tokens")
+    page = index(folder / "agree")
+    assert page.count('data-differs="0"') == page.count("data-differs=")
+    assert page.count("digest <span") == 2
+    assert compare(folder / "agree" / "rank_0", folder / "agree" / "rank_1").equal
+
+
+def test_the_rank_that_could_not_prune_is_marked(
+    two: Callable[[str], list[Result]], folder: Path
+) -> None:
+    two("local trace fails on 1")
+    page = index(folder / "fails")
+    assert page.count("<b>first difference:</b> rank 0 -&gt; 1: reason: rank 1 of 2 cannot") == 1
+    assert re.search(r"collective \d+ \(of \d+ and \d+\)", page)

@@ -12,9 +12,9 @@ import torch
 import dartfx
 from dartfx.cli.main import main
 from dartfx.observe import folders
-from dartfx.observe.compare import compare, kept_in_common
+from dartfx.observe.compare import compare
 from dartfx.observe.html.comparison import page
-from dartfx.observe.kept import add_picture, note_views
+from dartfx.observe.kept import add_picture, kept_in_common, note_views
 from dartfx.token_map.kept_tokens import KeptTokens
 from dartfx.token_map.layout import Layout
 from tests.support.decoders import Decoder, Sizes, prompt

@@ -127,9 +127,14 @@ def test_ranks_stand_side_by_side_and_the_first_difference_is_marked(tmp_path: P
             folder.mkdir(parents=True)
             folders.write_json(folder / folders.COMPILATION, {"rank": rank, "started": number})
             folders.write_json(folder / "report.json", report)
+    for rank, kept in enumerate(([1, 2], [1, 3])):
+        rows = {"rows": [{"vision": [1, 2, 3], "kept": kept, "pivots": []}]}
+        folders.write_json(tmp_path / f"rank_{rank}" / "graph_002" / folders.KEPT, rows)
     page = index.index(tmp_path)
-    assert re.findall(r'data-differs="(\d)"', page) == ["0", "1", "1"]
+    assert re.findall(r'data-differs="(\d)"', page) == ["0", "1", "2"]
+    assert "nothing differs" in page
+    assert "kept tokens of row 0, 33% in common (Jaccard)" in page
     assert page.count("<b>first difference:</b>") == 1
-    assert "collectives, in order: _c10d_functional.a -&gt; _c10d_functional.a, " in page
+    assert "rank 0 -&gt; 1: collective 2 (of 1 and 2): none -&gt; b" in page
     assert "Rank 1, Process" in page
     assert page.count("0123456789ab<") == 6

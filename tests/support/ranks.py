@@ -36,10 +36,19 @@ def run(folder: Path, processes: int, *parts: Part) -> list[dict[str, Result]]:
         part.built.model.save_pretrained(saved)
         for variant in {case["inputs"] for case in part.cases if "inputs" in case}:
             torch.save(prompt(part.built, variant), saved / f"{variant}.pt")
-        listed.append({"model": str(saved), "plan": part.plan, "cases": part.cases})
+        cases = [in_folder(case, folder) for case in part.cases]
+        listed.append({"model": str(saved), "plan": part.plan, "cases": cases})
     (folder / "cases.json").write_text(json.dumps(listed))
     torchrun(processes, str(WORKER), str(folder))
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(processes)]
+
+
+def in_folder(case: Case, folder: Path) -> Case:
+    """The case with its dump, if it writes one, in the folder of the run."""
+    options = dict(case.get("options", {}))
+    if "dump" in options:
+        options["dump"] = str(folder / options["dump"])
+    return {**case, "options": options}
 
 
 def prompt(built: Family, variant: str) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dartfx.observe.compare import facts
+from dartfx.observe.compare import Difference, facts, kept_differences
 from dartfx.observe.dumped import Graph, graphs, unpruned_calls
 from dartfx.observe.folders import write
 from dartfx.observe.html.templating import render
@@ -79,11 +79,16 @@ def _ranks(listed: Sequence[Graph]) -> Ranks | None:
     rows = []
     for name in sorted({name for found in by_rank.values() for name in found}):
         row = [by_rank[rank].get(name) for rank in names]
-        first = {} if row[0] is None else row[0].report
         differences = [
             f"rank {names[0]} -> {rank}: {difference}"
             for rank, graph in zip(names[1:], row[1:], strict=True)
-            for difference in facts(first, {} if graph is None else graph.report)
+            for difference in _differences(row[0], graph)
         ]
         rows.append(RanksRow(name, row, differences))
     return Ranks(names, rows, next((row for row in rows if row.differences), None))
+
+
+def _differences(one: Graph | None, other: Graph | None) -> Iterator[Difference]:
+    yield from facts(*({} if graph is None else graph.report for graph in (one, other)))
+    if one is not None and other is not None:
+        yield from kept_differences(one.folder, other.folder)

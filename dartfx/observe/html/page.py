@@ -228,7 +228,11 @@ def _called(node: Node, code: Mapping[str, str]) -> str:
     """The operator that a node calls; "" for inputs and outputs."""
     if node.op == "call_method":
         return f"Tensor.{node.target}"
-    return operator(code.get(node.name, "")) if node.op == "call_function" else ""
+    if node.op != "call_function":
+        return ""
+    found = operator(code.get(node.name, ""))
+    # Dynamo's graph has lines like ``a + b``, too.
+    return found if "." in found else str(getattr(node.target, "__name__", node.target))
 
 
 def _size(found: Mapping[str, Value], node: Any) -> int:
