@@ -92,7 +92,7 @@ def _profile(folder: Path, trace: Path | None, *, keep: bool) -> int:
     replay = Replay()
     script["graph"](replay)
     own = folder / TRACE
-    _say("running the graph, unpruned and pruned")
+    _say(f"running {folder.name}, unpruned and pruned")
     try:
         profile = replay.profile(
             script["OPTIONS"], caller=script["CALLER"], mask=script["MASK"], folder=folder,

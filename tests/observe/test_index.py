@@ -6,6 +6,7 @@ import json
 import re
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,3 +139,26 @@ def test_ranks_stand_side_by_side_and_the_first_difference_is_marked(tmp_path: P
     assert "rank 0 -&gt; 1: collective 2 (of 1 and 2): none -&gt; b" in page
     assert "Rank 1, Process" in page
     assert page.count("0123456789ab<") == 6
+
+
+HOSTILE = "</script><script>alert"
+
+
+class Hostile(torch.nn.Module):
+    """A model with a module that is called so."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.add_module(HOSTILE, inner)
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        return getattr(self, HOSTILE)(**inputs)  # <script>alert(2)</script>
+
+
+def test_what_comes_from_a_model_is_escaped(tmp_path: Path) -> None:
+    z = Sizes(layers=3)
+    run(Hostile(Decoder(z)), prompt(z), retain_tokens=5, dump=tmp_path)
+    pages = [tmp_path / "index.html", tmp_path / "graph_000" / "report.html"]
+    for page in pages:
+        assert "<script>alert" not in page.read_text()
+    assert "script&gt;alert" in pages[1].read_text()
