@@ -6,7 +6,6 @@ import sys
 import threading
 from typing import Any
 
-import torch
 from torch import nn
 
 from dartfx import compat
@@ -33,48 +32,39 @@ def prepare_capturing(model: nn.Module) -> None:
 
 
 def _capture_by_thread() -> None:
-    """Let transformers share captured outputs only in code that dynamo traces.
+    """Let transformers keep captured outputs in a variable of each thread.
 
     It keeps them in a global while ``torch.compiler.is_compiling()``, which one thread that
     compiles sets for all: vision towers that run in other threads got each other's hidden states.
     """
     capturing = compat.find("output_capturing")
-    if hasattr(capturing, _FLAG):
-        setattr(capturing, _FLAG, torch.compiler.is_dynamo_compiling)
     if hasattr(capturing, _COLLECTOR) and not isinstance(getattr(capturing, _COLLECTOR), Collector):
         setattr(capturing, _COLLECTOR, Collector())
 
 
-_FLAG, _COLLECTOR = "is_torchdynamo_compiling", "_active_collector"
+_COLLECTOR = "_active_collector"
 
 
 class Collector:
-    """What collects outputs now: a variable of each thread, or of the code that dynamo traces.
+    """What collects outputs now: a variable of each thread, in code that dynamo traces, too.
 
     transformers' own is a ContextVar where the model's forward is not traced.  Dynamo cannot trace
     its ``get``, so the hooks broke the graph in every decoder layer; it can trace a thread's.
     """
 
     def __init__(self) -> None:
-        self._of_thread, self._traced = threading.local(), False
-        self._of_trace: Any = None
+        self._of_thread = threading.local()
 
     def get(self) -> Any:
         """The dict that outputs are collected in, or None."""
-        return self._of_trace if self._traced else getattr(self._of_thread, "value", None)
+        return getattr(self._of_thread, "value", None)
 
-    def set(self, value: Any) -> tuple[Any] | None:
+    def set(self, value: Any) -> tuple[Any]:
         """Collect in ``value``; returns what :meth:`reset` needs."""
-        if torch.compiler.is_dynamo_compiling():
-            self._of_trace, self._traced = value, True
-            return None
         before = getattr(self._of_thread, "value", None)
         self._of_thread.value = value
         return (before,)
 
-    def reset(self, token: tuple[Any] | None) -> None:
+    def reset(self, token: tuple[Any]) -> None:
         """Collect as before."""
-        if token is None:
-            self._of_trace, self._traced = None, False
-        else:
-            self._of_thread.value = token[0]
+        self._of_thread.value = token[0]

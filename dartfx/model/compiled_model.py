@@ -154,6 +154,7 @@ class CompiledModel:
             vision_mask.collect_masks() as noted,
             graph_runs.collect_runs() as runs,
             call_budget.applied(self._model),
+            vision_mask.text_of(self._model, call.named.get("input_ids") if call.media else None),
         ):
             result = self._run_by_kind(compiled, call)
             broken = self._breaks.get(call.kind) if runs else None

@@ -174,7 +174,7 @@ class MaskDispatcher:
         return None
 
     def incoming(self, inputs: Sequence[Any]) -> IncomingMask | None:
-        """The mask that comes with these inputs: noted for one of them, or given."""
+        """The mask that comes with these inputs: noted for one of them, given, or compared."""
         for place in self._embeds:
             noted = vision_mask.find(inputs[place])
             if noted is not None:
@@ -184,6 +184,10 @@ class MaskDispatcher:
                 given = vision_mask.given_for(*inputs[place].shape[:2])
                 if given is not None:
                     return IncomingMask(None, place, given)
+        for place in self._embeds:
+            compared = vision_mask.compared(inputs[place])
+            if compared is not None:
+                return IncomingMask(place, place, compared)
         return None
 
     def _budget(self) -> CallBudget | None:

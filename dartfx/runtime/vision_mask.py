@@ -1,7 +1,8 @@
 """Where the vision mask comes from when the decoder's graph does not hold the merge.
 
-Either an earlier graph of the same call recorded it for the embeddings it returned, or the caller
-gave it with :func:`vision_tokens`.
+An earlier graph of the same call recorded it for the embeddings it returned; or the caller gave it
+with :func:`vision_tokens`; or the embeddings are compared with those of the call's token ids, where
+features were merged in code that dynamo leaves to Python.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dartfx.runtime.collecting import collecting
@@ -24,6 +26,7 @@ __all__ = [
     "MaskRecord",
     "clear",
     "collect_masks",
+    "compared",
     "find",
     "given",
     "given_elsewhere",
@@ -31,6 +34,7 @@ __all__ = [
     "lost",
     "media_tokens",
     "record",
+    "text_of",
     "vision_tokens",
 ]
 
@@ -120,6 +124,77 @@ def lost(noted: Sequence[MaskRecord], tokens: int, elsewhere: bool) -> bool:
 def _report_lost(consumed: threading.Event) -> None:
     if not consumed.is_set():
         log.warning("%s; try %s", LOST, LOST_ADVICE)
+
+
+class _Text(NamedTuple):
+    """A prompt's token ids [B, S], and the module that embeds them."""
+
+    ids: Tensor
+    embed: nn.Module
+
+
+_text: ContextVar[_Text | None] = ContextVar("dartfx_text", default=None)
+
+
+@contextmanager
+def text_of(model: nn.Module, ids: object) -> Iterator[None]:
+    """Let :func:`compared` know a prompt's token ids [B, S] in calls inside the ``with`` block.
+
+    Changes nothing where ``ids`` are none, or the model names no module that embeds them.
+    """
+    embed = _embedding(model)
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or embed is None:
+        yield
+        return
+    token = _text.set(_Text(ids, embed))
+    try:
+        yield
+    finally:
+        _text.reset(token)
+
+
+def _embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        embed: Any = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    plain = type(getattr(embed, "weight", None)) in (Tensor, nn.Parameter)
+    return embed if plain and embed.weight.ndim == 2 else None
+
+
+def compared(embeds: Tensor) -> MaskRecord | None:
+    """The mask of embeddings [B, S, D] of which some are not those of the prompt's token ids.
+
+    A token id is a placeholder of features where it stands for several and different ones; one row
+    for all (a marker around images that a model embeds by itself) is no feature.  None where all
+    or none differ.  Reads the embeddings once (a host synchronisation on an accelerator).
+    """
+    text = _text.get()
+    if text is None or embeds.shape[:2] != text.ids.shape:
+        return None
+    weight: Any = text.embed.weight
+    with torch.no_grad():
+        # Placeholders may lie outside of the vocabulary.
+        plain = text.embed(text.ids.to(weight.device).clamp(0, weight.shape[0] - 1))
+        if not isinstance(plain, Tensor) or plain.shape != embeds.shape:
+            return None
+        differs = (embeds != plain.to(embeds.device)).any(-1)
+        if bool(differs.all()):
+            return None
+        ids, mask = text.ids.to(embeds.device), torch.zeros_like(differs)
+        for token in torch.unique(ids[differs]).tolist():
+            at = differs & (ids == token)
+            rows = embeds[at]
+            if bool((rows != rows[:1]).any()):
+                mask |= at
+        count = int(mask.sum())
+    if not count:
+        return None
+    found = MaskRecord(mask, count, "embeddings that are not of token ids", _version(embeds))
+    with _LOCK:
+        _records[embeds] = found
+    found.consumed.set()
+    return found
 
 
 def given() -> MaskRecord | None:

@@ -27,8 +27,6 @@ REFUSED = {
     "instructblip": "runs a model inside this one",
     "instructblipvideo": "runs a model inside this one",
     "mllama": "none of its",
-    "ovis2": "none of its",
-    "phi4_multimodal": "none of its",
     "step3p7": "no whole decoder stack",  # its experts are a loop over those that were hit
 }
 
