@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,7 @@ import transformers
 import vlm
 from progress import working
 from torch import nn
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +58,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--lowering", choices=("inductor", "aot_eager", "eager"), default="inductor")
     add("--outline-layers", action="store_true", help="compile equal layers once")
+    add(
+        "--compile-cpu",
+        action="store_true",
+        help="compile in this process alone, to tell its CPU seconds from the compiler's",
+    )
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     args = parser.parse_args(argv)
     if args.repeat < 1:
@@ -141,6 +148,20 @@ def time_operator(pruned: Pruned, inputs: vlm.Inputs, args: argparse.Namespace) 
     return median(samples)
 
 
+def first_call(name: str, call: Callable[[], object], alone: bool) -> Result:
+    """The first call with empty caches: seconds; CPU seconds and files of kernels if ``alone``."""
+    patched = inductor_config.patch(compile_threads=1) if alone else nullcontext()
+    with fresh_cache(), working(f"compiling {name}"), patched:
+        before = os.times()
+        result: Result = {"seconds": vlm.seconds(call)}
+        if alone:
+            after, folder = os.times(), Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+            spent = [b - a for a, b in zip(before, after, strict=True)]
+            result |= {"cpu": spent[0] + spent[1], "compiler_cpu": spent[2] + spent[3]}
+            result["files"] = len(list(folder.rglob("*.cpp")))
+    return result
+
+
 def measure(args: argparse.Namespace) -> Result:
     """Every figure of the benchmark."""
     size = vlm.SIZES[args.size]
@@ -155,10 +176,11 @@ def measure(args: argparse.Namespace) -> Result:
     dartfx.reset()
     dartfx.compile(dart, **options_of(args))
     calls = [partial(vlm.prefill, m, inputs) for m in (plain, dart)]
-    first = []
-    for name, call in zip(("plain", "dart"), calls, strict=True):
-        with fresh_cache(), working(f"compiling {name}"):
-            first.append(vlm.seconds(call))
+    compilations = [
+        first_call(name, call, args.compile_cpu)
+        for name, call in zip(("plain", "dart"), calls, strict=True)
+    ]
+    first = [each["seconds"] for each in compilations]
     pruned = pruned_of(dartfx.reports())
     load = os.getloadavg()[0]
     with working("timing prefills"):
@@ -182,6 +204,7 @@ def measure(args: argparse.Namespace) -> Result:
         "allowed": allowed,
         "of_allowed": speed_up / allowed,
         "compile_seconds": compiled,
+        "compile": compilations,
         "passes_seconds": passes,
         "passes_share": passes["total"] / compiled[0],
         "operator_seconds": operator,
@@ -237,9 +260,22 @@ def show(r: Result) -> None:
     print(f"share of dart   {goal(r, 'operator_share')}")
     print(f"\ncompile         plain {r['compile_seconds'][0]:.1f} s", end=", ")
     print(f"dart {r['compile_seconds'][1]:.1f} s (Inductor's caches empty, one prefill graph)")
+    if "cpu" in r["compile"][0]:
+        show_compilers(r["compile"])
     print(f"dartfx's passes {r['passes_seconds']['total']:.2f} s", end=": ")
     print(", ".join(f"{k} {v:.2f}" for k, v in passes.items()))
     print(f"share of plain  {goal(r, 'passes_share')}")
+
+
+def show_compilers(compilations: Sequence[Result]) -> None:
+    """Where the CPU seconds of both compilations went."""
+    plain = compilations[0]["cpu"] + compilations[0]["compiler_cpu"]
+    for name, each in zip(("plain", "dart"), compilations, strict=True):
+        ratio = (each["cpu"] + each["compiler_cpu"]) / plain
+        print(
+            f"CPU of {name:<9}{each['cpu']:.1f} s, C++ compiler {each['compiler_cpu']:.1f} s for "
+            f"{each['files']} files; {ratio:.2f} of plain"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dartfx.ops.registration import assertion, selection
+from dartfx.selection.opaque import BODIES
 
 __all__ = ["PLAIN"]
 
@@ -68,7 +69,8 @@ def _positions_of(mask: Tensor, size: Any) -> Tensor:
 
 _ops = torch.ops.dartfx
 
-PLAIN: Mapping[object, Callable[..., Tensor]] = {
+PLAIN: Mapping[object, Callable[..., Any]] = {
+    **BODIES,
     _ops.select_tokens.default: selection,
     _ops.take_in_turn.default: _take_in_turn,
     _ops.positions_of.default: _positions_of,

@@ -36,7 +36,7 @@ def keep_given(
     number, and where a row's text would not fit.
     """
     plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
-    budget = torch.ops.dartfx.require_rows(plan.budget, plan.pads_kept >= 0, TEXT_LOST)
+    budget = torch.ops.dartfx.require_rows(plan.budget, plan.fits, TEXT_LOST)
     return keep_positions(plan, checked(kept, vision_mask, budget, "the given mask"))
 
 

@@ -139,7 +139,7 @@ def selection(
         keep_idx: Tensor = torch.ops.dartfx.require_rows(kept, fits, TEXT_LOST)
         return keep_idx
     plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
-    budget = torch.ops.dartfx.require_rows(plan.budget, plan.pads_kept >= 0, TEXT_LOST)
+    budget = torch.ops.dartfx.require_rows(plan.budget, plan.fits, TEXT_LOST)
     optional = _optional_inputs(
         selector, queries=queries, valid_mask=plan.text | vision_mask, most=_largest(plan, retain)
     )

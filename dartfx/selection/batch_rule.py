@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dartfx.selection.dart import positions_of
+from dartfx.selection.opaque import opaque_on_cpu
 
 __all__ = [
     "BatchPlan",
@@ -35,7 +36,7 @@ class BatchPlan:
 
     text: [B, S] bool, valid non-vision positions.  text_after: the part of it after the row's
     last vision token.  pads: [B, S] bool.  budget: [B] int64, vision tokens to keep.
-    pads_kept: [B] int64, negative where the row's text and budget exceed ``length``.
+    fits: [B] bool, False where the row's text and budget exceed ``length``.  pads_kept: [B] int64.
     length: S'.
     """
 
@@ -43,6 +44,7 @@ class BatchPlan:
     text_after: Tensor
     pads: Tensor
     budget: Tensor
+    fits: Tensor
     pads_kept: Tensor
     length: Size
 
@@ -61,19 +63,40 @@ def plan_batch(
     vision_mask: Tensor, valid_mask: Tensor | None, vision_tokens: Size, retain: Size
 ) -> BatchPlan:
     """Row budgets by the batch rule: vision_mask, valid_mask (None: all valid) are [B, S] bool."""
+    length = kept_length(vision_mask.shape[1], vision_tokens, retain)
+    planned = row_plans(vision_mask, valid_mask, length, smaller(retain, vision_tokens))
+    return BatchPlan(*planned, length)
+
+
+def _row_plans_fake(vision_mask: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    def like(dtype: torch.dtype) -> Tensor:
+        return vision_mask.new_empty(vision_mask.shape[:1], dtype=dtype)
+
+    masks = [torch.empty_like(vision_mask) for _ in range(3)]
+    return *masks, like(torch.int64), like(torch.bool), like(torch.int64)
+
+
+@opaque_on_cpu(
+    "(Tensor vision_mask, Tensor? valid_mask, SymInt length, SymInt retain) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _row_plans_fake,
+)
+def row_plans(
+    vision_mask: Tensor, valid_mask: Tensor | None, length: Size, retain: Size
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of a :class:`BatchPlan`, for rows that keep ``length`` positions."""
     sequence = vision_mask.shape[1]
-    length = kept_length(sequence, vision_tokens, retain)
     valid = torch.ones_like(vision_mask) if valid_mask is None else valid_mask
     text, pads = valid & ~vision_mask, ~valid & ~vision_mask
 
     vision = vision_mask.sum(1)
     # A row with few non-vision positions must keep more than R vision tokens to reach S'.
-    wanted = (vision + (length - sequence)).clamp(min=smaller(retain, vision_tokens))
-    budget = torch.minimum(vision, wanted)
+    budget = torch.minimum(vision, (vision + (length - sequence)).clamp(min=retain))
     position = torch.arange(sequence, device=vision_mask.device)
     last = torch.where(vision_mask, position, -1).amax(1, keepdim=True)
     after = (position > last) & (last >= 0)
-    return BatchPlan(text, text & after, pads, budget, length - text.sum(1) - budget, length)
+    pads_kept = length - text.sum(1) - budget
+    return text, text & after, pads, budget, pads_kept >= 0, pads_kept
 
 
 def enforce_budget(kept: Tensor, vision_mask: Tensor, budget: Tensor) -> Tensor:
@@ -91,7 +114,18 @@ def enforce_budget(kept: Tensor, vision_mask: Tensor, budget: Tensor) -> Tensor:
 
 def keep_positions(plan: BatchPlan, kept: Tensor) -> Tensor:
     """All positions that stay, ascending: kept vision [B, S] bool to [B, S'] int64."""
+    return positions_with_text(kept, plan.text, plan.pads, plan.pads_kept, plan.length)
+
+
+@opaque_on_cpu(
+    "(Tensor kept, Tensor text, Tensor pads, Tensor pads_kept, SymInt length) -> Tensor",
+    lambda kept, *_: kept.new_empty((kept.shape[0], _[-1]), dtype=torch.int64),
+)
+def positions_with_text(
+    kept: Tensor, text: Tensor, pads: Tensor, pads_kept: Tensor, length: Size
+) -> Tensor:
+    """Positions of kept vision tokens, text, and the last ``pads_kept`` pads of each row."""
     # Counted from the end of the row: the lowest pads are the first to go.
-    behind = plan.pads.sum(1, keepdim=True) - plan.pads.cumsum(1)
-    pads = plan.pads & (behind < plan.pads_kept[:, None])
-    return positions_of(kept | plan.text | pads, plan.length)
+    behind = pads.sum(1, keepdim=True) - pads.cumsum(1)
+    pads = pads & (behind < pads_kept[:, None])
+    return positions_of(kept | text | pads, length)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+
+from dartfx.selection.opaque import opaque_on_cpu
 
 __all__ = [
     "EPS",
@@ -55,9 +56,8 @@ def dart(
     turns = plan_turns(keys, vision_mask, text_mask, budget, pivot_image_tokens, pivot_text_tokens)
     if turns.pivots.shape[1] == 0:
         return turns.image_pivots
-    similarity_order = stable_order(cosines(hidden, turns.pivots))
-    rest = vision_mask & ~turns.image_pivots
-    return turns.image_pivots | _take_in_turn(similarity_order, rest, turns.quota)
+    likeness = cosines(hidden, turns.pivots)
+    return take_least_alike(likeness, vision_mask, turns.image_pivots, turns.quota)
 
 
 class Turns(NamedTuple):
@@ -82,23 +82,41 @@ def plan_turns(
     pivot_text_tokens: int,
 ) -> Turns:
     """The pivots of :func:`dart` and their shares of the budget; arguments as there."""
+    counts = pivot_image_tokens, pivot_text_tokens
+    return Turns(*turns_of(key_norms(keys), vision_mask, text_mask, budget, *counts))
+
+
+def _turns_fake(norms: Tensor, vision: Tensor, _: Tensor, budget: Tensor, *slots: int) -> Any:
+    share = budget.new_empty((budget.shape[0], sum(slots)))
+    return torch.empty_like(vision), torch.empty_like(vision), share, torch.empty_like(share)
+
+
+@opaque_on_cpu(
+    "(Tensor norms, Tensor vision_mask, Tensor text_mask, Tensor budget, int pivot_image_tokens, "
+    "int pivot_text_tokens) -> (Tensor, Tensor, Tensor, Tensor)",
+    _turns_fake,
+)
+def turns_of(
+    norms: Tensor,
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    budget: Tensor,
+    pivot_image_tokens: int,
+    pivot_text_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of :class:`Turns` for keys of these norms [B, S]."""
     slots = pivot_image_tokens + pivot_text_tokens
     n_text = text_mask.sum(1).clamp(max=pivot_text_tokens)
     n_image = budget.clamp(max=pivot_image_tokens)
     # A row with no pivot at all has nothing to compare with: it keeps its largest key norms.
     n_image = torch.where(n_image + n_text == 0, budget, n_image)
 
-    order = stable_order(-key_norms(keys))
-    pivots_of_both = _take_in_turn(
-        order.repeat(2, 1)[:, None],
-        torch.cat([vision_mask, text_mask]),
-        torch.cat([n_image, n_text])[:, None],
-    )
-    # Not chunk(2): the number of its parts would be a guard where the batch is symbolic.
-    image_pivots, text_pivots = pivots_of_both.view(2, *vision_mask.shape).unbind()
+    order = stable_order(-norms)[:, None]
+    image_pivots = take_in_turn(order, vision_mask, n_image[:, None])
+    text_pivots = take_in_turn(order, text_mask, n_text[:, None])
     if slots == 0:
         none = budget.new_empty((budget.shape[0], 0))
-        return Turns(image_pivots, text_pivots, none, none)
+        return image_pivots, text_pivots, none, none.clone()
     pivots = positions_of(image_pivots | text_pivots, slots)
 
     n_pivots = (n_image + n_text)[:, None]
@@ -106,9 +124,29 @@ def plan_turns(
     slot = torch.arange(slots, device=budget.device)
     quota = rest // n_pivots.clamp(min=1) + (slot < rest % n_pivots.clamp(min=1))
     quota = torch.where(slot < n_pivots, quota, 0)
-    return Turns(image_pivots, text_pivots, pivots, quota)
+    return image_pivots, text_pivots, pivots, quota
 
 
+@opaque_on_cpu(
+    "(Tensor likeness, Tensor vision_mask, Tensor image_pivots, Tensor quota) -> Tensor",
+    lambda likeness, vision_mask, *_: torch.empty_like(vision_mask),
+)
+def take_least_alike(
+    likeness: Tensor, vision_mask: Tensor, image_pivots: Tensor, quota: Tensor
+) -> Tensor:
+    """The image pivots, and what each pivot in turn takes of the rest, least alike first.
+
+    likeness: [B, P, S].  vision_mask, image_pivots: [B, S] bool.  quota: [B, P] int64.
+    Returns [B, S] bool.
+    """
+    rest = vision_mask & ~image_pivots
+    return image_pivots | take_in_turn(stable_order(likeness), rest, quota)
+
+
+@opaque_on_cpu(
+    "(Tensor order, Tensor members, Tensor quota) -> Tensor",
+    lambda order, members, quota: torch.empty_like(members),
+)
 def take_in_turn(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
     """What P takers get who, one after the other, take their first ``quota`` of what is left.
 
@@ -142,58 +180,19 @@ def take_first(order: Tensor, members: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(members).scatter(1, order, taken)
 
 
+@opaque_on_cpu(
+    "(Tensor mask, SymInt size) -> Tensor",
+    lambda mask, size: mask.new_empty((mask.shape[0], size), dtype=torch.int64),
+)
 def positions_of(mask: Tensor, size: Any) -> Tensor:
     """Positions of the first ``size`` True entries of each row, ascending.
 
     mask: [B, S] bool.  size: int or SymInt.  Returns [B, size] int64.  A row with fewer True
     entries repeats S - 1 at its end, so every index can be gathered with.
     """
-    if mask.device.type == "cpu":
-        positions: Tensor = torch.ops.dartfx.positions_of(mask, size)
-        return positions
-    return _positions_of(mask, size)
-
-
-def _positions_of(mask: Tensor, size: Any) -> Tensor:
     # The i-th True entry is where the running count first reaches i + 1.
     wanted = torch.arange(1, size + 1, device=mask.device).expand(mask.shape[0], size)
     return torch.searchsorted(mask.cumsum(1), wanted.contiguous()).clamp(max=mask.shape[1] - 1)
-
-
-# On the CPU these two are opaque operators. Inlined, their running counts and searches split the
-# graph into some twenty C++ files, each of which takes seconds to compile, for loops over a few
-# hundred integers that run no faster for it. On other devices they are inlined.
-
-
-@custom_op(
-    "dartfx::take_in_turn",
-    mutates_args=(),
-    schema="(Tensor order, Tensor members, Tensor quota) -> Tensor",
-)
-def _opaque_take(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
-    return take_in_turn(order, members, quota)
-
-
-@_opaque_take.register_fake
-def _opaque_take_fake(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
-    return torch.empty_like(members)
-
-
-@custom_op("dartfx::positions_of", mutates_args=(), schema="(Tensor mask, SymInt size) -> Tensor")
-def _opaque_positions(mask: Tensor, size: int) -> Tensor:
-    return _positions_of(mask, size)
-
-
-@_opaque_positions.register_fake
-def _opaque_positions_fake(mask: Tensor, size: Any) -> Tensor:
-    return mask.new_empty((mask.shape[0], size), dtype=torch.int64)
-
-
-def _take_in_turn(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
-    if members.device.type != "cpu":
-        return take_in_turn(order, members, quota)
-    taken: Tensor = torch.ops.dartfx.take_in_turn(order, members, quota)
-    return taken
 
 
 def key_norms(keys: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ After, with ``lambda x: x * x.sigmoid()`` as the body of ``aten.silu``::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,9 +64,19 @@ def _replace(call: Node, body: Body) -> list[Node]:
                 values[node].meta = {**_position(call), "val": node.meta.get("val")}
                 created.append(values[node])
             elif node.op == "output":
-                call.replace_all_uses_with(map_arg(node.args[0], values.__getitem__))
+                _use(map_arg(node.args[0], values.__getitem__), call)
     call.graph.erase_node(call)
     return created
+
+
+def _use(results: Node | Sequence[Node], call: Node) -> None:
+    """Let the users of ``call`` take what it returned from elsewhere."""
+    if isinstance(results, Node):
+        call.replace_all_uses_with(results)
+        return
+    for item in list(call.users):
+        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+        call.graph.erase_node(item)
 
 
 def _traced(call: Node, body: Body, operands: list[Node]) -> Graph:

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dartfx.errors import SelectionError
-from dartfx.selection import batch_rule, dart
+from dartfx.selection import opaque
 from dartfx.tools.zoo import oracle
 from tests.support.selection_cases import expected, losing_text, operator, plain, ragged
 
@@ -89,10 +89,8 @@ def test_backward_reaches_the_kept_positions(backend: str | None) -> None:
 
 
 def test_the_form_inlined_on_a_gpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU two steps are opaque operators; here they are traced like on other devices."""
-    monkeypatch.setattr(dart, "_take_in_turn", dart.take_in_turn)
-    monkeypatch.setattr(dart, "positions_of", dart._positions_of)
-    monkeypatch.setattr(batch_rule, "positions_of", dart._positions_of)
+    """On the CPU some steps are opaque operators; here they are traced like on other devices."""
+    monkeypatch.setattr(opaque, "DEVICES", ())
     graphs: list[str] = []
 
     def lowering(graph: torch.fx.GraphModule, args: Any) -> Any:
@@ -107,6 +105,22 @@ def test_the_form_inlined_on_a_gpu_gives_the_same(monkeypatch: pytest.MonkeyPatc
     for code in graphs:
         assert set(re.findall(r"ops\.dartfx\.(\w+)", code)) == {"require_rows"}
         assert not re.search(r"nonzero|_local_scalar_dense|masked_select", code)
+
+
+def test_on_a_cpu_only_what_reads_hidden_states_and_keys_is_compiled() -> None:
+    graphs: list[str] = []
+
+    def lowering(graph: torch.fx.GraphModule, args: Any) -> Any:
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    case = {**ragged([30, 20], [0, 3], 9), "retain": 12, "N": 25}
+    function = torch.compile(operator, backend=aot_autograd(fw_compiler=lowering), fullgraph=True)
+    assert function(case).tolist() == expected(case).keep_idx
+    [code] = graphs
+    opaque_calls = {"row_plans", "turns_of", "take_least_alike", "positions_with_text"}
+    assert set(re.findall(r"ops\.dartfx\.(\w+)", code)) == {*opaque_calls, "require_rows"}
+    assert not re.search(r"aten\.(sort|cumsum|searchsorted|scatter|where)", code)
 
 
 TEXT_LOST = "row 1 has more valid text than fits"
