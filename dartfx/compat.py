@@ -124,7 +124,11 @@ NAMES: dict[str, PrivateName] = {
         "get_metrics_context",
         "the index of a dump names the guard that made dynamo compile again",
     ),
-    **_names("torch._guards", "CompileContext", "the index of a dump names dynamo's frames"),
+    **_names(
+        "torch._guards",
+        "CompileContext",
+        "the index of a dump names dynamo's frames; the last compilation allowed is reported",
+    ),
     # Inductor
     **_names("torch._inductor.compile_fx", "compile_fx", 'lowering="inductor" compiles graphs'),
     **_names("torch._inductor", "list_mode_options", "the option mode is checked and applied"),

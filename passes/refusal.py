@@ -8,6 +8,12 @@ from torch.fx import Node
 
 from dartfx.passes.graph import source_line
 
+# Advice for torch.compile's callers; dartfx.compile's have one graph where dynamo can make it.
+ONE_GRAPH = (
+    "fullgraph=True, dartfx.compile, or model.generate, which computes image features before the "
+    "model's graph"
+)
+
 
 @dataclass(frozen=True)
 class Declined:

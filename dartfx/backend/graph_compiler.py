@@ -35,7 +35,7 @@ from dartfx.passes.request import Request
 from dartfx.passes.transform.return_mask import earlier_embeddings
 from dartfx.runtime.call_budget import BudgetDispatcher, CallBudget, not_honoured
 from dartfx.runtime.graph_breaks import with_graph_break
-from dartfx.runtime.graph_runs import NotedRun
+from dartfx.runtime.graph_runs import NotedRun, warn_at_limit
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.kept_positions import TakesShortened
 from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer, compile_apart
@@ -100,8 +100,7 @@ def compile_graph(
         # A dispatcher notes by itself, since its runs differ: a mask comes with some of them only.
         if not isinstance(compiled, MaskDispatcher):
             compiled = NotedRun(compiled, graph.concerns_vision_tokens)
-        marks_outputs = caller.knows_positions or config.tokens
-        if marks_outputs and not caller.can_retry_with_graph_breaks:
+        if (caller.knows_positions or config.tokens) and not caller.can_retry_with_graph_breaks:
             compiled = TakesShortened(compiled, module.graph)
         return compiled
     except compat.errors("RestartAnalysis"):
@@ -240,8 +239,7 @@ class GraphCompiler:
             return Unchanged(otherwise)
         return Unchanged(
             f"a prompt came with {', '.join(floats)} and no vision mask. If it holds vision "
-            "tokens, they were merged outside of dynamo's graphs: use dartfx.compile, or say where "
-            "they are with dartfx.vision_tokens",
+            "tokens, they were merged outside of dynamo's graphs",
             unsure=True,
         )
 
@@ -266,20 +264,22 @@ class GraphCompiler:
         ):
             self.dump.abandon(f"compiled as several graphs instead: {outcome.because}")
             raise NeedsGraphBreaks(outcome.because)
-        if isinstance(outcome, Declined):
+        if isinstance(outcome, Declined) and self.caller.knows_positions:
             outcome = with_graph_break(outcome)
         report = record(self.nodes, outcome)
         self.reported.append(report)
         self.dump.finish(report)
         if isinstance(outcome, Pruned):
             note_on_errors()
+            if not self.caller.knows_positions and self.config.on_unsupported != "ignore":
+                warn_at_limit()
             log.info("%s", one_line(report, outcome))
         elif isinstance(outcome, Declined):
             refuse(self.config, outcome)
         else:
             news = isinstance(outcome, Unchanged) and (outcome.all_retained or outcome.unsure)
+            said = f"; {next_step_of(outcome)}" if news else ""
             level = logging.WARNING if news else logging.INFO
-            said = f"; {next_step_of(outcome)}" if level == logging.WARNING else ""
             log.log(level, "graph %d: %s%s", report.graph, outcome.because, said)
 
 

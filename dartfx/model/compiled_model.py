@@ -157,14 +157,14 @@ class CompiledModel:
             vision_mask.text_of(self._model, call.named.get("input_ids") if call.media else None),
         ):
             result = self._run_by_kind(compiled, call)
-            broken = self._breaks.get(call.kind) if runs else None
-            if not any(runs) and (brought := _brought(call)):
-                with broken_by(broken):
+            with broken_by(self._breaks.get(call.kind) if runs else None):
+                if not any(runs) and (brought := _brought(call)):
                     self.refuse(with_graph_break(nothing_merged(brought, len(runs))))
-            # A graph with a merge of its own, or a refused one.
-            elsewhere = sum(runs) > len(noted)
-            if vision_mask.lost(noted, call.tokens, elsewhere):
-                self.refuse(Declined(vision_mask.LOST, advice=vision_mask.LOST_ADVICE))
+                # A graph with a merge of its own, or a refused one.
+                elsewhere = sum(runs) > len(noted)
+                if vision_mask.lost(noted, call.tokens, elsewhere):
+                    lost = Declined(vision_mask.LOST, advice=vision_mask.LOST_ADVICE)
+                    self.refuse(with_graph_break(lost))
         return result
 
     @contextmanager

@@ -41,5 +41,8 @@ def next_step_of(outcome: Outcome) -> str:
     if isinstance(outcome, Unchanged) and outcome.all_retained:
         return "to prune this call: a smaller retain_tokens (or a larger reduction_ratio or image)"
     if isinstance(outcome, Unchanged) and outcome.unsure:
-        return "to prune this call: dartfx.compile(model), or dartfx.vision_tokens(mask) around it"
+        return (
+            "to prune this call: dartfx.vision_tokens(mask) around it, or dartfx.compile(model) "
+            "where torch.compile was used"
+        )
     return f"to prune this call: {_NO_VISION}"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
-from dartfx.passes.refusal import Declined
+from dartfx.passes.refusal import ONE_GRAPH, Declined
 
 __all__ = ["GraphBreak", "broken_by", "with_graph_break"]
 
@@ -43,9 +43,18 @@ def broken_by(graph_break: GraphBreak | None) -> Iterator[None]:
         _current.reset(token)
 
 
+_GENERATE = "model.generate in place of a plain call: it computes image features before the graph"
+
+
 def with_graph_break(declined: Declined) -> Declined:
-    """The refusal of a graph or call, with the reason why the call is not one graph."""
-    if (found := _current.get()) is None:
+    """The refusal of a graph or call of a model that :func:`dartfx.compile` compiled.
+
+    It has the reason why the call is not one graph, and no advice to compile it as it is compiled.
+    """
+    found = _current.get()
+    instead = _GENERATE if found is None else f"what breaks the graph taken out; or {_GENERATE}"
+    declined = replace(declined, advice=declined.advice.replace(ONE_GRAPH, instead))
+    if found is None:
         return declined
     because = f"{declined.because}; the call is not one graph, because: {found.because}"
     return replace(declined, because=because, where=declined.where or found.where)

@@ -7,14 +7,17 @@ every graph notes that it ran.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
+from dartfx import compat
+from dartfx.errors import PruningWarning
 from dartfx.runtime.collecting import collecting
 
-__all__ = ["NotedRun", "collect_runs", "note_run"]
+__all__ = ["NotedRun", "collect_runs", "note_run", "warn_at_limit"]
 
 _collected: ContextVar[list[bool] | None] = ContextVar("dartfx_graph_runs", default=None)
 
@@ -28,6 +31,24 @@ def note_run(vision: bool) -> None:
     """Note that a graph runs.  vision: it prunes or merges vision tokens, or was refused."""
     if (collected := _collected.get()) is not None:
         collected.append(vision)
+
+
+def warn_at_limit() -> None:
+    """Warn where dynamo compiles the code of a pruned graph for the last time.
+
+    Past its limit it runs the code as it is, and nothing of ours runs that could say so.
+    """
+    context, settings = compat.find("CompileContext"), compat.find("dynamo_config")
+    frame = None if context is None else context.current_compile_id()
+    limit = getattr(settings, "recompile_limit", None)
+    if frame is not None and limit is not None and frame.frame_compile_id == limit - 1:
+        warnings.warn(
+            f"torch._dynamo.config.recompile_limit={limit} lets dynamo compile this model no "
+            "more: calls of other kinds or sizes will run unpruned, and only dynamo's log will say "
+            "so. Raise the limit, or use dartfx.compile(model), which reports each such call",
+            PruningWarning,
+            stacklevel=2,
+        )
 
 
 class NotedRun:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dartfx.passes.refusal import ONE_GRAPH
 from dartfx.runtime.collecting import collecting
 
 __all__ = [
@@ -60,10 +61,7 @@ LOST = (
     "vision tokens were merged in one graph, but no compiled decoder took the merged embeddings as "
     "they were, so that call ran unpruned"
 )
-LOST_ADVICE = (
-    "fullgraph=True, dartfx.compile, or model.generate; or say where the tokens are with "
-    "dartfx.vision_tokens"
-)
+LOST_ADVICE = f"{ONE_GRAPH}; or say where the tokens are with dartfx.vision_tokens"
 
 _LOCK = threading.Lock()
 # Keyed by the tensor object itself: two threads, streams or prompts never share a record, and a

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from dartfx.passes.graph import downstream, module_paths, packet, same_size, sizes, tensor
 from dartfx.passes.op_sets import PROJECTIONS, VALUE_BY_VALUE
-from dartfx.passes.refusal import Refusal
+from dartfx.passes.refusal import ONE_GRAPH, Refusal
 from dartfx.passes.site import Stack
 
 
@@ -40,7 +40,7 @@ def final_norm(graph: Graph, stack: Stack, last: Node) -> tuple[Node, ...]:
         f"no norm module beside {stack.path} takes its last layer's output in this graph, "
         "so the decoder is not whole here",
         last,
-        advice="a whole decoder in one graph (fullgraph=True or dartfx.compile)",
+        advice=ONE_GRAPH,
     )
 
 

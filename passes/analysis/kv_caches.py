@@ -51,12 +51,12 @@ def plan_cache_layout(region: CutRegion, length: Size, request: Request) -> Cach
     # transformers counts the tokens of a sliding cache in a Python number, which dynamo fixed while
     # tracing.  Once a window is full the number no longer matters; before, decode reads caches of
     # all layers by it.
-    if not request.fixes_sliding_lengths or wanted == "layered":
+    counting = "" if request.fixes_sliding_lengths else "dartfx.compile, which counts them, with "
+    if counting or wanted == "layered":
         raise Refusal(
             f"{hint(length)} tokens would be left for sliding-window caches of {width}, and "
             "decode counts on as many as the prompt had",
-            advice='dartfx.compile, which counts them again, with kv_layout="auto"; or '
-            "use_cache=False to decode nothing",
+            advice=f'{counting}kv_layout="auto"; or use_cache=False to decode nothing',
         )
     whole = {tail: argument(tail, "self") for tail in sliding}
     caches = kv_caches(site, dict.fromkeys(whole.get(n, n) for n in returned), axes)

@@ -32,7 +32,7 @@ from dartfx.passes.graph import (
     written_after,
 )
 from dartfx.passes.op_sets import INDEX_PUT, MASKED_SCATTER, REGROUPS, named
-from dartfx.passes.refusal import Refusal
+from dartfx.passes.refusal import ONE_GRAPH, Refusal
 from dartfx.passes.site import Merge, Site, Stack, Vision
 
 _ROW_VIEWS = REGROUPS | named("view_as")
@@ -194,8 +194,7 @@ def entered_stack(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> Stack:
     raise Refusal(
         "the merged embeddings enter a graph that holds no whole decoder stack "
         "(dynamo compiled the layers one by one, or broke the graph between them)",
-        advice="fullgraph=True, dartfx.compile, or model.generate, which computes image features "
-        "before the model's graph",
+        advice=ONE_GRAPH,
     )
 
 
@@ -288,6 +287,6 @@ def _only(found: list[Node], what: str, stack: Stack, shape: Sequence[Size]) -> 
             f"{what} of {stack.path} should return one hidden state of shape "
             f"{[str(s) for s in shape]}, found {names}",
             found[0] if found else None,
-            advice="a whole decoder in one graph (fullgraph=True or dartfx.compile)",
+            advice=ONE_GRAPH,
         )
     return found[0]

@@ -23,6 +23,13 @@ def by_row(axes: Axes, node: Node, out: Node) -> None:
     axes.preserve(node, (node.all_input_nodes[0], 0), (out, 0))
 
 
+@rule("quanto::qbytes_mm")
+def of_bytes(axes: Axes, node: Node, out: Node) -> None:
+    """x [..., I] times a weight of bytes [O, I], with a scale for each of its rows."""
+    for dim in range(len(sizes(out)) - 1):
+        axes.preserve(node, (node.all_input_nodes[0], dim), (out, dim))
+
+
 @rule(*named("_scaled_mm"))
 def scaled_mm(axes: Axes, node: Node, out: Node) -> None:
     """The same with a scale for each row of x, or one for all."""

@@ -21,6 +21,7 @@ LINE = (
     r"graph 0: L\['self'\]\.layers\.2: 24 -> 17 tokens \(12 -> 5 vision tokens per sample, "
     r"merge in the graph\), 1\.\d\dx fewer decoder FLOPs, KV cache layered, passes \d+\.\d\d s"
 )
+OPTIONS = {"retain_tokens": 5, "lowering": "eager"}
 PASSES = ["normalise", "locate", "axes", "insert", "gather", "shrink", "trim cache", "check"]
 PROGRAM = f"""
 import sys
@@ -33,6 +34,17 @@ run(Decoder(), prompt(Sizes()), retain_tokens=5)
 def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
     ours = [r for r in caplog.records if r.name.startswith("dartfx") and r.levelno == level]
     return [r.getMessage() for r in ours]
+
+
+@torch.no_grad()
+def test_the_last_compilation_that_dynamo_allows_is_a_warning() -> None:
+    """What comes after it runs unpruned, and nothing of ours runs that could say so."""
+    sizes = [Sizes(seq=seq) for seq in (24, 25)]
+    call = torch.compile(Decoder(sizes[0]), backend="dart", dynamic=False, options=OPTIONS)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        call(**prompt(sizes[0]))  # would fail if it warned
+        with pytest.warns(dartfx.PruningWarning, match="recompile_limit=2 lets dynamo compile"):
+            call(**prompt(sizes[1]))
 
 
 def test_one_line_per_pruned_graph_and_one_per_pass(caplog: pytest.LogCaptureFixture) -> None:

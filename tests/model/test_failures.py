@@ -90,12 +90,18 @@ def test_a_copy_generates_with_its_own_weights() -> None:
 
 def test_a_refusal_says_why_the_call_is_not_one_graph() -> None:
     built = load("llava")
-    model = dartfx.compile(
-        built.model, retain_tokens=RETAIN, lowering="eager", on_unsupported="error"
-    )
+    options = {"retain_tokens": RETAIN, "lowering": "eager", "on_unsupported": "error"}
+    model = dartfx.compile(built.model, **options)
     layer = model.get_decoder().layers[1]
     layer.register_forward_hook(lambda *_: torch._dynamo.graph_break(msg="the user's own"))
     with pytest.raises(dartfx.UnsupportedGraphError, match="not one graph") as refused:
         model(**built.make_inputs())
     assert refused.value.because.endswith("the user's own")
     assert "test_failures.py" in refused.value.where
+    assert refused.value.advice.startswith("what breaks the graph taken out; or model.generate")
+    # Only who has not compiled by dartfx.compile is told to.
+    bare = torch.compile(dartfx.uncompile(model), backend="dart", options=options)
+    with pytest.raises(
+        Exception, match=r"try: fullgraph=True, dartfx\.compile, or model\.generate"
+    ):
+        bare(**built.make_inputs())

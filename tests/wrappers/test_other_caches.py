@@ -26,6 +26,21 @@ QUANTISED: dict[str, Any] = {
 OPTIONS: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
 
 
+@pytest.mark.parametrize(("backend", "package"), [("hqq", "hqq"), ("quanto", "optimum.quanto")])
+def test_caches_whose_codes_dynamo_cannot_trace_are_refused(backend: str, package: str) -> None:
+    pytest.importorskip(package)
+    built = load("llava", layers=3)
+    model = dartfx.compile(built.model, on_unsupported="error", **OPTIONS)
+    settings = {"backend": backend, "nbits": 4, "q_group_size": 32}
+    with pytest.raises(
+        dartfx.UnsupportedGraphError, match=r"not one graph, because[\s\S]*taken out"
+    ):
+        model.generate(
+            **built.make_inputs("one"), max_new_tokens=2,
+            **QUANTISED | {"cache_config": settings},
+        )  # fmt: skip
+
+
 def test_a_text_prompt_fills_a_quantised_cache() -> None:
     built = load("llava", layers=3)
     inputs = built.make_inputs("text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +84,51 @@ def by_torchao(name: str, **settings: Any) -> Any:
     return quantise
 
 
-def by_bitsandbytes(model: nn.Module) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+def by_torchao_in_four_bits(name: str, weight: str) -> Any:
+    def quantise(model: nn.Module) -> None:
+        granularity = pytest.importorskip("torchao.quantization.granularity").PerGroup(32)
+        by_torchao(name, weight_dtype=torch.int4, **{weight: granularity})(model)
+
+    return quantise
+
+
+def by_quanto(name: str) -> Any:
+    def quantise(model: nn.Module) -> None:
+        quanto = pytest.importorskip("optimum.quanto")
+        quanto.quantize(model.model.language_model, weights=getattr(quanto, name))
+        quanto.freeze(model.model.language_model)
+
+    return quantise
+
+
+def each_linear(model: nn.Module, replace: Callable[[nn.Linear], nn.Module]) -> None:
     for parent in list(model.model.language_model.layers.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Linear):
-                eight = bitsandbytes.nn.Linear8bitLt(
-                    module.in_features,
-                    module.out_features,
-                    bias=module.bias is not None,
-                    has_fp16_weights=False,
-                )
-                eight.load_state_dict(module.state_dict())
-                setattr(parent, name, eight.to("cpu"))
+                setattr(parent, name, replace(module))
+
+
+def by_hqq(model: nn.Module) -> None:
+    hqq = pytest.importorskip("hqq.core.quantize")
+    four = hqq.BaseQuantizeConfig(nbits=4, group_size=16)
+    each_linear(
+        model,
+        lambda linear: hqq.HQQLinear(linear, four, compute_dtype=torch.float32, device="cpu"),
+    )
+
+
+def by_bitsandbytes(model: nn.Module) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def replace(linear: nn.Linear) -> nn.Module:
+        sizes = linear.in_features, linear.out_features
+        eight = bitsandbytes.nn.Linear8bitLt(
+            *sizes, bias=linear.bias is not None, has_fp16_weights=False
+        )
+        eight.load_state_dict(linear.state_dict())
+        return eight.to("cpu")
+
+    each_linear(model, replace)
 
 
 QUANTISED = {
@@ -103,6 +136,13 @@ QUANTISED = {
     "int8 weight only": by_torchao("Int8WeightOnlyConfig"),
     "int8 dynamic": by_torchao("Int8DynamicActivationInt8WeightConfig"),
     "fp8 weight only": by_torchao("Float8WeightOnlyConfig"),
+    "int4 weight only": by_torchao_in_four_bits("IntxWeightOnlyConfig", "granularity"),
+    "int4 dynamic": by_torchao_in_four_bits(
+        "Int8DynamicActivationIntxWeightConfig", "weight_granularity"
+    ),
+    "quanto int8": by_quanto("qint8"),
+    "quanto fp8": by_quanto("qfloat8"),
+    "hqq int4": by_hqq,
     "bitsandbytes int8": by_bitsandbytes,
 }
 
@@ -136,6 +176,14 @@ def test_generates_as_with_hooks(built: Family, quantise: Any, lowering: str) ->
     )
     assert any(report.pruned for report in dartfx.reports())
     torch.testing.assert_close(torch.stack(found.logits, 1), oracle.logits)
+
+
+@torch.no_grad()
+def test_quanto_in_four_bits_is_refused(built: Family) -> None:
+    by_quanto("qint4")(built.model)
+    dartfx.compile(built.model, lowering="eager", **OPTIONS)
+    with pytest.raises(dartfx.UnsupportedGraphError, match="could not be re-traced"):
+        built.model(**built.make_inputs("one"))
 
 
 def test_mask_from_an_earlier_graph(built: Family) -> None:
