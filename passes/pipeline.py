@@ -34,6 +34,7 @@ from dartfx.passes.transform.insert_selection import (
     emit_budgets,
     insert_selection,
 )
+from dartfx.passes.transform.merge_dropped import merge_dropped
 from dartfx.passes.transform.shrink_sizes import shrink_sizes
 from dartfx.passes.transform.trim_kv_cache import return_whole, trim_caches
 
@@ -136,7 +137,8 @@ def _prune(
             site = run("locate", locate, planned.stage.layer, entering, plan.site.stack)
             region = run("axes", CutRegion, site)
         checks = plan.checks(planned, request)
-        results.append(_apply_cut(region, planned.stage.select, budget, checks, caches, run))
+        select = planned.stage.select
+        results.append(_apply_cut(region, select, budget, checks, caches, request.merge, run))
     return Pruned(
         stack=plan.site.stack.path,
         how=plan.site.vision.how,
@@ -156,6 +158,7 @@ def _apply_cut(
     budget: Budget,
     checks: RuntimeChecks,
     caches: dict[Node, int],
+    merge: bool,
     run: PassRunner,
 ) -> CutResult:
     before, site = sizes(region.site.hidden)[1], region.site
@@ -164,6 +167,9 @@ def _apply_cut(
     # Every token-axis value that enters the region, gathered once by keep_idx.
     gather = run("gather", gather_frontier, region, chosen.keep_idx)
     crossings = tuple(_crossing(value, region.axes) for value in gather.crossed())
+    # What the kept tokens become where dropped ones are averaged into them.
+    if merge:
+        run("merge", merge_dropped, region, chosen, gather)
     # Size arguments in the region that mean S become S'.
     run("shrink", shrink_sizes, region, chosen.length)
     # Under the uniform layout: caches of layers before K, as they leave the graph.

@@ -34,6 +34,7 @@ class Request:
     fixes_sliding_lengths: the caller sets each sliding cache's token count from its keys;
     gathers_decode_mask: the caller gathers the decode mask's columns by keep_idx;
     order_mixing: whether causal convolutions and scans may run over the kept tokens;
+    merge: whether dropped vision tokens are averaged into the kept ones most like them;
     always: rewrite the graph even where R >= N leaves nothing to drop, to check the rewriting.
     """
 
@@ -42,6 +43,7 @@ class Request:
     fixes_sliding_lengths: bool = False
     gathers_decode_mask: bool = False
     order_mixing: bool = True
+    merge: bool = False
     always: bool = False
 
     @property

@@ -67,4 +67,5 @@ def request_of(
         gathers_decode_mask=caller.gathers_decode_mask,
         always=budget is not None,
         order_mixing=config.order_mixing == "allow",
+        merge=config.merge == "nearest",
     )

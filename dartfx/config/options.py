@@ -17,6 +17,7 @@ from dartfx.config.fingerprint import digest
 from dartfx.config.validators import (
     CHECKS,
     check_first_layer,
+    check_merge,
     check_quota,
     check_stages,
     choices,
@@ -76,6 +77,8 @@ class DartConfig:
     check_ranks: under tensor parallelism, compare at run time that all ranks keep the same tokens,
         and raise SelectionError naming the rank that does not.
     outline_layers: compile equal layers of a pruned graph once, where no gradients are recorded.
+    merge: "nearest" averages each dropped vision token into the kept one that is most like it, at
+        the one layer of the cut; "none" drops it.
     """
 
     retain_tokens: int | tuple[int, ...] | None = None
@@ -99,6 +102,7 @@ class DartConfig:
     dump_graphs: str | None = None
     dump_passes: str | None = None
     outline_layers: bool = False
+    merge: str = "none"
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
@@ -109,6 +113,7 @@ class DartConfig:
             object.__setattr__(self, "retain_tokens", sum(self.quota))
         check_stages(self.layer, self.retain_tokens, self.reduction_ratio)
         check_first_layer(self.layers, self.selector)
+        check_merge(self.merge, self.layers)
         if self.lowering != "inductor":
             _refuse_inductor_options(self)
         if self.kernel == "triton":

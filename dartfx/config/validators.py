@@ -18,6 +18,7 @@ from dartfx.selection.registry import needs_keys, selector_names
 __all__ = [
     "CHECKS",
     "check_first_layer",
+    "check_merge",
     "check_quota",
     "check_stages",
     "choices",
@@ -116,6 +117,15 @@ def check_first_layer(layers: Iterable[int], selector: str) -> None:
         raise ConfigError(
             f"layer=0, but selector={selector!r} reads keys of the layer before the cut, and there "
             f"is none before layer 0; use layer=1 or a later one, or a selector without: {able}"
+        )
+
+
+def check_merge(merge: str, layers: tuple[int, ...]) -> None:
+    """Raise ConfigError where tokens that stand for several would be merged once more."""
+    if merge != "none" and len(layers) > 1:
+        raise ConfigError(
+            f"merge={merge!r} merges at one layer, but layer={list(layers)} names {len(layers)}; "
+            "give one layer, or merge='none'"
         )
 
 
@@ -249,4 +259,5 @@ CHECKS: dict[str, Check] = {
     "tokens": _flag,
     "check_ranks": _flag,
     "outline_layers": _flag,
+    "merge": _choice(lambda: ("none", "nearest")),
 }

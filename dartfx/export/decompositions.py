@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartfx.ops.nearest_kept import nearest
 from dartfx.ops.registration import assertion, selection
 from dartfx.selection.opaque import BODIES
 
@@ -75,5 +76,6 @@ PLAIN: Mapping[object, Callable[..., Any]] = {
     _ops.take_in_turn.default: _take_in_turn,
     _ops.positions_of.default: _positions_of,
     _ops.require_rows.default: _require_rows,
+    _ops.nearest_kept.default: nearest,
 }
 """What each operator that the passes may leave in a graph does, in ATen and others of these."""

@@ -140,11 +140,12 @@ def read_image(path: str | Path) -> Any:
         raise InputError("image", f"cannot read {str(path)!r}: {_line(error)}") from error
 
 
-def prompt_inputs(processor: Any, image: Any, prompt: str) -> dict[str, Any]:
+def prompt_inputs(processor: Any, image: Any, prompt: str, **settings: Any) -> dict[str, Any]:
     """What the processor makes of one image and a prompt, on the CPU.
 
     The prompt becomes the user's turn of the processor's chat template, after the image.  One that
-    holds the image token is taken as it is.  Raises InputError when it cannot be tokenised.
+    holds the image token is taken as it is.  settings: of the processor, as do_resize.  Raises
+    InputError when it cannot be tokenised.
     """
     token = getattr(processor, "image_token", None)
     if token is not None and token in prompt:
@@ -158,7 +159,7 @@ def prompt_inputs(processor: Any, image: Any, prompt: str) -> dict[str, Any]:
             "its processor has neither a chat template nor an image token to write a prompt",
         )
     try:
-        return dict(processor(images=image, text=text, return_tensors="pt"))
+        return dict(processor(images=image, text=text, return_tensors="pt", **settings))
     except Exception as error:
         raise InputError(
             "prompt",

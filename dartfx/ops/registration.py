@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import custom_op
 
+import dartfx.ops.nearest_kept
 import dartfx.ops.select_spans  # noqa: F401  registers torch.ops.dartfx.select_spans
 from dartfx import compat
 from dartfx.errors import ConfigError, KernelUnavailableError, SelectionError

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from dartfx import compat
 from dartfx.config.options import DartConfig
-from dartfx.errors import UnsupportedGraphError
+from dartfx.errors import ConfigError, UnsupportedGraphError
 from dartfx.model.target import model_of, replaced_call
 from dartfx.passes.analysis.prefilter import may_merge_features
 from dartfx.passes.outcome import Outcome, Pruned, Unchanged
@@ -95,7 +95,13 @@ def verify(
     call is not pruned, or is not one graph; TypeError when target belongs to no module.
     """
     target, owner = model_of(target, "dartfx.verify")
-    backend = _Backend(DartConfig.from_options(options), tolerance)
+    config = DartConfig.from_options(options)
+    if config.merge != "none":
+        raise ConfigError(
+            f"merge={config.merge!r}: dartfx.verify compares with the original in which attention "
+            "hides the dropped tokens, and merged ones are not hidden; verify with merge='none'"
+        )
+    backend = _Backend(config, tolerance)
     call = torch.compile(owner._call_impl, backend=backend, fullgraph=True, dynamic=False)
     try:
         with torch.no_grad(), replaced_call(owner, call):

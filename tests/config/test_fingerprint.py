@@ -32,6 +32,7 @@ CHANGES: list[dict[str, object]] = [
     {"quota": "image"},
     {"quota": "image", "min_tokens": 2},
     {"outline_layers": True},
+    {"merge": "nearest"},
 ]
 
 

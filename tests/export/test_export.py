@@ -75,6 +75,13 @@ def test_equal_to_hooks(name: str, variant: str, strict: bool) -> None:
     assert_same(pruned.module()(**inputs), oracle(family, inputs))
 
 
+def test_merging_is_plain_aten_too(llava: Family, program: ExportedProgram) -> None:
+    inputs = llava.make_inputs()
+    pruned = dartfx.prune_exported(program, retain_tokens=RETAIN, merge="nearest")
+    assert_same(pruned.module()(**inputs), oracle(llava, inputs, merge=True))
+    assert not [n for n in pruned.graph.nodes if str(n.target).startswith("dartfx")]
+
+
 def test_layered_caches_and_no_caches(llava: Family) -> None:
     inputs = llava.make_inputs()
     wanted = oracle(llava, inputs, kv_layout="layered")

@@ -56,6 +56,7 @@ OPTIONS = {
     "dump_graphs": None,
     "dump_passes": None,
     "outline_layers": False,
+    "merge": "none",
 }
 
 ARGUMENTS = {

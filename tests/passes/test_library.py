@@ -24,7 +24,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # A change here raises the version.
 SURFACE = {
-    "VERSION": "(0, 4)",
+    "VERSION": "(0, 5)",
     "ByOperator": "(operator, args=..., queries=..., reads=..., checks_ranks=..., more=...)",
     "Declined": "(because, where=..., advice=..., may_retry_with_graph_breaks=...)",
     "Emitter": "(anchor)",
@@ -35,7 +35,7 @@ SURFACE = {
     "Refusal": "(because, node=..., advice=..., may_retry_with_graph_breaks=...)",
     "Request": (
         "(stages, kv_layout=..., fixes_sliding_lengths=..., gathers_decode_mask=..., "
-        "order_mixing=..., always=...)"
+        "order_mixing=..., merge=..., always=...)"
     ),
     "SelectionInputs": "(normed, keys, vision_mask, valid, vision_tokens, retain, queries)",
     "Stage": "(layer, retain, select, given=...)",

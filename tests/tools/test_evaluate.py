@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,20 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dartfx.integrations.hf import load_model
+from dartfx.errors import InputError
+from dartfx.integrations.hf import load_model, prompt_inputs, read_image
 from dartfx.ops import select_tokens
 from dartfx.selection.registry import get_selector, optional_inputs
 from dartfx.tools import evaluate
 from dartfx.tools.evaluate import switch
 from dartfx.tools.evaluate.answers import Answers, Choice, PrunedModel, encode_once
-from dartfx.tools.evaluate.questions import Question, batches, load
+from dartfx.tools.evaluate.downsample import (
+    any_grid,
+    grid_of,
+    smaller_inputs,
+    vision_tokens_of,
+)
+from dartfx.tools.evaluate.questions import Batch, Question, batches, load
 from dartfx.tools.evaluate.results import Results, as_lines
 from dartfx.tools.evaluate.resume import Resumed
 from dartfx.tools.evaluate.scores import MEAN, Sample, chance, score
@@ -173,7 +181,7 @@ def test_a_wrong_call_is_answered_before_anything_is_loaded(
     assert "no questions at" in capsys.readouterr().err
     there = str(ROOT / evaluate.QUESTIONS)
     assert evaluate.run(parsed("--questions", there, "--selectors", "drat")) == 2
-    assert "unknown selectors: drat; registered: dart, fastv" in capsys.readouterr().err
+    assert "unknown selectors: drat; registered: cover, dart, fastv" in capsys.readouterr().err
 
 
 def test_all_and_none_are_measured_first_and_once_a_layer() -> None:
@@ -270,13 +278,17 @@ def tiny() -> tuple[Any, Any]:
     return load_model(str(ROOT / evaluate.MODEL))
 
 
+def made_by(tiny: tuple[Any, Any]) -> Any:
+    return partial(prompt_inputs, tiny[1])
+
+
 def test_batches_have_no_pads_and_equal_numbers_of_rows(tiny: tuple[Any, Any]) -> None:
     questions = load(ROOT / evaluate.QUESTIONS, pictures=2)
-    made = batches(questions, tiny[1], 4)
+    made = batches(questions, made_by(tiny), 4)
     assert sorted(n for batch in made for n in batch.numbers) == list(range(len(questions)))
     assert {len(batch.inputs["input_ids"]) for batch in made} == {4}
     assert min(len(batch.numbers) for batch in made) < 4
-    (alone,) = batches(questions[:1], tiny[1], 4)
+    (alone,) = batches(questions[:1], made_by(tiny), 4)
     assert alone.inputs["input_ids"].shape[0] == 2
     assert all(bool(batch.inputs["attention_mask"].all()) for batch in made)
 
@@ -287,8 +299,55 @@ def test_each_model_is_compiled_by_one_process_and_the_work_is_shared() -> None:
     shares = _shares(plan, 576, 2)
     assert len({*zip(kinds, shares, strict=True)}) == len(set(kinds)) == 9
     work = [sum(len(plan[i][1]) for i in range(len(plan)) if shares[i] == n) for n in (0, 1)]
-    assert work == [56, 57]
+    assert sorted(work) == [84, 89]
     assert set(_shares(plan, 576, 99)) == set(range(9))
+
+
+def test_a_smaller_picture_keeps_its_shape_and_about_the_number_of_tokens(
+    tiny: tuple[Any, Any],
+) -> None:
+    assert [grid_of((24, 24), n) for n in (16, 64, 128, 192)] == [
+        (4, 4),
+        (8, 8),
+        (11, 11),
+        (14, 14),
+    ]
+    assert grid_of((20, 36), 192) == (10, 18)
+    model, processor = tiny
+    picture = read_image(load(ROOT / evaluate.QUESTIONS, pictures=1)[0].image)
+    inputs = smaller_inputs(processor, picture, "how many digits ?", tokens=128, of=576)
+    assert inputs["pixel_values"].shape == (1, 3, 44, 44)
+    assert vision_tokens_of(processor, [Batch((0,), inputs)]) == 121
+    with pytest.raises(ValueError, match="doesn't match model"):
+        model(**inputs)
+    with any_grid(model):
+        assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+    with pytest.raises(InputError, match=r"'downsampled' is not possible here: 500 vision tokens"):
+        smaller_inputs(processor, picture, "how many digits ?", tokens=128, of=500)
+
+
+def test_a_rival_with_another_number_of_tokens_is_shown_with_it() -> None:
+    made = results((3, "abcd"))
+    questions = made.questions
+    key = (2, "downsampled", 3)
+    made.add(key, 0, score(questions, answered("abcd"), answered("abxx")))
+    made.tokens[key] = 4
+    assert "| downsampled | 4 | 100.0 " in made.as_markdown()
+    (entry,) = [s for s in made.as_json()["settings"] if s["selector"] == "downsampled"]
+    assert (entry["retained"], entry["vision_tokens"]) == (3, 4)
+
+
+@pytest.mark.slow
+def test_merging_is_measured_with_the_selector_that_it_is_named_after(
+    tiny: tuple[Any, Any],
+) -> None:
+    choice = Choice("uniform+merge", 48, 0)
+    assert (choice.merges, choice.name) == (True, "uniform")
+    given = (tiny[1], batches(load(ROOT / evaluate.QUESTIONS, pictures=1), made_by(tiny), 16), 2)
+    merged = PrunedModel(tiny[0], 2, 48, ["uniform"], merge=True).answer(*given, choice)
+    plain = PrunedModel(tiny[0], 2, 48, ["uniform"]).answer(*given, Choice("uniform", 48, 0))
+    assert merged.first.shape == plain.first.shape
+    assert not torch.equal(merged.first, plain.first)
 
 
 @pytest.mark.slow
@@ -297,7 +356,7 @@ def test_one_compilation_gives_what_one_for_each_number_of_tokens_gives(
 ) -> None:
     """To the bit, for selectors with and without queries; and not the same for all of them."""
     questions = load(ROOT / evaluate.QUESTIONS, pictures=2)
-    given = (tiny[1], batches(questions, tiny[1], 16), 2)
+    given = (tiny[1], batches(questions, made_by(tiny), 16), 2)
     choices = [Choice(name, 48, 0) for name in ("dart", "fastv")]
     fresh = PrunedModel(tiny[0], 2, 48, ["dart", "fastv"])
     want = [fresh.answer(*given, choice) for choice in choices]

@@ -17,7 +17,8 @@ from pathlib import Path
 from dartfx.integrations.outputs import check_file
 from dartfx.selection.registry import BUILT_IN
 from dartfx.tools.evaluate import selectors  # noqa: F401  (registers what dart is compared with)
-from dartfx.tools.evaluate.answers import Choice
+from dartfx.tools.evaluate.answers import MERGED, Choice
+from dartfx.tools.evaluate.downsample import DOWNSAMPLED
 from dartfx.tools.evaluate.results import Results, as_lines
 from dartfx.tools.evaluate.scores import MEAN, score
 from dartfx.tools.evaluate.work import Asker, Task, answers
@@ -29,7 +30,12 @@ HELP = "measure what pruning costs in answers"
 MODEL = Path("examples/tiny_vlm/model")
 QUESTIONS = Path("examples/tiny_vlm/heldout/questions.jsonl")
 QUICK = {"pictures": 32, "selectors": ["dart"], "retain": [576, 192, 0], "layers": [2]}
-SELECTORS = [*BUILT_IN, "key_norm"]  # DART first
+KNOWN = [*BUILT_IN, "key_norm", DOWNSAMPLED]
+# DART first.
+SELECTORS = [
+    *("dart", "random", "uniform", "tiled", "fastv", "cover", "relevant", "spread"),
+    *(f"dart{MERGED}", f"spread{MERGED}", f"uniform{MERGED}", DOWNSAMPLED),
+]
 # What --quick asserts.
 _COST = 0.03  # accuracy that dart may lose on location with a third of the tokens
 
@@ -86,9 +92,9 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         check_file(name, getattr(arguments, name))
     if not arguments.questions.is_file():
         return f"no questions at {arguments.questions}: give --questions, or run from a checkout"
-    unknown = set(arguments.selectors) - set(SELECTORS)
+    unknown = {name for name in arguments.selectors if name.removesuffix(MERGED) not in KNOWN}
     if unknown:
-        known = ", ".join(SELECTORS)
+        known = ", ".join([*KNOWN, f"and each with {MERGED}"])
         return f"unknown selectors: {', '.join(sorted(unknown))}; registered: {known}"
     if arguments.plot and find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install 'dartfx[eval]'"
@@ -108,6 +114,8 @@ def _measure(arguments: argparse.Namespace) -> Results:
         for one, answered in zip(choices, made, strict=True):
             key = (layer, one.selector, one.retain)
             results.add(key, one.seed, score(questions, full, answered))
+            if answered.tokens is not None:
+                results.tokens[key] = answered.tokens
         accuracies = ", ".join(
             f"{name} {results.figures((layer, name, retain), 'accuracy')[MEAN].value:.1%}"
             for name in dict.fromkeys(one.selector for one in choices)

@@ -18,25 +18,43 @@ from dartfx.tools.evaluate.questions import Batch
 from dartfx.tools.evaluate.resume import Resumed, resuming
 from dartfx.tools.evaluate.switch import name_for, selecting
 
-__all__ = ["Answers", "Choice", "PrunedModel", "answer", "encode_once", "vision_tokens"]
+__all__ = ["MERGED", "Answers", "Choice", "PrunedModel", "answer", "encode_once", "vision_tokens"]
+
+
+MERGED = "+merge"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is kept at a cut: so many tokens, by this selector, drawn with this seed."""
+    """What is kept at a cut: so many tokens, by this selector, drawn with this seed.
+
+    selector: a name, "NAME+merge" for one whose dropped tokens are merged, or "downsampled".
+    """
 
     selector: str
     retain: int
     seed: int
 
+    @property
+    def merges(self) -> bool:
+        """Whether dropped tokens are averaged into the kept ones."""
+        return self.selector.endswith(MERGED)
+
+    @property
+    def name(self) -> str:
+        """The selector's name in the registry."""
+        return self.selector.removesuffix(MERGED)
+
 
 @dataclass(frozen=True)
 class Answers:
     """texts: one for each question.  first: [questions, vocabulary] float32, log-probabilities of
-    the first token of each."""
+    the first token of each.  tokens: vision tokens of a prompt, where it is not what was requested.
+    """
 
     texts: tuple[str, ...]
     first: Tensor
+    tokens: float | None = None
 
 
 @torch.no_grad()
@@ -66,16 +84,22 @@ class PrunedModel:
     """The model compiled by dartfx to prune before one layer; ``model`` itself stays as it is.
 
     selectors: all that will be used.  retain: the number of tokens that it is compiled
-    with; where some are dropped, any other that drops some may be used later.
+    with; where some are dropped, any other that drops some may be used later.  merge: average
+    dropped tokens into the kept ones.
 
     The rewritten graph is run eagerly: compiling it would take longer than running it, and the
     selector is then looked up in every call.  Raises UnsupportedModelError, when first called,
     where the model cannot be pruned.
     """
 
-    def __init__(self, model: Any, layer: int, retain: int, selectors: Collection[str]) -> None:
-        torch.compiler.reset()
-        dartfx.reset()
+    def __init__(
+        self,
+        model: Any,
+        layer: int,
+        retain: int,
+        selectors: Collection[str],
+        merge: bool = False,
+    ) -> None:
         self._halves: list[Resumed] = []
         self._model = dartfx.compile(
             _twin(model),
@@ -83,6 +107,7 @@ class PrunedModel:
             retain_tokens=retain,
             layer=layer,
             selector=name_for(selectors),
+            merge="nearest" if merge else "none",
             lowering="eager",
             on_unsupported="error",
         )
@@ -94,7 +119,7 @@ class PrunedModel:
         with (
             resuming(self._halves, choice.retain),
             torch.random.fork_rng(),
-            selecting(choice.selector),
+            selecting(choice.name),
         ):
             torch.manual_seed(choice.seed)
             return answer(self._model, processor, batches, most)

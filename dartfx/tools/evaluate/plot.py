@@ -46,7 +46,7 @@ def _panel(panel: Any, results: Results, layer: int, kind: str) -> None:
     for selector in dict.fromkeys(key[1] for key in keys):
         line = [k for k in keys if k[1] == selector and 0 < k[2] < results.vision_tokens]
         points = [results.figures(k, "accuracy")[kind] for k in line]
-        kept = [k[2] for k in line]
+        kept = [results.tokens.get(k, k[2]) for k in line]
         panel.plot(kept, [100 * p.value for p in points], marker=".", label=selector)
         ends = [[100 * p.low for p in points], [100 * p.high for p in points]]
         panel.fill_between(kept, *ends, alpha=0.15)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from dartfx.errors import InputError
-from dartfx.integrations.hf import prompt_inputs, read_image
+from dartfx.integrations.hf import read_image
 
 __all__ = ["Batch", "Question", "batches", "load"]
+
+
+Make = Callable[[Any, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,16 @@ def load(path: Path, pictures: int | None = None) -> list[Question]:
     return [q for q in questions if q.image in some]
 
 
-def batches(questions: Sequence[Question], processor: Any, size: int) -> list[Batch]:
+def batches(questions: Sequence[Question], make: Make, size: int) -> list[Batch]:
     """The prompts, ``size`` together, with never a pad: only equal shapes share a batch.
 
-    processor: a Hugging Face processor; its chat template is used if it has one.  Questions of one
+    make: a model's inputs of an image and a prompt.  Questions of one
     type lie together, so that a batch stops as soon as its answers end.  All are held in memory.
     A batch that is short of prompts asks its own again: all batches have as many rows, at least 2,
     since dynamo fixes the number of pictures, and compiling takes longer than asking.
     """
     alike: dict[object, list[tuple[int, dict[str, Tensor]]]] = {}
-    for number, inputs in enumerate(_inputs(questions, processor)):
+    for number, inputs in enumerate(_inputs(questions, make)):
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         alike.setdefault(shapes, []).append((number, inputs))
     made = []
@@ -88,9 +91,9 @@ def batches(questions: Sequence[Question], processor: Any, size: int) -> list[Ba
     return made
 
 
-def _inputs(questions: Sequence[Question], processor: Any) -> Iterator[dict[str, Tensor]]:
+def _inputs(questions: Sequence[Question], make: Make) -> Iterator[dict[str, Tensor]]:
     for question in questions:
         try:
-            yield prompt_inputs(processor, read_image(question.image), question.text)
+            yield make(read_image(question.image), question.text)
         except InputError as error:
             raise InputError("questions", f"{question.image.name}: {error}") from error

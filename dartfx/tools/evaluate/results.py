@@ -35,13 +35,15 @@ class Results:
     """Figures of each setting; seeds of one setting are averaged question by question.
 
     vision_tokens: of each prompt.  full: accuracy of the unpruned model, [questions].  values: by
-    layer, selector and retained tokens, the metrics of each seed, [questions].
+    layer, selector and retained tokens, the metrics of each seed, [questions].  tokens: how many
+    there were instead, where a picture could not be resized to that number.
     """
 
     questions: Sequence[Question]
     vision_tokens: int
     full: Tensor
     values: dict[Key, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+    tokens: dict[Key, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sample = Sample(self.questions)
@@ -91,6 +93,7 @@ class Results:
         right = {seed: _bits(m["accuracy"]) for seed, m in self.values[key].items()}
         figures = {metric: _as_json(self.figures(key, metric)) for metric in METRICS}
         entry = {"layer": layer, "selector": selector, "retained": retain}
+        entry |= {"vision_tokens": self.tokens[key]} if key in self.tokens else {}
         return entry | figures | {"right_by_seed": right}
 
     def as_markdown(self) -> str:
@@ -136,7 +139,7 @@ class Results:
 
     def _row(self, key: Key, figures: dict[str, Figure], scale: int, form: str) -> list[str]:
         name = "none left" if key[2] == 0 else key[1]
-        return [name, str(key[2]), *_cells(figures, scale, form)]
+        return [name, f"{self.tokens.get(key, key[2]):.0f}", *_cells(figures, scale, form)]
 
     def _lines(self, title: str, rows: Sequence[Sequence[str]]) -> str:
         head = ["selector", "kept", *self.sample.types, MEAN]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +12,8 @@ from multiprocessing import get_context
 
 import torch
 
-from dartfx.integrations.hf import load_model, to_model
+import dartfx
+from dartfx.integrations.hf import load_model, prompt_inputs, to_model
 from dartfx.tools.evaluate.answers import (
     Answers,
     Choice,
@@ -20,6 +22,7 @@ from dartfx.tools.evaluate.answers import (
     encode_once,
     vision_tokens,
 )
+from dartfx.tools.evaluate.downsample import DOWNSAMPLED, any_grid, smaller_inputs, vision_tokens_of
 from dartfx.tools.evaluate.questions import Batch, batches, load
 
 __all__ = ["Asker", "answers"]
@@ -42,13 +45,18 @@ class Asker:
         encode_once(model)
         prompts = [
             Batch(batch.numbers, to_model(batch.inputs, model))
-            for batch in batches(self.questions, processor, arguments.batch)
+            for batch in batches(
+                self.questions, functools.partial(prompt_inputs, processor), arguments.batch
+            )
         ]
         self._ask = (model, processor, prompts, arguments.max_new_tokens)
-        self._selectors = arguments.selectors
+        self._batch = arguments.batch
+        names = [Choice(name, 0, 0).name for name in arguments.selectors]
+        self._selectors = [name for name in dict.fromkeys(names) if name != DOWNSAMPLED]
         retained = [r for r in (*arguments.retain, *arguments.retain_elsewhere) if r > 0]
         self._fewest = min(retained, default=0)
-        self._pruned: tuple[object, PrunedModel] | None = None
+        self._pruned: tuple[object, dict[bool, PrunedModel]] = None, {}
+        self._smaller: dict[int, Answers] = {}
 
     def full(self) -> Answers:
         """Answers of the unpruned model."""
@@ -60,17 +68,44 @@ class Asker:
         return vision_tokens(self._ask[0], self._ask[2][0])
 
     def pruned(self, task: Task) -> list[Answers]:
-        """Answers with each choice.  The model compiled last is kept: most tasks can go on with it.
+        """Answers with each choice.  Models compiled last are kept: most tasks can go on with them.
 
         Where all or none are kept that is another graph: nothing is pruned, or caches that hold a
         window of tokens may not be full.
         """
-        (layer, choices), kind = task, _kind(task, self.vision_tokens)
-        if self._pruned is None or self._pruned[0] != kind:
-            self._pruned = None  # so that what it remembers is freed first
-            fewest = self._fewest if kind[1] == "some" else choices[0].retain
-            self._pruned = kind, PrunedModel(self._ask[0], layer, fewest, self._selectors)
-        return [self._pruned[1].answer(*self._ask[1:], choice) for choice in choices]
+        kind = _kind(task, self.vision_tokens)
+        if self._pruned[0] != kind:
+            self._pruned = kind, {}  # so that what they remember is freed first
+            torch.compiler.reset()
+            dartfx.reset()
+        return [self._answers(task[0], choice, kind[1] == "some") for choice in task[1]]
+
+    def _answers(self, layer: int, choice: Choice, some: bool) -> Answers:
+        if choice.selector == DOWNSAMPLED:
+            return self._downsampled(choice.retain)
+        models = self._pruned[1]
+        if choice.merges not in models:
+            retain = self._fewest if some else choice.retain
+            given = layer, retain, self._selectors, choice.merges
+            models[choice.merges] = PrunedModel(self._ask[0], *given)
+        return models[choice.merges].answer(*self._ask[1:], choice)
+
+    def _downsampled(self, tokens: int) -> Answers:
+        """Answers of the unpruned model on pictures of about so many tokens."""
+        if tokens not in self._smaller:
+            model, processor, _, most = self._ask
+            make = functools.partial(
+                smaller_inputs, processor, tokens=tokens, of=self.vision_tokens
+            )
+            prompts = [
+                Batch(batch.numbers, to_model(batch.inputs, model))
+                for batch in batches(self.questions, make, self._batch)
+            ]
+            with any_grid(model):
+                answers = answer(model, processor, prompts, most)
+            mean = vision_tokens_of(processor, prompts)
+            self._smaller[tokens] = dataclasses.replace(answers, tokens=mean)
+        return self._smaller[tokens]
 
 
 def _kind(task: Task, vision_tokens: int) -> tuple[int, object]:

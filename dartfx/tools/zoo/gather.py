@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["gather_argument", "take", "take_tokens"]
+__all__ = ["Late", "gather_argument", "take", "take_tokens"]
 
 # The token dimension of each argument that decoder layers take, counted from the end; the batch
 # is the dimension before it, or dim 0 of tables and masks with heads. By name, never by size, so
 # that equal sizes cannot mislead.
 _LAST = {"position_ids", "moe_mm_token_type_ids"}
 _LAST_BUT_ONE = {"position_embeddings", "per_layer_input"}
+
+
+class Late:
+    """Stands in for a DeepStack tensor that is moved to a device wherever the decoder uses it."""
+
+    def __init__(self, now: Callable[[], Tensor]) -> None:
+        self._now = now
+
+    def to(self, *_: Any) -> Tensor:
+        return self._now()
 
 
 def take(tensor: Tensor, keep_idx: Tensor, dim: int, batch_dim: int = 0) -> Tensor:

@@ -133,7 +133,8 @@ def pruned_forward(
 
     Layered caches keep S tokens before the cut and S' after it; uniform ones hold S' everywhere.
     where: ``decoder`` (module) and ``image_token_id`` for models that do not tell themselves;
-    ``latent_cache=True`` where the cache does not hold the keys that attention uses.
+    ``latent_cache=True`` where the cache does not hold the keys that attention uses; ``merge=True``
+    averages dropped tokens into the kept ones.
     Raises ValueError on a layer out of range.
     """
     hooks = Hooks(model, inputs, layer, retain, selector, **where)

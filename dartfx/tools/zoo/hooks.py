@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from dartfx.tools.zoo.gather import gather_argument, take, take_tokens
+from dartfx.tools.zoo.gather import Late, gather_argument, take, take_tokens
+from dartfx.tools.zoo.merging import merged
 
 __all__ = ["Hooks", "Inputs", "KvLayout", "SelectionInputs", "Selector", "installed"]
 
@@ -42,16 +43,6 @@ Selector = Callable[[SelectionInputs, int], Tensor]
 """(selection_inputs, retain) -> keep_idx [B, S'] int64, ascending in each row."""
 
 
-class _Late:
-    """Stands in for a DeepStack tensor that is moved to a device wherever the decoder uses it."""
-
-    def __init__(self, now: Callable[[], Tensor]) -> None:
-        self._now = now
-
-    def to(self, *_: Any) -> Tensor:
-        return self._now()
-
-
 class Hooks:
     """The hooks of one call; ``selector`` None only watches."""
 
@@ -65,6 +56,7 @@ class Hooks:
         decoder: Any = None,
         image_token_id: int | None = None,
         latent_cache: bool = False,
+        merge: bool = False,
     ) -> None:
         self.decoder = model.get_decoder() if decoder is None else decoder
         depth = len(self.decoder.layers)
@@ -82,7 +74,7 @@ class Hooks:
         self.keep_idx: Tensor | None = None
         self.prefilling = False
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-        self.latent_cache = latent_cache
+        self.latent_cache, self.merge = latent_cache, merge
         self.uniform = False
         self.attended: Tensor | None = None
 
@@ -139,6 +131,9 @@ class Hooks:
             return (hidden,), kwargs
         assert self.keep_idx is not None
         if index == self.layer:
+            seen = self.selection_inputs
+            if self.merge and seen is not None:
+                hidden = merged(hidden, seen.hidden, self.keep_idx, self.vision)
             hidden = take_tokens(hidden, self.keep_idx, -2)
         gathered = {
             k: gather_argument(k, v, self.keep_idx, tokens == 1)
@@ -207,8 +202,8 @@ class Hooks:
 
         first = next(iter(features))
         late = {
-            "vision_mask": _Late(lambda: left(first)[0]),
-            "deepstack_features": {i: _Late(partial(rows_left, i)) for i in features},
+            "vision_mask": Late(lambda: left(first)[0]),
+            "deepstack_features": {i: Late(partial(rows_left, i)) for i in features},
         }
         return args, kwargs | late
 

@@ -201,11 +201,12 @@ STEPS = ("insert_selection", "gather_frontier", "shrink_sizes", "trim_kv_cache",
 
 
 @cache
-def pruning() -> list[str]:
+def pruning(merge: bool = False) -> list[str]:
     """The decoder after each step of a cut before layer 1, from "locate" on; R = 4."""
     args = (4, 4, "dart", "torch")
     select = passes.ByOperator(torch.ops.dartfx.select_tokens.default, args, reads="norms")
-    request = passes.Request((passes.Stage(1, lambda n: 4, select),), kv_layout="uniform")
+    stages = (passes.Stage(1, lambda n: 4, select),)
+    request = passes.Request(stages, kv_layout="uniform", merge=merge)
     texts: list[str] = []
 
     def observe(name: str, module: GraphModule, site: object = None) -> None:
@@ -225,9 +226,10 @@ def test_planning_changes_nothing() -> None:
     assert located == axes
 
 
-@golden(*STEPS)
+@golden(*STEPS, "merge_dropped")
 def _step(name: str) -> str:
-    before, after = pruning()[1:][STEPS.index(name) :][:2]
+    merge = name not in STEPS
+    before, after = pruning(merge)[1:][2 if merge else STEPS.index(name) :][:2]
     return renamed(marked(before, after), "S", "N").replace("S - N + Min(4, N)", "S'")
 
 

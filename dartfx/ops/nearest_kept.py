@@ -1,0 +1,50 @@
+"""``torch.ops.dartfx.nearest_kept``: which kept token each position is merged into."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from dartfx.selection.dart import EPS, accumulation_dtype
+
+__all__ = ["nearest"]
+
+
+def nearest(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
+    """For each position the index in keep_idx of the token that it is merged into: [B, S] int64.
+
+    hidden: [B, S, D] float, what cosines are taken of.  keep_idx: [B, S'] int64.  vision_mask:
+    [B, S] bool.  A kept position has its own index; a dropped vision token that of the kept vision
+    token of the largest cosine to it, ties to the lowest position; any other, and all of a row that
+    keeps no vision token, -1.
+    """
+    hidden = hidden.to(accumulation_dtype(hidden))
+    units = hidden / (hidden * hidden).sum(-1, keepdim=True).sqrt().clamp(min=EPS)
+    kept = units.gather(1, keep_idx[:, :, None].expand(-1, -1, hidden.shape[2]))
+    candidate = vision_mask.gather(1, keep_idx)
+    alike = (units @ kept.transpose(1, 2)).nan_to_num(0)
+    alike = alike.masked_fill(~candidate[:, None], -torch.inf)
+    slot = torch.arange(keep_idx.shape[1], device=hidden.device)
+    # Not argmax, which does not say which of equals it takes.
+    best = alike == alike.amax(-1, keepdim=True)
+    at = torch.where(best, slot, keep_idx.shape[1]).amin(-1)
+    own = torch.full_like(at, -1).scatter(1, keep_idx, slot.expand_as(keep_idx))
+    dropped = vision_mask & (own < 0) & candidate.any(1, keepdim=True)
+    return torch.where(dropped, at, own)
+
+
+# Opaque, so that autocast around the model cannot take cosines in fewer bits.
+@custom_op(
+    "dartfx::nearest_kept",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor keep_idx, Tensor vision_mask) -> Tensor",
+)
+def _nearest_kept(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return nearest(hidden, keep_idx, vision_mask)
+
+
+@_nearest_kept.register_fake
+def _nearest_kept_fake(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
+    return torch.empty_like(vision_mask, dtype=torch.int64)
