@@ -17,6 +17,7 @@ from dartfx.config.fingerprint import digest
 from dartfx.config.validators import (
     CHECKS,
     check_first_layer,
+    check_frames,
     check_merge,
     check_quota,
     check_stages,
@@ -57,8 +58,9 @@ class DartConfig:
         options is the first by a name that fits audio as well.
     selector: a name in the selector registry.
     quota: "joint" spends a row's budget on all its vision tokens alike; "image" shares it out by
-        the images' sizes; numbers give each image's, and without ``retain_tokens`` their sum is R.
-    min_tokens: with quota "image", the least of each image; a smaller one is kept whole.
+        the images' sizes, "frame" by those of a video's frames; numbers give each image's, and
+        without ``retain_tokens`` their sum is R.
+    min_tokens: with quota "image" or "frame", the least of each; a smaller one is kept whole.
     kv_layout: "layered", "uniform" or "auto".
     order_mixing: "allow" lets causal convolutions and scans behind the cut run over the kept
         tokens, closed up; "refuse" leaves such a model unpruned.
@@ -114,6 +116,7 @@ class DartConfig:
         check_stages(self.layer, self.retain_tokens, self.reduction_ratio)
         check_first_layer(self.layers, self.selector)
         check_merge(self.merge, self.layers)
+        check_frames(self.selector, self.quota)
         if self.lowering != "inductor":
             _refuse_inductor_options(self)
         if self.kernel == "triton":

@@ -13,11 +13,12 @@ import torch
 from dartfx import compat
 from dartfx.errors import ConfigError
 from dartfx.ops import registration
-from dartfx.selection.registry import needs_keys, selector_names
+from dartfx.selection.registry import needs_keys, optional_inputs, selector_names
 
 __all__ = [
     "CHECKS",
     "check_first_layer",
+    "check_frames",
     "check_merge",
     "check_quota",
     "check_stages",
@@ -120,6 +121,16 @@ def check_first_layer(layers: Iterable[int], selector: str) -> None:
         )
 
 
+def check_frames(selector: str, quota: object) -> None:
+    """Raise ConfigError for a selector that compares frames where all of them are one."""
+    if quota == "joint" and "before" in optional_inputs(selector):
+        raise ConfigError(
+            f"selector={selector!r} compares each frame with the one before, so it needs "
+            "quota='frame', or quota='image' where the prompt has text between frames; quota is "
+            "'joint'"
+        )
+
+
 def check_merge(merge: str, layers: tuple[int, ...]) -> None:
     """Raise ConfigError where tokens that stand for several would be merged once more."""
     if merge != "none" and len(layers) > 1:
@@ -133,8 +144,10 @@ def check_quota(
     quota: object, min_tokens: object, retain_tokens: object, ratio_given: bool, layers: int
 ) -> None:
     """Raise ConfigError where quota and another option contradict each other."""
-    if min_tokens != 1 and quota != "image":
-        raise ConfigError(f"min_tokens={min_tokens} has a meaning only with quota='image'")
+    if min_tokens != 1 and quota not in ("image", "frame"):
+        raise ConfigError(
+            f"min_tokens={min_tokens} has a meaning only with quota='image' or 'frame'"
+        )
     if not isinstance(quota, tuple):
         return
     if layers > 1:
@@ -158,8 +171,8 @@ def _quota(name: str, value: object) -> object:
     if isinstance(value, list | tuple):
         if not value:
             raise ConfigError(f"{name} must hold a number for each image, got {describe(value)}")
-        return tuple(_integer(0)(f"{name}[{i}]", number) for i, number in enumerate(value))
-    return _choice(lambda: ("joint", "image"))(name, value)
+        return tuple(_integer(1)(f"{name}[{i}]", number) for i, number in enumerate(value))
+    return _choice(lambda: ("joint", "image", "frame"))(name, value)
 
 
 def _choice(valid: Callable[[], Iterable[str]], optional: bool = False) -> Check:

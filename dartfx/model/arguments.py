@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dartfx.model import kv_cache
+from dartfx.token_map.infer_layout import frame_lengths
 
 __all__ = ["Arguments", "brings_media", "leaves_of", "swapped"]
 
@@ -75,6 +76,10 @@ class Arguments:
             if value.ndim == 2 and value.dtype in (torch.int32, torch.int64) and "mask" not in name:
                 return int(value.shape[1])
         return 0
+
+    def frame_lengths(self, runs: list[int]) -> list[int]:
+        """As :func:`dartfx.token_map.infer_layout.frame_lengths` of this call."""
+        return frame_lengths(self.named, runs)
 
     @property
     def media(self) -> list[str]:

@@ -6,7 +6,7 @@ model, pickled or by ``copy.deepcopy``, is an uncompiled model with its class's 
 
 from __future__ import annotations
 
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from dartfx.errors import SelectionError
 from dartfx.model.arguments import Arguments, brings_media
 from dartfx.model.compiled_model import Call, CompiledModel
 from dartfx.passes.refusal import Declined
+from dartfx.selection.quotas import frames_by
+from dartfx.token_map.infer_layout import frame_lengths
 
 __all__ = ["attach", "detach"]
 
@@ -80,7 +82,9 @@ class _Generate(_Attached):
         _require_one_chunk(model, args, kwargs)
         if self._static and not _names_a_cache(model, kwargs):
             kwargs["cache_implementation"] = "static"
-        result = self._own(model, *args, **kwargs)
+        # It passes the pictures' features to the call, without the sizes that say where frames end.
+        with frames_by(partial(frame_lengths, kwargs)):
+            result = self._own(model, *args, **kwargs)
         if model._compiled_call_impl is compiled and compiled.calls == before:
             declined = Declined(
                 f"{type(model).__name__}.generate runs a model inside this one and never calls "

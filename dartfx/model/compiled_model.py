@@ -153,7 +153,7 @@ class CompiledModel:
             self.reporting() as compiled,
             vision_mask.collect_masks() as noted,
             graph_runs.collect_runs() as runs,
-            call_budget.applied(self._model),
+            call_budget.applied(self._model, call.frame_lengths),
             vision_mask.text_of(self._model, call.named.get("input_ids") if call.media else None),
         ):
             result = self._run_by_kind(compiled, call)

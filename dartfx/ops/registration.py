@@ -120,6 +120,7 @@ def selection(
     queries: Tensor | None = None,
     quota: Sequence[int] | None = None,
     min_tokens: int = 1,
+    frames: bool = False,
     *,
     traced: bool = False,
 ) -> Tensor:
@@ -130,9 +131,7 @@ def selection(
         hidden, keys, vision_mask, valid_mask, queries, retain=retain, **pivots
     )
     validation.check_vision_tokens(vision_tokens, hidden)
-    unsupported = functools.partial(triton_launch.unsupported, hidden, keys, selector, **pivots)
-    if quota is not None:
-        unsupported = functools.partial(str, _NO_QUOTA)
+    unsupported = functools.partial(_not_served, hidden, keys, selector, quota, pivots)
     if choose_kernel(kernel, hidden.device, unsupported) == "triton":
         kept, fits = triton_launch.select(
             hidden, keys, vision_mask, valid_mask, vision_tokens, retain, traced=traced, **pivots
@@ -141,11 +140,24 @@ def selection(
         return keep_idx
     plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
     budget = torch.ops.dartfx.require_rows(plan.budget, plan.fits, TEXT_LOST)
-    optional = _optional_inputs(
-        selector, queries=queries, valid_mask=plan.text | vision_mask, most=_largest(plan, retain)
-    )
+    given = {"queries": queries, "valid_mask": plan.text | vision_mask}
+    quotas = None if quota is None else (quota, min_tokens, frames)
+    optional = _optional_inputs(selector, {**given, "most": _largest(plan, retain)}, bool(quotas))
     inputs = hidden, keys, vision_mask, plan.text_after, budget
-    return keep_positions(plan, _kept(selector, inputs, pivots, optional, quota, min_tokens))
+    return keep_positions(plan, _kept(selector, inputs, pivots, optional, quotas))
+
+
+def _not_served(
+    hidden: Tensor,
+    keys: Tensor,
+    selector: str,
+    quota: Sequence[int] | None,
+    pivots: Mapping[str, int],
+) -> str:
+    """What about the inputs the kernels do not serve; empty where they do."""
+    if quota is not None:
+        return _NO_QUOTA
+    return triton_launch.unsupported(hidden, keys, selector, **pivots)
 
 
 def _kept(
@@ -153,14 +165,13 @@ def _kept(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     pivots: Mapping[str, int],
     optional: Mapping[str, Any],
-    quota: Sequence[int] | None,
-    min_tokens: int,
+    quotas: tuple[Sequence[int], int, bool] | None,
 ) -> Tensor:
     """The vision tokens that a selector keeps, of each row or of each image, [B, S] bool."""
-    if quota is not None:
+    if quotas is not None:
         of_images: Tensor = torch.ops.dartfx.select_spans(
             *(*inputs, optional.get("queries"), optional.get("valid_mask")),
-            *(*pivots.values(), selector, quota, min_tokens),
+            *(*pivots.values(), selector, *quotas),
         )
         return of_images
     kept = registry.get_selector(selector)(*inputs, **pivots, **optional)
@@ -175,15 +186,15 @@ def _largest(plan: BatchPlan, retain: Size) -> Size:
     return smaller(retain, plan.length) if alone else plan.length
 
 
-def _optional_inputs(selector: str, **optional: Tensor | Size | None) -> dict[str, Any]:
-    """Those of the optional inputs that the selector asks for by name."""
-    given = {}
-    for name in registry.optional_inputs(selector):
-        value = optional[name]
-        if value is None:
+def _optional_inputs(selector: str, given: Mapping[str, Any], spans: bool) -> dict[str, Any]:
+    """Those of the given inputs that the selector asks for by name."""
+    asked = registry.optional_inputs(selector)
+    if "before" in asked and not spans:
+        raise validation.fail("quota", f"must be 'frame' or 'image' for selector {selector!r}")
+    for name in asked:
+        if given.get(name, name) is None:
             raise validation.fail(name, f"must be given: selector {selector!r} asks for them")
-        given[name] = value
-    return given
+    return {name: given[name] for name in asked if name in given}
 
 
 def checked(kept: Tensor, vision_mask: Tensor, budget: Tensor, who: str) -> Tensor:
@@ -211,7 +222,8 @@ _select_tokens = custom_op(
     schema=(
         "(Tensor hidden, Tensor keys, Tensor vision_mask, Tensor? valid_mask, "
         "SymInt vision_tokens, SymInt retain, int pivot_image_tokens, int pivot_text_tokens, "
-        "str selector, str kernel, Tensor? queries=None, int[]? quota=None, int min_tokens=1) "
+        "str selector, str kernel, Tensor? queries=None, int[]? quota=None, int min_tokens=1, "
+        "bool frames=False) "
         "-> Tensor"
     ),
 )

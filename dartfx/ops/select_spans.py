@@ -11,7 +11,7 @@ from torch.library import custom_op
 
 from dartfx.errors import SelectionError
 from dartfx.selection import registry
-from dartfx.selection.quotas import share_out, span_numbers
+from dartfx.selection.quotas import before_in_frames, share_out, span_numbers
 
 __all__ = ["select_spans"]
 
@@ -24,7 +24,7 @@ __all__ = ["select_spans"]
     schema=(
         "(Tensor hidden, Tensor keys, Tensor vision_mask, Tensor text_mask, Tensor budget, "
         "Tensor? queries, Tensor? valid_mask, int pivot_image_tokens, int pivot_text_tokens, "
-        "str selector, int[] quota, int min_tokens) -> Tensor"
+        "str selector, int[] quota, int min_tokens, bool frames) -> Tensor"
     ),
     tags=(torch.Tag.cudagraph_unsafe,),
 )
@@ -41,32 +41,32 @@ def select_spans(
     selector: str,
     quota: Sequence[int],
     min_tokens: int,
+    frames: bool,
 ) -> Tensor:
     """What the selector keeps of each span, together: [B, S] bool, ``budget[b]`` in row b.
 
     Arguments as of :class:`dartfx.selection.registry.Selector` and
     :func:`dartfx.selection.quotas.share_out`.  Raises SelectionError where they do not fit.
     """
-    spans = span_numbers(vision_mask)
+    spans = span_numbers(vision_mask, frames)
     budgets = share_out(spans, budget, quota, min_tokens)
-    given = {"queries": queries, "valid_mask": valid_mask, "most": int(budgets.max())}
+    most, before = int(budgets.max()), before_in_frames(spans)
+    given = {"queries": queries, "valid_mask": valid_mask, "most": most, "before": before}
     keywords: dict[str, Any] = {name: given[name] for name in registry.optional_inputs(selector)}
-    # What a selector of dartfx ranks by depends on no other positions, unless it reads attention.
+    # What a selector of dartfx ranks by depends on no other positions, unless it asks for them.
     narrow = keywords.keys() <= {"most"} and registry.is_exact(selector)
     keywords.update(pivot_image_tokens=pivot_image_tokens, pivot_text_tokens=pivot_text_tokens)
     kept = torch.zeros_like(vision_mask)
     for number in range(budgets.shape[1]):
         members, share = spans == number, budgets[:, number]
-        near = (members | text_mask).any(0) if narrow else torch.ones_like(members[0])
-        at = near.nonzero()[:, 0]
+        at = ((members | text_mask).any(0) | (not narrow)).nonzero()[:, 0]
         chosen = registry.get_selector(selector)(
             *(hidden.index_select(1, at), keys.index_select(2, at)),
             *(members.index_select(1, at), text_mask.index_select(1, at), share),
             **keywords,
         )
-        whole = torch.zeros_like(kept).index_copy(1, at, chosen)
+        kept |= (whole := torch.zeros_like(kept).index_copy(1, at, chosen))
         _require_budget(whole, members, share, selector, number)
-        kept |= whole
     return kept
 
 

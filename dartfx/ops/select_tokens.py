@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import dartfx.ops.registration  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
+from dartfx.errors import SelectionError
 from dartfx.ops.validation import check_arguments, fail
 from dartfx.selection.quotas import quota_arguments
 
@@ -48,16 +49,25 @@ def select_tokens(
 
     Raises SelectionError for arguments of the wrong rank, shape, dtype, device or range, for text
     or quotas that do not fit a row, and for queries that are missing; ConfigError for an unknown
-    selector or kernel; KernelUnavailableError for a kernel that cannot run here.
+    selector or kernel; KernelUnavailableError for one that cannot run here.
     """
     pivots = {"pivot_image_tokens": pivot_image_tokens, "pivot_text_tokens": pivot_text_tokens}
     check_arguments(hidden, keys, vision_mask, valid_mask, queries, retain=retain, **pivots)
+    _check_quota(quota, retain)
     vision_tokens = _read_vision_tokens(vision_mask, valid_mask, retain)
     options = *pivots.values(), selector, kernel, queries, *quota_arguments(quota, min_tokens)
-    keep_idx: Tensor = torch.ops.dartfx.select_tokens(
-        hidden, keys, vision_mask, valid_mask, vision_tokens, retain, *options
-    )
+    given = hidden, keys, vision_mask, valid_mask, vision_tokens, retain
+    keep_idx: Tensor = torch.ops.dartfx.select_tokens(*given, *options)
     return keep_idx
+
+
+def _check_quota(quota: str | Sequence[int], retain: int) -> None:
+    # What exceeds a row's budget is found where budgets are known.
+    if not isinstance(quota, str) and sum(quota) < retain:
+        raise SelectionError(
+            f"quota={list(quota)} adds up to {sum(quota)}, but retain is {retain}; give numbers "
+            "that add up to it"
+        )
 
 
 def _read_vision_tokens(vision_mask: Tensor, valid_mask: Tensor | None, retain: int) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dartfx import compat
 from dartfx.errors import SelectionError
 from dartfx.passes.graph import Size
+from dartfx.selection.quotas import FrameLengths, frames_by
 
 __all__ = ["BudgetDispatcher", "CallBudget", "active", "applied", "not_honoured", "requested_for"]
 
@@ -87,11 +88,15 @@ def requested_for(model: object, budget: CallBudget) -> Iterator[None]:
 
 
 @contextmanager
-def applied(model: object) -> Iterator[None]:
-    """Run graphs of ``model``, with the budget that was requested for it, if any."""
+def applied(model: object, lengths: FrameLengths) -> Iterator[None]:
+    """Run graphs of ``model``, with the budget that was requested for it, if any.
+
+    lengths: of the frames of this call, for budgets by frame.
+    """
     token = _active.set(_requested.get().get(id(model)))
     try:
-        yield
+        with frames_by(lengths):
+            yield
     finally:
         _active.reset(token)
 

@@ -1,32 +1,112 @@
 """Budgets for each image of a row: spans of the vision mask, and how many tokens each keeps.
 
 A span is a run of vision tokens without another token in between: an image, a tile or a frame where
-the prompt sets text between them.
+the prompt sets text between them.  With quota="frame" a run is cut where a frame ends, which only
+the arguments of the call say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from dartfx.errors import SelectionError
 
-__all__ = ["quota_arguments", "share_out", "span_numbers", "split_budget"]
+__all__ = [
+    "FrameLengths",
+    "before_in_frames",
+    "frames_by",
+    "quota_arguments",
+    "share_out",
+    "span_numbers",
+    "split_budget",
+]
+
+FrameLengths = Callable[[list[int]], list[int]]
+"""Lengths of a batch's runs of vision tokens, in prompt order -> those of its frames."""
+
+_frame_lengths: ContextVar[FrameLengths | None] = ContextVar("dartfx_frames", default=None)
+
+
+@contextmanager
+def frames_by(lengths: FrameLengths) -> Iterator[None]:
+    """Let selections within it know where frames end.
+
+    Where ``lengths`` raises ValueError, what an outer ``frames_by`` knows holds: ``generate`` knows
+    more of the pictures than the calls that it makes.
+    """
+    outer = _frame_lengths.get()
+
+    def known(runs: list[int]) -> list[int]:
+        try:
+            return lengths(runs)
+        except ValueError:
+            if outer is None:
+                raise
+            return outer(runs)
+
+    token = _frame_lengths.set(known)
+    try:
+        yield
+    finally:
+        _frame_lengths.reset(token)
 
 
 def quota_arguments(quota: str | Sequence[int], min_tokens: int) -> tuple[object, ...]:
     """What the options ``quota`` and ``min_tokens`` add to the operator's arguments."""
     if quota == "joint":
         return ()
-    return ([] if isinstance(quota, str) else list(quota)), min_tokens
+    if isinstance(quota, str) and quota not in ("image", "frame"):
+        raise SelectionError(f"quota={quota!r} is none of 'joint', 'image', 'frame' and numbers")
+    return ([] if isinstance(quota, str) else list(quota)), min_tokens, quota == "frame"
 
 
-def span_numbers(vision_mask: Tensor) -> Tensor:
-    """For each vision token the number of its span in its row, -1 elsewhere: [B, S] to int64."""
-    before = torch.nn.functional.pad(vision_mask[:, :-1], (1, 0))
-    return torch.where(vision_mask, (vision_mask & ~before).cumsum(1) - 1, -1)
+def span_numbers(vision_mask: Tensor, frames: bool = False) -> Tensor:
+    """For each vision token the number of its span in its row, -1 elsewhere: [B, S] to int64.
+
+    frames: cut runs where the call's frames end.  Raises SelectionError where nothing says where.
+    """
+    first = vision_mask & ~torch.nn.functional.pad(vision_mask[:, :-1], (1, 0))
+    if frames:
+        first = first | _frame_starts(vision_mask, first)
+    return torch.where(vision_mask, first.cumsum(1) - 1, -1)
+
+
+def _frame_starts(vision_mask: Tensor, first: Tensor) -> Tensor:
+    lengths_of, total = _frame_lengths.get(), int(vision_mask.sum())
+    if lengths_of is None:
+        raise SelectionError(
+            "quota='frame' reads where frames end off the arguments of the call, and nothing "
+            "passed them on; compile with dartfx.compile, or take quota='image'"
+        )
+    starts = first[vision_mask].nonzero()[:, 0].tolist()
+    runs = [end - start for start, end in zip(starts, [*starts[1:], total], strict=True)]
+    try:
+        lengths = torch.tensor(lengths_of(runs))
+    except ValueError as error:
+        raise SelectionError(f"quota='frame', but {error}; or take quota='image'") from error
+    marks = torch.zeros(total, dtype=torch.bool)
+    marks[lengths.cumsum(0) - lengths] = True
+    return torch.zeros_like(vision_mask).masked_scatter(vision_mask, marks.to(vision_mask.device))
+
+
+def before_in_frames(spans: Tensor) -> Tensor:
+    """The position of each vision token's place in the span before, -1 without one: [B, S].
+
+    spans: as of :func:`span_numbers`.  A span has one before it if that is as long.
+    """
+    before = torch.full_like(spans, -1)
+    for row, numbers in enumerate(spans):
+        places = [(numbers == n).nonzero()[:, 0] for n in range(int(numbers.max()) + 1)]
+        for earlier, later in itertools.pairwise(places):
+            if len(earlier) == len(later):
+                before[row, later] = earlier
+    return before
 
 
 def split_budget(sizes: Tensor, budget: Tensor, least: Tensor) -> Tensor:
@@ -66,8 +146,11 @@ def share_out(spans: Tensor, budget: Tensor, quota: Sequence[int], min_tokens: i
         if least_of_row > kept:
             images = int((sizes[row] > 0).sum())
             raise SelectionError(
-                f"quota='image' with min_tokens={min_tokens} keeps at least {least_of_row} tokens "
-                f"of the {images} images of row {row}, but its budget is {kept}; raise "
+                f"quota={list(quota)} adds up to {least_of_row}, but the budget of row {row} is "
+                f"{kept}; give numbers that add up to it"
+                if quota
+                else f"quota='image' with min_tokens={min_tokens} keeps at least {least_of_row} "
+                f"tokens of the {images} images of row {row}, but its budget is {kept}; raise "
                 "retain_tokens (or lower reduction_ratio), or lower min_tokens"
             )
     return split_budget(sizes, budget, least)
@@ -82,6 +165,8 @@ def _require_quota(sizes: list[list[int]], quota: Sequence[int]) -> None:
                 "(runs of vision tokens); give one for each, or quota='image'"
             )
         for image, (size, wanted) in enumerate(zip(spans, quota, strict=False)):
+            if wanted < 1:
+                raise SelectionError(f"quota[{image}]={wanted} leaves nothing; give 1 or more")
             if wanted > size:
                 raise SelectionError(
                     f"quota[{image}]={wanted}, but image {image} of row {row} has only {size} "

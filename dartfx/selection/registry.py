@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from dartfx.errors import ConfigError
-from dartfx.selection import cover, fastv, simple, spread
+from dartfx.selection import changed, cover, fastv, simple, spread
 from dartfx.selection.dart import dart
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
 
 # What a selector is given only where its signature names it, keyword-only: what nobody asks for is
 # not carried into the compiled graph.
-OPTIONAL = ("queries", "valid_mask", "most")
+OPTIONAL = ("queries", "valid_mask", "most", "before")
 
 
 class Selector(Protocol):
@@ -55,6 +55,8 @@ class Selector(Protocol):
     a multiple of H, each key serving Hq / H of them in turn, and ``queries @ keys.T / sqrt(Dh)``
     are that layer's attention scores before its mask (and before a soft cap, where it has one).
     valid_mask: [B, S] bool, False at pads.
+    before: [B, S] int64, for a vision token the position of the same place in the frame before, -1
+    without one; under a quota by frames or images only.
     most: an int or SymInt that no budget exceeds, for loops that cannot read budgets on the host.
 
     It is traced once and compiled: shapes must not depend on values, and sizes may be symbolic.
@@ -247,6 +249,7 @@ def _code(code: CodeType) -> Iterator[bytes]:
             yield repr(constant).encode()
 
 
+_register("changed", needs_keys=False)(changed.changed)
 _register("cover", needs_keys=False)(cover.cover)
 _register("dart")(dart)
 _register("fastv", uses_key_norms_only=False)(fastv.fastv)

@@ -15,7 +15,7 @@ from typing import Any
 
 from dartfx.token_map.layout import Layout, merged
 
-__all__ = ["LayoutUnknown", "from_inputs"]
+__all__ = ["LayoutUnknown", "frame_lengths", "from_inputs"]
 
 Size = tuple[int, int]
 
@@ -53,6 +53,22 @@ def from_inputs(inputs: Mapping[str, Any], runs: Sequence[int]) -> list[Layout]:
     if [sum(len(x.cells) for x in found)] != [sum(runs)]:
         raise _unknown(f"the arguments' sizes do not explain {sum(runs)} vision tokens")
     return found
+
+
+def frame_lengths(inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
+    """How many vision tokens each frame of each video has, and each image; arguments as there.
+
+    A token without a cell, as a newline, counts to the frame in front of it.  Raises ValueError.
+    """
+    lengths: list[int] = []
+    for layout in from_inputs(inputs, runs):
+        view = None
+        for cell in layout.cells:
+            if cell is not None and cell.view != view:
+                view = cell.view
+                lengths.append(0)
+            lengths[-1] += 1
+    return lengths
 
 
 def _is_readable(inputs: Mapping[str, Any], name: str) -> bool:

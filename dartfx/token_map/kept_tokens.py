@@ -5,6 +5,7 @@ What compiled graphs return for it is in :mod:`dartfx.runtime.keep_idx`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,17 @@ class KeptTokens:
         """The image's own pivots, as indices of its vision tokens."""
         return tuple(pick.index for pick in self.picks if pick.index is not None)
 
+    @property
+    def by_view(self) -> tuple[int, ...]:
+        """How many tokens of each view were kept: frames of a video, overview and grid of tiles.
+
+        Empty where the layout is not known.  Tokens without a cell count nowhere.
+        """
+        if self.layout is None:
+            return ()
+        views = Counter(cell.view for cell in self.cells() if cell is not None)
+        return tuple(views[view] for view in range(len(self.layout.views)))
+
     def cells(self, layout: Layout | Sequence[int] | None = None) -> list[Cell | None]:
         """The grid cell of every kept token; None for a token without one (a newline).
 
@@ -84,6 +96,9 @@ class KeptTokens:
             f"  {'text' if p.index is None else 'image'} pivot at {p.position}: {len(p.kept)} kept"
             for p in self.picks
         ]
+        views = self.by_view
+        if len(views) > 1:
+            head += f", by frame or view: {', '.join(map(str, views))}"
         return "\n".join([head, *pivots])
 
 

@@ -10,7 +10,7 @@ import torch
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError, KernelUnavailableError
 from dartfx.ops import registration
-from dartfx.selection.registry import selector_names
+from dartfx.selection.registry import optional_inputs, selector_names
 
 
 def refused(options: dict[str, object], *words: str, mode: str | None = None) -> None:
@@ -55,7 +55,8 @@ def test_every_option_arrives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("selector", sorted(selector_names()))
 def test_every_registered_selector_is_valid(selector: str) -> None:
-    assert DartConfig(selector=selector).selector == selector
+    quota = "frame" if "before" in optional_inputs(selector) else "joint"
+    assert DartConfig(selector=selector, quota=quota).selector == selector
 
 
 def test_the_config_is_frozen_hashable_and_apart_from_the_callers_dict() -> None:

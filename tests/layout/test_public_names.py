@@ -68,8 +68,8 @@ ARGUMENTS = {
     "bench ranks": "--repeat",
     "diff": "--html dumps",
     "doctor": "--lowering --quick",
-    "eval": "--batch --jobs --json --layers --max-new-tokens --model --pictures --plot --questions "
-    "--quick --retain --retain-elsewhere --seeds --selectors --write",
+    "eval": "--batch --from --jobs --json --layers --max-new-tokens --model --pictures --plot "
+    "--questions --quick --retain --retain-elsewhere --seeds --selectors --write",
     "explain": "--device --dtype --dump --forward --image --layer --model --prompt "
     "--retain-tokens --selector --tokens",
     "families": "--json --list --lowering --new --quick --traces --write names",

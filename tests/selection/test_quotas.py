@@ -139,6 +139,7 @@ def test_numbers_for_each_image() -> None:
         (13, {"quota": "image", "min_tokens": 9}, "min_tokens=9 keeps at least 21.*budget is 13"),
         (13, {"quota": [9, 4]}, r"quota=\[9, 4\] has 2 numbers, but row 0 has 3 images"),
         (13, {"quota": [4, 4, 5]}, r"quota\[0\]=4, but image 0 of row 0 has only 3"),
+        (0, {"quota": "image"}, "keeps at least 3 tokens of the 3 images of row 0.*budget is 0"),
     ],
 )
 def test_budgets_that_do_not_fit(retain: int, options: dict[str, Any], said: str) -> None:
@@ -151,11 +152,12 @@ def test_budgets_that_do_not_fit(retain: int, options: dict[str, Any], said: str
     [
         ({"quota": "images"}, "quota cannot be 'images'.*did you mean 'image'"),
         ({"quota": []}, "quota must hold a number for each image"),
-        ({"quota": [4, -1]}, r"quota\[1\] must be an int, at least 0"),
+        ({"quota": [4, -1]}, r"quota\[1\] must be an int, at least 1, got -1"),
+        ({"quota": [4, 0]}, r"quota\[1\] must be an int, at least 1, got 0"),
         ({"quota": [4, 3], "retain_tokens": 6}, "adds up to 7, but retain_tokens=6"),
         ({"quota": [4, 3], "reduction_ratio": 0.5}, "reduction_ratio both set"),
         ({"quota": [4, 3], "layer": [1, 2], "retain_tokens": [9, 7]}, "layer names 2 cuts"),
-        ({"min_tokens": 4}, "min_tokens=4 has a meaning only with quota='image'"),
+        ({"min_tokens": 4}, "min_tokens=4 has a meaning only with quota='image' or"),
         ({"quota": "image", "kernel": "triton"}, "kernel='triton'.*quota='image'"),
     ],
 )
@@ -172,6 +174,17 @@ def test_numbers_are_the_budget_and_change_the_fingerprint() -> None:
     least = dartfx.DartConfig(retain_tokens=7, quota="image", min_tokens=2)
     prints = [c.fingerprint() for c in (numbers, plain_config, shared, least)]
     assert len(set(prints)) == 4
+
+
+def test_numbers_that_do_not_add_up_or_hold_nothing() -> None:
+    case = {**plain(B=1, S=60, retain=12), "vision_mask": torch.zeros(1, 60, dtype=torch.bool)}
+    case["vision_mask"][:, 4:20] = case["vision_mask"][:, 30:46] = True
+    with pytest.raises(SelectionError, match=r"quota=\[9, 4\] adds up to 13, but .*row 0 is 12"):
+        dartfx.select_tokens(**case, quota=[9, 4])
+    with pytest.raises(SelectionError, match=r"quota=\[9, 2\] adds up to 11, but retain is 12"):
+        dartfx.select_tokens(**case, quota=[9, 2])
+    with pytest.raises(SelectionError, match=r"quota\[1\]=0 leaves nothing"):
+        dartfx.select_tokens(**case, quota=[12, 0])
 
 
 def test_kernels_take_no_quota() -> None:

@@ -326,6 +326,30 @@ def test_a_smaller_picture_keeps_its_shape_and_about_the_number_of_tokens(
         smaller_inputs(processor, picture, "how many digits ?", tokens=128, of=500)
 
 
+def test_earlier_measures_are_shown_together(tmp_path: Path) -> None:
+    one, other = results((8, "abcd"), (3, "abcx"), (0, "xxxx")), results((3, "axcx"))
+    other.values[2, "cover", 3] = other.values.pop((2, "dart", 3))
+    other.tokens[2, "cover", 3] = 4
+    questions, parts = one.questions, [json.loads(as_lines(e.as_json())) for e in (one, other)]
+    made = Results.of_json(questions, parts)
+    assert made.as_json()["settings"] == [*parts[0]["settings"], *parts[1]["settings"]]
+    assert len(made.as_json()["made_with"]) == 2
+    again = Results.of_json(questions, [json.loads(as_lines(made.as_json()))])
+    assert again.as_json() == made.as_json()
+    one.add((2, "cover", 3), 0, score(questions, answered("abcd"), answered("axcx")))
+    one.tokens[2, "cover", 3] = 4
+    assert made.differences((2, "cover", 3), "dart") == one.differences((2, "cover", 3), "dart")
+    assert made.as_markdown() == one.as_markdown()
+    with pytest.raises(InputError, match="no file has a setting that keeps all 8 vision tokens"):
+        Results.of_json(questions, parts[1:])
+    with pytest.raises(InputError, match="unpruned differ"):
+        Results.of_json(questions, [parts[0], {**parts[1], "unpruned": {}}])
+    arguments = parsed("--from", str(tmp_path / "none.json"))
+    arguments.questions = ROOT / evaluate.QUESTIONS
+    with pytest.raises(InputError, match="cannot read"):
+        evaluate.run(arguments)
+
+
 def test_a_rival_with_another_number_of_tokens_is_shown_with_it() -> None:
     made = results((3, "abcd"))
     questions = made.questions

@@ -8,17 +8,20 @@ accuracy, exact agreement with the unpruned answers, and the divergence of the f
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from dartfx.errors import InputError
 from dartfx.integrations.outputs import check_file
-from dartfx.selection.registry import BUILT_IN
+from dartfx.selection.registry import BUILT_IN, optional_inputs
 from dartfx.tools.evaluate import selectors  # noqa: F401  (registers what dart is compared with)
 from dartfx.tools.evaluate.answers import MERGED, Choice
 from dartfx.tools.evaluate.downsample import DOWNSAMPLED
+from dartfx.tools.evaluate.questions import load
 from dartfx.tools.evaluate.results import Results, as_lines
 from dartfx.tools.evaluate.scores import MEAN, score
 from dartfx.tools.evaluate.work import Asker, Task, answers
@@ -30,7 +33,7 @@ HELP = "measure what pruning costs in answers"
 MODEL = Path("examples/tiny_vlm/model")
 QUESTIONS = Path("examples/tiny_vlm/heldout/questions.jsonl")
 QUICK = {"pictures": 32, "selectors": ["dart"], "retain": [576, 192, 0], "layers": [2]}
-KNOWN = [*BUILT_IN, "key_norm", DOWNSAMPLED]
+KNOWN = [n for n in BUILT_IN if "before" not in optional_inputs(n)] + ["key_norm", DOWNSAMPLED]
 # DART first.
 SELECTORS = [
     *("dart", "random", "uniform", "tiled", "fastv", "cover", "relevant", "spread"),
@@ -60,6 +63,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=32, help="prompts at once (%(default)s)")
     add("--max-new-tokens", type=int, default=8, help="of an answer (%(default)s)")
     add("--jobs", type=int, default=1, help="processes, each with the model (%(default)s)")
+    add(
+        "--from",
+        dest="earlier",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="show what these measures, written by --json, found together, and measure nothing",
+    )
     add("--json", type=Path, metavar="FILE", help="write everything as JSON")
     add("--write", type=Path, metavar="FILE", help="write the tables as Markdown")
     add("--plot", type=Path, metavar="FILE", help="draw accuracy over tokens; needs matplotlib")
@@ -74,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     if problem:
         print(problem, file=sys.stderr)
         return 2
-    results = _measure(arguments)
+    results = _measured_before(arguments) if arguments.earlier else _measure(arguments)
     print(results.as_markdown())
     if arguments.plot:
         from dartfx.tools.evaluate.plot import draw
@@ -99,6 +111,19 @@ def _problem(arguments: argparse.Namespace) -> str | None:
     if arguments.plot and find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install 'dartfx[eval]'"
     return None
+
+
+def _measured_before(arguments: argparse.Namespace) -> Results:
+    questions = load(arguments.questions, arguments.pictures)
+    entries = []
+    for path in arguments.earlier:
+        try:
+            entries.append(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise InputError("from", f"cannot read {str(path)!r}: {error}") from error
+    results = Results.of_json(questions, entries)
+    _write(arguments, results)
+    return results
 
 
 def _measure(arguments: argparse.Namespace) -> Results:

@@ -42,7 +42,7 @@ def _panel(panel: Any, results: Results, layer: int, kind: str) -> None:
     panel.axhline(100 * full, color="black", linewidth=0.8, label="unpruned")
     guess = chance(results.questions)[kind]
     panel.axhline(100 * guess, color="grey", linestyle=":", label="commonest answer")
-    keys = sorted(k for k in results.values if k[0] == layer)
+    keys = sorted(k for k in results.settings() if k[0] == layer)
     for selector in dict.fromkeys(key[1] for key in keys):
         line = [k for k in keys if k[1] == selector and 0 < k[2] < results.vision_tokens]
         points = [results.figures(k, "accuracy")[kind] for k in line]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import dartfx
+from dartfx.errors import InputError
 from dartfx.tools.evaluate.questions import Question
 from dartfx.tools.evaluate.scores import MEAN, METRICS, Figure, Sample, chance
 
@@ -36,7 +37,8 @@ class Results:
 
     vision_tokens: of each prompt.  full: accuracy of the unpruned model, [questions].  values: by
     layer, selector and retained tokens, the metrics of each seed, [questions].  tokens: how many
-    there were instead, where a picture could not be resized to that number.
+    there were instead, where a picture could not be resized to that number.  earlier: settings
+    that were measured before, as in JSON, and made_before with what.
     """
 
     questions: Sequence[Question]
@@ -44,6 +46,8 @@ class Results:
     full: Tensor
     values: dict[Key, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     tokens: dict[Key, float] = field(default_factory=dict)
+    earlier: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    made_before: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.sample = Sample(self.questions)
@@ -52,12 +56,51 @@ class Results:
         """Takes in what one setting gave with one seed, [questions] each."""
         self.values.setdefault(key, {})[seed] = metrics
 
+    @classmethod
+    def of_json(cls, questions: Sequence[Question], entries: Sequence[dict[str, Any]]) -> Results:
+        """Earlier measures of these questions together; of a setting in several the last counts.
+
+        entries: what :meth:`as_json` gave.  Raises InputError where they are of other questions or
+        another model, and where none has a setting that keeps all tokens.
+        """
+        entry = entries[0]
+        total = entry["vision_tokens"]
+        settings = {
+            (each["layer"], each["selector"], each["retained"]): each
+            for one in entries
+            for each in one["settings"]
+        }
+        whole = (each for (_, _, kept), each in settings.items() if kept == total)
+        full = [each["right_by_seed"]["0"] for each in whole]
+        if not full:
+            raise InputError("from", f"no file has a setting that keeps all {total} vision tokens")
+        made = cls(questions, total, _from_bits(full[0], len(questions)))
+        made.earlier = settings
+        made.tokens = {k: e["vision_tokens"] for k, e in settings.items() if "vision_tokens" in e}
+        mine = made.as_json()
+        for one in entries:
+            for name in ("pictures", "questions", "vision_tokens", "unpruned"):
+                if one[name] != mine[name]:
+                    raise InputError("from", f"{name} differ: {one[name]} and {mine[name]}")
+            before = one["made_with"]
+            made.made_before += before if isinstance(before, list) else [before]
+        return made
+
+    def settings(self) -> list[Key]:
+        """All settings, those measured before first."""
+        return [*self.earlier, *self.values]
+
     def mean(self, key: Key, metric: str) -> Tensor:
-        """A metric's mean over seeds, [questions]."""
+        """A metric's mean over seeds, [questions]; accuracy alone of what was measured before."""
+        if key in self.earlier:
+            bits = self.earlier[key]["right_by_seed"].values()
+            return torch.stack([_from_bits(each, len(self.questions)) for each in bits]).mean(0)
         return torch.stack([metrics[metric] for metrics in self.values[key].values()]).mean(0)
 
     def figures(self, key: Key, metric: str) -> dict[str, Figure]:
         """A metric by type."""
+        if key in self.earlier:
+            return {kind: Figure(*ends) for kind, ends in self.earlier[key][metric].items()}
         return self.sample.figures(self.mean(key, metric))
 
     def differences(self, key: Key, selector: str) -> dict[str, Figure]:
@@ -71,21 +114,24 @@ class Results:
         At their layers the answers were read off before the cut, whatever is dropped there.
         """
         bound = chance(self.questions)[MEAN] + SEES_NOTHING
-        none = [key for key in self.values if key[2] == 0]
+        none = [key for key in self.settings() if key[2] == 0]
         return [key for key in none if self.figures(key, "accuracy")[MEAN].value > bound]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, ready for :func:`as_lines`."""
         kinds = [q.type for q in self.questions]
         return {
-            "made_with": _made_with(),
+            "made_with": [*self.made_before, _made_with()] if self.values else self.made_before,
             "pictures": self.sample.pictures,
             "questions": {kind: kinds.count(kind) for kind in self.sample.types},
             "vision_tokens": self.vision_tokens,
             "chance": chance(self.questions),
             "unpruned": _as_json(self.sample.figures(self.full)),
             "void_layers": [key[0] for key in self.void()],
-            "settings": [self._setting_as_json(key) for key in self.values],
+            "settings": [
+                *self.earlier.values(),
+                *(self._setting_as_json(key) for key in self.values),
+            ],
         }
 
     def _setting_as_json(self, key: Key) -> dict[str, Any]:
@@ -99,12 +145,12 @@ class Results:
     def as_markdown(self) -> str:
         """Tables of every metric for each layer, then each selector against the first."""
         parts = [self._without_vision()]
-        for layer in dict.fromkeys(key[0] for key in self.values):
-            keys = sorted((k for k in self.values if k[0] == layer), key=lambda k: -k[2])
+        for layer in dict.fromkeys(key[0] for key in self.settings()):
+            keys = sorted((k for k in self.settings() if k[0] == layer), key=lambda k: -k[2])
             for metric in METRICS:
                 parts.append(self._table(layer, keys, metric))
             first = keys[0][1]
-            pairs = [k for k in keys if k[1] != first and (layer, first, k[2]) in self.values]
+            pairs = [k for k in keys if k[1] != first and (layer, first, k[2]) in self.settings()]
             if pairs:
                 title = f"Accuracy of {first} less that of the others, layer {layer}, points"
                 rows = [self._row(k, self.differences(k, first), 100, "+.1f") for k in pairs]
@@ -115,7 +161,7 @@ class Results:
         share = {kind: f"{100 * value:.1f}" for kind, value in chance(self.questions).items()}
         rows = [["commonest answer", "", *share.values()]]
         void = self.void()
-        for key in (k for k in self.values if k[2] == 0):
+        for key in (k for k in self.settings() if k[2] == 0):
             name = f"layer {key[0]}" + (": void" if key in void else "")
             rows += [[name, "0", *_cells(self.figures(key, "accuracy"), 100, ".1f")]]
         text = self._lines("Accuracy with no vision token left, %", rows)
@@ -165,6 +211,12 @@ def _bits(right: Tensor) -> str:
     bits = "".join(str(int(r)) for r in right.tolist())
     digits = -(-len(bits) // 4)
     return f"{int(bits.ljust(4 * digits, '0'), 2):0{digits}x}"
+
+
+def _from_bits(digits: str, number: int) -> Tensor:
+    """What :func:`_bits` gave of so many verdicts, [number] float64."""
+    bits = f"{int(digits, 16):0{4 * len(digits)}b}"[:number]
+    return torch.tensor([float(bit) for bit in bits], dtype=torch.float64)
 
 
 def as_lines(entry: dict[str, Any]) -> str:
