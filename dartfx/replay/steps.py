@@ -26,6 +26,7 @@ from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.request import Request
 from dartfx.passes.runner import Observer
 from dartfx.passes.site import Site
+from dartfx.replay.progress import Progress
 from dartfx.replay.run import copies, mask_present
 
 __all__ = ["UnknownPass", "after_pass", "bisect", "copy", "rewritten", "timed"]
@@ -83,13 +84,12 @@ def bisect(
     outcome, snapshots = _snapshots(module, config, caller)
     values = draw(module, recorded, seed)
     wanted = _outputs(module, values)
-    wrong = ""
-    for name, graph in snapshots:
-        try:
-            apart = _apart(wanted, _outputs(graph, values))
-            shown = f"largest difference {apart:.1e}"
-        except Exception as error:  # a wrong graph may fail in any way
-            apart, shown = float("inf"), f"fails: {str(error).splitlines()[0]}"
+    wrong, apart_after = "", []
+    with Progress("bisect", len(snapshots)) as progress:
+        for _, graph in snapshots:
+            apart_after.append(_tried(graph, values, wanted))
+            progress.step()
+    for (name, _), (apart, shown) in zip(snapshots, apart_after, strict=True):
         differs = not apart <= tolerance
         wrong = wrong or (name if differs else "")
         yield f"after {name:<12} {shown}{'  <- first above the tolerance' * (name == wrong)}"
@@ -100,6 +100,17 @@ def bisect(
         if wrong
         else (f"no pass changes the numbers by more than {tolerance:g}")
     )
+
+
+def _tried(
+    graph: GraphModule, values: Sequence[Any], wanted: Sequence[Tensor]
+) -> tuple[float, str]:
+    """How far a graph's outputs are from the wanted ones, and how to say it."""
+    try:
+        apart = _apart(wanted, _outputs(graph, values))
+    except Exception as error:  # a wrong graph may fail in any way
+        return float("inf"), f"fails: {str(error).splitlines()[0]}"
+    return apart, f"largest difference {apart:.1e}"
 
 
 def _snapshots(
@@ -139,14 +150,16 @@ def timed(
 def _median(function: Callable[..., Any], values: Sequence[Any], mask: RecordedMask | None
             ) -> float:  # fmt: skip
     taken = []
-    for _ in range(_RUNS + 1):
-        own = copies(values)
-        with mask_present(mask, own):
-            _wait(own)
-            start = time.perf_counter()
-            function(*own)
-            _wait(own)
-        taken.append(time.perf_counter() - start)
+    with Progress("time", _RUNS + 1) as progress:
+        for _ in range(_RUNS + 1):
+            own = copies(values)
+            with mask_present(mask, own):
+                _wait(own)
+                start = time.perf_counter()
+                function(*own)
+                _wait(own)
+            taken.append(time.perf_counter() - start)
+            progress.step()
     return statistics.median(taken[1:])
 
 
