@@ -18,7 +18,15 @@ from dartfx.observe.folders import KEPT, read_json
 from dartfx.observe.kept import kept_in_common
 from dartfx.observe.units import flops, in_bytes, seconds, short
 
-__all__ = ["Comparison", "Difference", "Pair", "compare", "facts", "kept_differences"]
+__all__ = [
+    "Comparison",
+    "Difference",
+    "Pair",
+    "collectives",
+    "compare",
+    "facts",
+    "kept_differences",
+]
 
 MOST_OPERATORS = 12  # of a pair of graphs; more say only that these are different graphs
 
@@ -192,16 +200,20 @@ def facts(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Difference]:
 
 def _collectives(*both: list[str]) -> Iterator[Difference]:
     """Where the order of collectives parts; a rank that waits for another there waits forever."""
-    one, other = ([called(name) for name in names if "wait_tensor" not in name] for names in both)
+    one, other = map(collectives, both)
     for number, (a, b) in enumerate(zip_longest(one, other, fillvalue="none"), start=1):
         if a != b:
             yield Difference(f"collective {number} (of {len(one)} and {len(other)})", a, b)
             return
 
 
-def called(name: str) -> str:
-    """``_c10d_functional.all_reduce.default`` -> ``all_reduce``."""
-    return name.split(".")[1] if "." in name else name
+def collectives(calls: list[str]) -> list[str]:
+    """The collectives' own names: ``_c10d_functional.all_reduce.default`` is ``all_reduce``.
+
+    Without the waits, of which each has one.
+    """
+    names = (call.split(".")[1] if "." in call else call for call in calls)
+    return [name for name in names if name != "wait_tensor"]
 
 
 def _plain(name: str, cut: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dartfx.observe.compare import Difference, facts, kept_differences
+from dartfx.observe.compare import Difference, collectives, facts, kept_differences
 from dartfx.observe.dumped import Graph, graphs, unpruned_calls
 from dartfx.observe.folders import write
 from dartfx.observe.html.templating import render
@@ -62,6 +62,7 @@ def index(directory: Path) -> str:
         processes=processes,
         left_out=left_out,
         ranks=_ranks(listed),
+        collectives=collectives,
         calls=unpruned_calls(directory),
     )
 
