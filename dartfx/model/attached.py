@@ -6,6 +6,10 @@ model, pickled or by ``copy.deepcopy``, is an uncompiled model with its class's 
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial, update_wrapper
 from typing import Any, cast
 
@@ -14,24 +18,29 @@ from torch import Tensor, nn
 from dartfx.errors import SelectionError
 from dartfx.model.arguments import Arguments, brings_media
 from dartfx.model.compiled_model import Call, CompiledModel
+from dartfx.model.target import replaced_call
 from dartfx.passes.refusal import Declined
+from dartfx.runtime import vision_mask
 from dartfx.selection.quotas import frames_by
 from dartfx.token_map.infer_layout import frame_lengths
 
 __all__ = ["attach", "detach"]
 
 
-def attach(model: nn.Module, compiled: CompiledModel, *, static: bool) -> None:
+def attach(
+    model: nn.Module, compiled: CompiledModel, *, static: bool, dynamic: bool | None = None
+) -> None:
     """Put what was compiled in the place of a model's call.
 
-    static: ``generate`` uses a static cache where its caller names none.
+    static: ``generate`` uses a static cache where its caller names none; dynamic: as in
+    ``torch.compile``, for models inside whose ``generate`` this model's calls.
     """
     detach(model)
     model._compiled_call_impl = compiled
     model.register_forward_pre_hook(_through_call)
     vars(model)[_REPLICATE] = _Replicate(model, compiled)
     if hasattr(type(model), "generate"):
-        vars(model)["generate"] = _Generate(model, compiled, static)
+        vars(model)["generate"] = _Generate(model, compiled, static, dynamic)
 
 
 def detach(model: nn.Module) -> None:
@@ -69,23 +78,34 @@ class _Attached:
 class _Generate(_Attached):
     """``generate`` with a static cache by default, and refusals of what cannot be pruned.
 
-    That is a prompt in chunks, and a model inside this one that it calls instead.
+    That is a prompt in chunks, and a model inside this one that it calls instead in another way
+    than by that one's ``generate``.
     """
 
-    def __init__(self, model: nn.Module, compiled: CompiledModel, static: bool) -> None:
+    def __init__(
+        self, model: nn.Module, compiled: CompiledModel, static: bool, dynamic: bool | None
+    ) -> None:
         super().__init__(model, compiled, "generate")
         self._static = static
+        inner = _generating_inside(model)
+        self._inside = None if inner is None else _GenerateInside(inner, compiled, dynamic)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, compiled = self.__self__, self._compiled
-        before = compiled.calls
+        before = self._calls()
         _require_one_chunk(model, args, kwargs)
         if self._static and not _names_a_cache(model, kwargs):
             kwargs["cache_implementation"] = "static"
-        # It passes the pictures' features to the call, without the sizes that say where frames end.
-        with frames_by(partial(frame_lengths, kwargs)):
+        with ExitStack() as stack:
+            if self._inside is not None:
+                stack.enter_context(_INSIDE)
+                stack.enter_context(vision_mask.text_of(model, kwargs.get("input_ids")))
+                stack.enter_context(self._inside.in_place())
+            # It passes the pictures' features to the call, without the sizes that say where frames
+            # end.
+            stack.enter_context(frames_by(partial(frame_lengths, kwargs)))
             result = self._own(model, *args, **kwargs)
-        if model._compiled_call_impl is compiled and compiled.calls == before:
+        if model._compiled_call_impl is compiled and self._calls() == before:
             declined = Declined(
                 f"{type(model).__name__}.generate runs a model inside this one and never calls "
                 "what was compiled",
@@ -95,6 +115,61 @@ class _Generate(_Attached):
             with compiled.reporting():
                 compiled.refuse(declined)
         return result
+
+    def _calls(self) -> int:
+        """Calls of what was compiled: this model, and the one inside."""
+        inside = 0 if self._inside is None else self._inside.compiled.calls
+        return self._compiled.calls + inside
+
+
+# A model inside is changed for the time of a call, so these calls wait for each other.
+_INSIDE = threading.RLock()
+
+
+def _generating_inside(model: nn.Module) -> nn.Module | None:
+    """The one model inside a model whose own ``generate`` may call that one's.
+
+    None where several may write (text, then speech): the later ones read what the first returns
+    by the prompt's positions.
+    """
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.GenerationMixin):
+        return None
+    if type(model).generate is transformers.GenerationMixin.generate:
+        return None  # which calls the model itself
+    found: dict[str, nn.Module] = {}
+    for path, inner in model.named_modules():
+        nested = any(path.startswith(f"{outer}.") for outer in found)
+        if path and not nested and isinstance(inner, transformers.GenerationMixin):
+            found[path] = inner
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+class _GenerateInside(_Attached):
+    """``generate`` of a model inside the compiled one, while that one's ``generate`` runs."""
+
+    def __init__(self, model: nn.Module, outer: CompiledModel, dynamic: bool | None) -> None:
+        self.compiled = CompiledModel.of(model, outer.config, dynamic)
+        self.compiled.history, self.compiled.budgeted = outer.history, outer.budgeted
+        super().__init__(model, self.compiled, "generate")
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Stand in for the model's own, unless something else does."""
+        attributes = vars(self.__self__)
+        if "generate" in attributes:
+            yield
+            return
+        attributes["generate"] = self
+        try:
+            yield
+        finally:
+            del attributes["generate"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, ids = self.__self__, kwargs.get("input_ids")
+        with replaced_call(model, self.compiled), vision_mask.text_of(model, ids):
+            return self._own(model, *args, **kwargs)
 
 
 def _require_one_chunk(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

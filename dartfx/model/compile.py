@@ -58,7 +58,7 @@ def compile(
     prepare_capturing(inner)
     compiled = CompiledModel.of(inner, config, dynamic)
     compiled.full_logits = logits == "full"
-    attach(inner, compiled, static=decode == "static")
+    attach(inner, compiled, static=decode == "static", dynamic=dynamic)
     return model
 
 

@@ -81,7 +81,7 @@ class CompiledModel:
         self.config = config
         self.full_logits = False  # whether calls return logits at the prompt's length
         self.calls, self.history = 0, History()
-        self._model = model
+        self._model = self.budgeted = model  # the one that dartfx.budget is given
         self._eager: Call = model._call_impl
         self._one_graph, self._with_breaks = one_graph, with_breaks
         self._breaks: dict[frozenset[str], GraphBreak | None] = {}
@@ -153,7 +153,7 @@ class CompiledModel:
             self.reporting() as compiled,
             vision_mask.collect_masks() as noted,
             graph_runs.collect_runs() as runs,
-            call_budget.applied(self._model, call.frame_lengths),
+            call_budget.applied(self.budgeted, call.frame_lengths),
             vision_mask.text_of(self._model, call.named.get("input_ids") if call.media else None),
         ):
             result = self._run_by_kind(compiled, call)

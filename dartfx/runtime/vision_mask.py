@@ -168,18 +168,20 @@ def compared(embeds: Tensor) -> MaskRecord | None:
     or none differ.  Reads the embeddings once (a host synchronisation on an accelerator).
     """
     text = _text.get()
-    if text is None or embeds.shape[:2] != text.ids.shape:
+    copies, rest = divmod(embeds.shape[0], text.ids.shape[0]) if text else (0, 0)
+    if text is None or rest or embeds.shape[1] != text.ids.shape[1]:
         return None
     weight: Any = text.embed.weight
     with torch.no_grad():
+        ids = text.ids.repeat_interleave(copies, 0)  # ``generate`` repeats rows for its beams
         # Placeholders may lie outside of the vocabulary.
-        plain = text.embed(text.ids.to(weight.device).clamp(0, weight.shape[0] - 1))
+        plain = text.embed(ids.to(weight.device).clamp(0, weight.shape[0] - 1))
         if not isinstance(plain, Tensor) or plain.shape != embeds.shape:
             return None
         differs = (embeds != plain.to(embeds.device)).any(-1)
         if bool(differs.all()):
             return None
-        ids, mask = text.ids.to(embeds.device), torch.zeros_like(differs)
+        ids, mask = ids.to(embeds.device), torch.zeros_like(differs)
         for token in torch.unique(ids[differs]).tolist():
             at = differs & (ids == token)
             rows = embeds[at]

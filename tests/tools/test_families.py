@@ -21,11 +21,8 @@ from tests.support.slow import slow
 
 # What cannot be pruned, and a part of the reason that is given. All others must be.
 REFUSED = {
-    "blip_2": "runs a model inside this one",
     "ernie4_5_vl_moe": "no whole decoder stack",  # its experts branch on the token types
     "florence2": "none of its",
-    "instructblip": "runs a model inside this one",
-    "instructblipvideo": "runs a model inside this one",
     "mllama": "none of its",
     "step3p7": "no whole decoder stack",  # its experts are a loop over those that were hit
 }
@@ -119,6 +116,8 @@ def test_a_prompt_without_an_image_is_silent(monkeypatch: pytest.MonkeyPatch) ->
         (["pruned", "pruned"], "pruned", True),
         (["refused", "refused"], "refused", True),
         (["pruned", "refused"], "partly", True),
+        (["unsure", "pruned", "pruned"], "partly", True),
+        (["unsure", "refused"], "unsure", True),
         (["pruned", "WRONG"], "WRONG", False),
         (["refused", "SILENT"], "SILENT", False),
         (["WRONG", "CRASH"], "CRASH", False),

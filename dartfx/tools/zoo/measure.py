@@ -69,9 +69,9 @@ class Result:
 
     @property
     def status(self) -> str:
-        """The worst of the calls; "partly" where some were pruned and some refused."""
+        """The worst of the calls; "partly" where some were pruned, others refused or unsure."""
         found = {call.status for call in self.calls.values()}
-        if found == {"pruned", "refused"}:
+        if "pruned" in found and {"pruned"} < found <= {"pruned", "refused", "unsure"}:
             return "partly"
         return max(found, key=_ORDER.index)
 
@@ -201,8 +201,7 @@ def _generate(family: Family, options: dict[str, Any], steps: int) -> Call:
     call = _told(reports, warned)
     logits = torch.stack(output.logits, 1)
     if call.status != "pruned":
-        with _quiet():  # a generate that dartfx.compile watches goes on warning
-            plain = family.model.generate(**inputs, **arguments)
+        plain = family.model.generate(**inputs, **arguments)
         return _compare(call, logits, torch.stack(plain.logits, 1))
     layout: Any = call.kv_layout if call.kv_layout == "uniform" else "layered"
     where = {**_where(family), "max_new_tokens": steps, "kv_layout": layout}
@@ -221,7 +220,7 @@ def _compiled(model: Any, options: dict[str, Any]) -> Iterator[Any]:
     try:
         yield dartfx.compile(model, **options)
     finally:
-        model._compiled_call_impl = None
+        dartfx.uncompile(model)
 
 
 @contextmanager
