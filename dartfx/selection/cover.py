@@ -95,28 +95,42 @@ def _take_covering(
 ) -> Tensor:
     stretches = _Stretches(members)
     shares = split_budget(stretches.sizes, budget, torch.zeros_like(stretches.sizes))
-    steps = int(shares.max()) if members.device.type == "cpu" else most
     vectors, weight = stretches.gather(units), stretches.gather(weights)
     # Not autocast to fewer bits: the order of gains is what is kept.
     with torch.autocast(units.device.type, enabled=False):
         alike = (vectors @ vectors.transpose(-1, -2)).nan_to_num(0)
-    weight = torch.where(stretches.filled, weight.nan_to_num(0), 0)[:, :, None]
-    covered = torch.zeros_like(weight)
-    free, kept = stretches.filled, torch.zeros_like(stretches.filled)
-    slot = torch.arange(free.shape[2], device=free.device)
+    weight = torch.where(stretches.filled, weight.nan_to_num(0), 0)
+    alike, weight = alike.flatten(0, 1), weight.flatten(0, 1)
+    free, share = stretches.filled.flatten(0, 1), shares.view(-1, 1)
+    # On the CPU one after the other: a stretch's cosines stay in the cache over its steps.
+    on_cpu, kept = members.device.type == "cpu", []
+    size = 1 if on_cpu else len(share)
+    for start in range(0, len(share), size):
+        at = slice(start, start + size)
+        steps = int(share[at]) if on_cpu else most
+        kept.append(_greedy(alike[at], weight[at], free[at], share[at], steps))
+    return stretches.scatter(torch.cat(kept).view_as(stretches.filled))
+
+
+def _greedy(alike: Tensor, weight: Tensor, free: Tensor, share: Tensor, steps: int) -> Tensor:
+    """The slots that each stretch keeps: [P, L] bool, ``share[p]`` of those that are free.
+
+    alike: [P, L, L] cosines.  weight: [P, L].  free: [P, L] bool.  share: [P, 1] int64.
+    """
+    covered, kept = torch.zeros_like(weight), torch.zeros_like(free)
+    slot = torch.arange(free.shape[1], device=free.device)
     for step in range(steps):
-        gain = ((alike - covered).clamp(min=0) * weight).sum(-1)
+        gain = (alike - covered[:, None]).clamp_(min=0).mul_(weight[:, None]).sum(-1)
         gain = torch.where(free, gain, -torch.inf)
         # Not argmax, which does not say which of equals it takes.
-        best = gain == gain.amax(-1, keepdim=True)
-        at = torch.where(best, slot, free.shape[2]).amin(-1, keepdim=True)
-        taken = (slot == at) & free & (step < shares)[:, :, None]
+        best = gain == gain.amax(1, keepdim=True)
+        at = torch.where(best, slot, free.shape[1]).amin(1, keepdim=True)
+        taken = (slot == at) & free & (step < share)
         kept, free = kept | taken, free & ~taken
-        nearest = alike.gather(2, at[..., None].expand(-1, -1, 1, free.shape[2]))
-        covered = torch.where(
-            taken.any(-1)[..., None, None], torch.maximum(covered, nearest), covered
-        )
-    return stretches.scatter(kept)
+        nearest = alike.gather(1, at[..., None].expand(-1, -1, free.shape[1]))[:, 0]
+        raised = torch.maximum(covered, nearest)
+        covered = torch.where(taken.any(1, keepdim=True), raised, covered)
+    return kept
 
 
 class _Stretches:
