@@ -56,6 +56,24 @@ def test_a_loss_outside_of_the_model_is_the_one_inside() -> None:
     torch.testing.assert_close(outside, model(**inputs, labels=labels).loss, **CLOSE)
 
 
+@torch.no_grad()
+def test_the_last_token_of_each_row_and_accuracy_over_labels_by_positions() -> None:
+    inputs = family("llava").make_inputs("ragged")
+    oracle = hooked.pruned_forward(family("llava").model, inputs, retain=RETAIN)
+    output = compiled(family("llava").model)(**inputs)
+    kept = dartfx.kept_positions(output)
+    assert kept is not None
+    places = torch.arange(inputs["input_ids"].shape[1])
+    last = (inputs["attention_mask"] * places).argmax(1, keepdim=True)
+    assert last.tolist() == oracle.keep_idx.gather(1, torch.searchsorted(kept, last)).tolist()
+    rows = torch.arange(len(last))
+    pooled = output.logits[rows, torch.searchsorted(kept, last)[:, 0]]
+    torch.testing.assert_close(pooled, oracle.logits[:, -1], **CLOSE)
+    labels = oracle.logits.argmax(-1)  # what the hook-pruned model says of each token that is left
+    full = torch.full(inputs["input_ids"].shape, -100).scatter(1, oracle.keep_idx, labels)
+    assert bool((output.logits.argmax(-1) == full.gather(1, kept)).all())
+
+
 class Embedder(nn.Module):
     """Pools the last valid token of a right-padded row."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 import dartfx
 from dartfx.tools.zoo import hooked
+from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
 from tests.support.tolerances import CLOSE, RETAIN
 
@@ -102,3 +104,51 @@ class Streamer:
 
     def end(self) -> None:
         pass
+
+
+def compilations() -> int:
+    return sum(report.pruned for report in dartfx.reports())
+
+
+def with_images(built: Family, count: int) -> dict[str, Any]:
+    """One prompt of ``count`` images with a word between them."""
+    ids = [2, 3]
+    for number in range(count):
+        ids += [*[built.image_token_id] * built.tokens_per_image, 10 + number]
+    pixels = torch.randn(count, 3, 56, 56, generator=torch.Generator().manual_seed(count))
+    return {"input_ids": torch.tensor([[*ids, 4, 5]]), "pixel_values": pixels}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_one_to_fifty_images() -> None:
+    """transformers splits LLaVA's features by image, in Python, so each number is compiled once."""
+    built = load("llava", layers=3)
+    plain = copy.deepcopy(built.model)
+    dartfx.compile(built.model, **OPTIONS)
+    for count in (1, 3, 50, 3):
+        inputs = with_images(built, count)
+        expected = hooked.pruned_forward(plain, inputs, retain=RETAIN).logits
+        torch.testing.assert_close(built.model(**inputs).logits, expected, **CLOSE)
+    assert compilations() == 3
+
+
+@torch.no_grad()
+def test_lengths_that_are_marked_dynamic_share_one() -> None:
+    built = load("llava", layers=3)
+    dartfx.compile(built.model, **OPTIONS)
+    for before in (3, 4, 9):
+        inputs = built.make_inputs("one", before=before)
+        del inputs["attention_mask"]
+        torch._dynamo.mark_dynamic(inputs["input_ids"], 1)
+        built.model(**inputs)
+    assert compilations() == 1
+
+
+def test_generate_without_a_cache_takes_three_at_most() -> None:
+    built = load("llava", layers=3)
+    dartfx.compile(built.model, **OPTIONS)
+    built.model.generate(
+        **built.make_inputs("one"), **ONCE | {"max_new_tokens": 6}, use_cache=False
+    )
+    assert 1 <= compilations() <= 3
