@@ -37,7 +37,7 @@ from dartfx.runtime.call_budget import BudgetDispatcher, CallBudget, not_honoure
 from dartfx.runtime.graph_breaks import with_graph_break
 from dartfx.runtime.graph_runs import NotedRun, warn_at_limit
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
-from dartfx.runtime.kept_positions import TakesShortened
+from dartfx.runtime.kept_positions import ShortCaches, TakesShortened
 from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer, compile_apart
 from dartfx.runtime.rank_agreement import Ranks
 from dartfx.runtime.vision_mask import LOST_ADVICE
@@ -95,14 +95,14 @@ def compile_graph(
     graph.dump.save_inputs(inputs)
     try:
         compiled = graph.compile_merge(inputs) if may_merge_features(graph.flat.graph) else None
-        if compiled is None:
-            compiled = graph.compile_without_merge(inputs)
+        compiled = compiled or graph.compile_without_merge(inputs)
         # A dispatcher notes by itself, since its runs differ: a mask comes with some of them only.
         if not isinstance(compiled, MaskDispatcher):
             compiled = NotedRun(compiled, graph.concerns_vision_tokens)
         if (caller.knows_positions or config.tokens) and not caller.can_retry_with_graph_breaks:
             compiled = TakesShortened(compiled, module.graph)
-        return compiled
+        short = not caller.gathers_decode_mask
+        return ShortCaches(compiled, module.graph, graph.reported) if short else compiled
     except compat.errors("RestartAnalysis"):
         # Dynamo traces the frame again and comes back with the graph that counts.
         graph.discard_reports()
@@ -184,8 +184,8 @@ class GraphCompiler:
         self.announce(outcome)
         added = return_keep_idx(module, tokens=self.config.tokens)
         lowered = compile_apart(module, self.lower)
-        compiled = lambda given, *args: lowered(given, *self.ranks.inputs(args))  # noqa: E731
-        return KeepIdxRecorder(compiled, added, self.dump.note_kept)
+        run: Compiled = lambda given, *args: lowered(given, *self.ranks.inputs(args))  # noqa: E731
+        return KeepIdxRecorder(run, added, self.dump.note_kept)
 
     def returns_keep_idx(self, outcome: Pruned, request: Request) -> bool:
         """Whether somebody outside of the pruned graph needs to know which tokens it kept."""
@@ -246,7 +246,7 @@ class GraphCompiler:
     @property
     def concerns_vision_tokens(self) -> bool:
         """Whether a report says what became of this graph's vision tokens."""
-        outcomes = [report.outcome for report in self.reported]
+        outcomes = (report.outcome for report in self.reported)
         return any(not isinstance(o, Unchanged) or o.all_retained for o in outcomes)
 
     def discard_reports(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dartfx.errors import SelectionError
 from dartfx.model.arguments import Arguments, brings_media
 from dartfx.model.compiled_model import Call, CompiledModel
+from dartfx.model.kv_cache import is_cache
 from dartfx.model.target import replaced_call
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import vision_mask
@@ -41,6 +42,7 @@ def attach(
     vars(model)[_REPLICATE] = _Replicate(model, compiled)
     if hasattr(type(model), "generate"):
         vars(model)["generate"] = _Generate(model, compiled, static, dynamic)
+        vars(model)[_PREPARE] = _PrepareInputs(model, compiled, _PREPARE)
 
 
 def detach(model: nn.Module) -> None:
@@ -49,7 +51,7 @@ def detach(model: nn.Module) -> None:
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _through_call:
             del model._forward_pre_hooks[key]
-    for name in ("generate", _REPLICATE):
+    for name in ("generate", _PREPARE, _REPLICATE):
         if isinstance(vars(model).get(name), _Attached):
             del vars(model)[name]
 
@@ -203,6 +205,29 @@ def _names_a_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
         or "cache_implementation" in given
         or getattr(settings, "cache_implementation", None) is not None
     )
+
+
+_PREPARE = "prepare_inputs_for_generation"
+
+
+class _PrepareInputs(_Attached):
+    """Slices off what a cache covers also in the first step of drafts, where transformers does not.
+
+    There it takes the whole conversation for new tokens (5.23).
+    """
+
+    def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        cache: Any = kwargs.get("past_key_values")
+        # Positions are of all tokens; a mask that hides none is not passed on.
+        every: Any = kwargs.get("position_ids", kwargs.get("attention_mask"))
+        if not args and kwargs.get(_NEW, 0) is None and is_cache(cache) and every is not None:
+            length, seen = input_ids.shape[1], cache.get_seq_length()
+            if every.shape[-1] == length and 0 < seen < length:
+                kwargs[_NEW] = length - int(seen)
+        return self._own(self.__self__, input_ids, *args, **kwargs)
+
+
+_NEW = "next_sequence_length"
 
 
 class _Replicate(_Attached):

@@ -121,18 +121,18 @@ class CompiledModel:
                     self.refuse(declined)
             return self._eager(*args, **kwargs)
         caches = [*call.caches, *filter(kv_cache.is_cache, vars(self._model).values())]
-        for kv in caches:
-            kv_cache.require_one_length(kv, call.tokens)
+        kv_cache.require_fitting(caches, call.tokens, self._model)
         empty = list(filter(kv_cache.is_empty_static, caches))
         if empty and self.config.kv_layout != "layered":
             return self._prefill_static(empty[0], call)
+        before = {id(kv): kv_cache.held_before(kv) for kv in caches if call.tokens != 1}
         with keep_idx.collect_keep_idx() as collected, kv_cache.fitting_masks(caches):
             result = self._call(_with_decode_masks(call, caches))
         caches += [value for _, value in leaves_of("", result) if kv_cache.is_cache(value)]
         masks = [value for name, value in call.leaves if _may_be_mask(name, value)]
-        for kv in {id(kv): kv for kv in caches}.values():
-            kept = [record.keep_idx for record in collected]
-            kv_cache.mark_pruned(kv, call.tokens, kept, masks)
+        kept = [record.keep_idx for record in collected]
+        for key, kv in {id(kv): kv for kv in caches}.items():
+            kv_cache.mark_pruned(kv, call.tokens, kept, masks, before.get(key, kv_cache.EMPTY))
         self.history.add_kept(collected)
         return restore_length(result, call.tokens) if self.full_logits else result
 

@@ -14,25 +14,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dartfx.errors import SelectionError
-from dartfx.runtime.pruned_layers import KeptColumns, PrunedLayer, make_pruned
+from dartfx.runtime.pruned_layers import KeptColumns, PrunedLayer, extended, make_pruned
 
 __all__ = [
+    "EMPTY",
+    "Held",
     "copy_into_static",
     "fit_mask",
     "fitting_masks",
+    "held_before",
     "held_tokens",
     "is_cache",
     "is_empty_static",
     "mark_pruned",
     "new_dynamic_cache",
     "pruned_length",
-    "require_one_length",
+    "require_fitting",
     "strip_static_slots",
 ]
 
@@ -52,62 +55,93 @@ def pruned_length(cache: Any) -> int:
     return max((layer.dropped for layer in pruned_layers(cache)), default=0)
 
 
-def require_one_length(cache: Any, tokens: int) -> None:
-    """Raise SelectionError where several tokens would continue a cache of the layout "layered".
+def require_fitting(caches: Sequence[Any], tokens: int, model: Any) -> None:
+    """Raise SelectionError where so many tokens cannot continue a pruned cache with this model.
 
-    transformers makes one mask for all layers, and their columns are not the same tokens.
+    Of the layout "layered" only one can: transformers makes one mask for all layers, and their
+    columns are not the same tokens.
     """
-    if tokens > 1 and any(layer.kept is None for layer in pruned_layers(cache)):
-        raise SelectionError(
-            f"{tokens} tokens continue a KV cache whose layers hold different tokens of a pruned "
-            'prompt (kv_layout="layered"), which no one mask fits. Compile with the default '
-            "kv_layout, or decode one token at a time"
-        )
+    for cache in filter(pruned_layers, caches):
+        get_decoder = getattr(model, "get_decoder", None)
+        depth = len(getattr(get_decoder(), "layers", ())) if callable(get_decoder) else 0
+        if 0 < depth < len(cache.layers):
+            raise SelectionError(
+                f"a pruned KV cache of {len(cache.layers)} layers came with a model of {depth} "
+                "layers; give each model the caches that it filled"
+            )
+        if tokens > 1 and any(map(_columns_differ, pruned_layers(cache))):
+            raise SelectionError(
+                f"{tokens} tokens continue a KV cache whose layers hold different tokens of a "
+                'pruned prompt (kv_layout="layered"), which no one mask fits. Compile with the '
+                "default kv_layout, or decode one token at a time"
+            )
+
+
+def _columns_differ(layer: PrunedLayer) -> bool:
+    return layer.kept is None or layer.kept.keep_idx is None
+
+
+class Held(NamedTuple):
+    """What a cache held before a call: columns and seen tokens by layer, and what was kept."""
+
+    columns: dict[int, int]
+    seen: dict[int, int]
+    kept: KeptColumns | None
+
+
+EMPTY = Held({}, {}, None)
+
+
+def held_before(cache: Any) -> Held:
+    """What a cache holds now."""
+    columns = _columns_by_layer(cache)
+    seen = {n: int(cache.layers[n].get_seq_length()) for n in columns}
+    return Held(columns, seen, next((each.kept for each in pruned_layers(cache)), None))
+
+
+def _columns_by_layer(cache: Any) -> dict[int, int]:
+    return {n: held for n, layer in enumerate(cache.layers) if (held := held_tokens(layer))}
 
 
 def mark_pruned(
-    cache: Any, tokens: int, keep_idx: Sequence[Tensor], masks: Sequence[Tensor] = ()
+    cache: Any,
+    tokens: int,
+    keep_idx: Sequence[Tensor],
+    masks: Sequence[Tensor] = (),
+    before: Held = EMPTY,
 ) -> None:
-    """Let the layers of a cache that began with this call know which tokens they lack.
+    """Let the layers of a cache that this call filled know which tokens they lack.
 
-    tokens: S; keep_idx: [B, S'] of each graph that returned it; masks: those of the call that
-    may be the prompt's, [B, S] or [B, 1, S, S].
+    tokens: S; keep_idx: [B, S'] of each graph that returned it; masks: those of the call that may
+    say which tokens are no pads, [B, columns] or [B, 1, S, columns].
     """
-    held = {n: length for n, layer in enumerate(cache.layers) if (length := held_tokens(layer))}
-    if not keep_idx or not held:
+    columns = _columns_by_layer(cache)
+    new = {n: held - before.columns.get(n, 0) for n, held in columns.items()}
+    new = {n: held for n, held in new.items() if held > 0}
+    if not keep_idx or not new:
         return
-    left, lengths = keep_idx[-1].shape[1], list(held.values())
+    left, lengths = keep_idx[-1].shape[1], list(new.values())
     if max(lengths) > tokens or lengths[-1] > left:  # the cache of another model, or an older one
         return
-    full = [length for n, length in held.items() if not _is_sliding(cache.layers[n])]
-    kept = None
-    if all(length == left for length in full):
-        kept = KeptColumns(tokens, keep_idx[-1], _valid(masks, tokens, keep_idx[-1]))
-    for n, length in held.items():
+    first = next(iter(new))
+    seen, past = before.seen.get(first, 0), before.columns.get(first, 0)
+    total = seen + tokens
+    kept = KeptColumns(total, None)
+    if all(held == left for n, held in new.items() if not _is_sliding(cache.layers[n])):
+        kept = extended(before.kept, seen, past, keep_idx[-1], tokens, masks)
+    for n, held in new.items():
         layer = cache.layers[n]
+        missing = tokens - (left if _is_sliding(layer) else held)
         if _is_sliding(layer):
-            layer.cumulative_length = tokens
-            make_pruned(cache.layers, n, tokens - left, kept)
-        elif length < tokens:
-            if isinstance(getattr(layer, "cumulative_length", None), int):
-                # Quantised layers count in Python, where the compiled call counted the prompt's.
-                layer.cumulative_length = length
-            make_pruned(cache.layers, n, tokens - length, kept)
+            layer.cumulative_length = total
+        elif isinstance(getattr(layer, "cumulative_length", None), int):
+            # Quantised layers count in Python, where the compiled call counted the prompt's.
+            layer.cumulative_length = columns[n]
+        make_pruned(cache.layers, n, getattr(layer, "dropped", 0) + missing, kept)
 
 
 def _is_sliding(layer: Any) -> bool:
     return bool(getattr(layer, "is_sliding", False))
-
-
-def _valid(masks: Sequence[Tensor], tokens: int, keep_idx: Tensor) -> Tensor | None:
-    """Which of the kept tokens [B, S'] are no pads, by the first mask of the prompt."""
-    for mask in masks:
-        if mask.ndim == 4 and mask.shape[-2:] == (tokens, tokens):
-            mask = mask[:, 0, -1]  # the last token sees all that are no pads
-            mask = mask if mask.dtype == torch.bool else mask == 0
-        if mask.shape == (keep_idx.shape[0], tokens):
-            return mask.bool().gather(1, keep_idx.to(mask.device))
-    return None
 
 
 def held_tokens(layer: Any) -> int | None:
@@ -146,10 +180,10 @@ def fit_mask(cache: Any, mask: Tensor, tokens: int) -> Tensor:
     former kind, so those of kept tokens go there, in the places of what was dropped are zeros.
     Raises SelectionError for another length or number of rows.
     """
-    layer = next((each for each in pruned_layers(cache) if each.kept is not None), None)
-    if layer is None or layer.kept is None:
+    layer = next(iter(pruned_layers(cache)), None)
+    if layer is None or layer.kept is None or layer.kept.keep_idx is None:
         return mask
-    kept, dropped = layer.kept, layer.dropped
+    kept, keep_idx, dropped = layer.kept, layer.kept.keep_idx.to(mask.device), layer.dropped
     if hasattr(layer, "max_cache_len") and mask.ndim == 4:
         return _without_pads(mask, kept)
     length = mask.shape[-1]
@@ -160,16 +194,15 @@ def fit_mask(cache: Any, mask: Tensor, tokens: int) -> Tensor:
             f"holds {seen - tokens - dropped} of {seen - tokens} tokens; give one of {seen} "
             f"columns, for all tokens, or of {seen - dropped}, for those that are left"
         )
-    if len(mask) != len(kept.keep_idx):
+    if len(mask) != len(keep_idx):
         raise SelectionError(
             f"an attention mask of {len(mask)} rows came with a cache that was pruned with "
-            f"{len(kept.keep_idx)} rows; give generate the batch as it will be decoded"
+            f"{len(keep_idx)} rows; give generate the batch as it will be decoded"
         )
-    keep_idx = kept.keep_idx.to(mask.device)
     if length == seen:
         if mask.ndim == 4:
             keep_idx = keep_idx[:, None, None].expand(*mask.shape[:3], -1)
-        old, new = mask[..., : kept.prompt], mask[..., kept.prompt :]
+        old, new = mask[..., : kept.tokens], mask[..., kept.tokens :]
         mask = torch.cat([old.gather(-1, keep_idx), new], -1)
     return mask if mask.ndim == 4 else torch.nn.functional.pad(mask, (dropped, 0))
 

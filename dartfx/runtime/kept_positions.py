@@ -18,7 +18,14 @@ from torch.fx import Graph, Node
 from dartfx.errors import SelectionError
 from dartfx.passes.graph import is_state, source_line
 
-__all__ = ["PositionsAfterCut", "TakesShortened", "kept_positions", "mark", "uses_of_positions"]
+__all__ = [
+    "PositionsAfterCut",
+    "ShortCaches",
+    "TakesShortened",
+    "kept_positions",
+    "mark",
+    "uses_of_positions",
+]
 
 _KEPT = "_dartfx_keep_idx"
 _INDEXES = {
@@ -135,3 +142,43 @@ class TakesShortened:
         if kept and isinstance(outputs, tuple | list):
             mark(outputs, next(iter(kept.values())))
         return outputs
+
+
+_SHORT = "_dartfx_short_cache"
+
+
+class ShortCaches:
+    """A graph of a bare ``torch.compile``, whose caller's KV caches do not know what they lack.
+
+    They look as long as what is left of the prompt in all layers, so positions of later tokens
+    come out too low, unless the caller gives them: a call without is refused, and so are several
+    tokens, of which transformers slices off what it takes for new.  reports: of this graph.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], graph: Graph, reports: Sequence[Any]) -> None:
+        self._compiled, self._reports = compiled, reports
+        inputs = enumerate(graph.find_nodes(op="placeholder"))
+        values = [(place, n.meta.get("example_value")) for place, n in inputs if not is_state(n)]
+        given = [(place, value) for place, value in values if isinstance(value, Tensor)]
+        self._caches = [place for place, value in given if _is_cache(value)]
+        self._integers = [place for place, value in given if value.dtype == torch.int64]
+
+    def __call__(self, *args: Any) -> Any:
+        short = any(getattr(args[place], _SHORT, False) for place in self._caches)
+        # Token ids and positions of one token.
+        if short and sum(args[place].shape[-1:] == (1,) for place in self._integers) < 2:
+            raise SelectionError(
+                "a bare torch.compile cannot let a KV cache know that pruning dropped tokens of "
+                "its prompt, and the call brings several tokens, or one without position_ids; "
+                "use dartfx.compile(model)"
+            )
+        outputs = self._compiled(*args)
+        layouts = (getattr(made.outcome, "kv_layout", "") for made in self._reports)
+        if isinstance(outputs, tuple | list) and (short or "uniform" in layouts):
+            for output in filter(_is_cache, outputs):
+                setattr(output, _SHORT, True)
+        return outputs
+
+
+def _is_cache(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()

@@ -7,6 +7,7 @@ Its sliding windows answer the two differently, and so do these.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,48 +17,96 @@ from torch import Tensor
 
 from dartfx.errors import SelectionError
 
-__all__ = ["KeptColumns", "PrunedLayer", "make_pruned"]
+__all__ = ["KeptColumns", "PrunedLayer", "extended", "make_pruned"]
 
 
 @dataclass(frozen=True)
 class KeptColumns:
-    """Which tokens of a prompt the first columns of a cache hold.
+    """Which tokens the first columns of a cache hold.
 
-    prompt: how many tokens it had; keep_idx: [B, S'] int64, positions in it, ascending; valid:
-    [B, S'] bool, false at pads, None where the prompt came without a mask.
+    tokens: how many tokens they stand for, all until the last image that was pruned; keep_idx:
+    [B, columns] int64, positions among them, ascending, None where layers hold different ones;
+    valid: [B, columns] bool, false at pads, None where all calls came without a mask.
     """
 
-    prompt: int
-    keep_idx: Tensor
-    valid: Tensor | None
+    tokens: int
+    keep_idx: Tensor | None
+    valid: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """How many columns these are; 0 where layers hold different ones."""
+        return 0 if self.keep_idx is None else self.keep_idx.shape[1]
 
     def rows(self, index: Tensor) -> KeptColumns:
         """The same for these rows of the batch."""
+        if self.keep_idx is None:
+            return self
         index = index.to(self.keep_idx.device)
         valid = None if self.valid is None else self.valid[index]
-        return KeptColumns(self.prompt, self.keep_idx[index], valid)
+        return KeptColumns(self.tokens, self.keep_idx[index], valid)
 
-    def without_last(self, tokens: int) -> KeptColumns:
-        """The same without the prompt's last tokens.
+    def first(self, tokens: int) -> KeptColumns:
+        """The same for the first tokens only.
 
-        Raises SelectionError where pruning dropped some of those.
+        Raises SelectionError where rows hold different numbers of them.
         """
-        length, keep_idx = self.prompt - tokens, self.keep_idx
-        left = keep_idx.shape[1] - tokens
-        tail = torch.arange(length, self.prompt, device=keep_idx.device)
-        if left < 0 or not bool((keep_idx[:, left:] == tail).all()):
+        keep_idx, left = self.keep_idx, None
+        if keep_idx is not None:
+            held = (keep_idx < tokens).sum(1).tolist()
+            left = held[0] if len(set(held)) == 1 else None
+        if keep_idx is None or left is None:
             raise SelectionError(
-                f"the KV cache cannot be cropped by the last {tokens} tokens of its prompt: some "
-                "were dropped by pruning; crop less, or compute the prompt again"
+                f"the KV cache cannot be cropped to {tokens} of the {self.tokens} tokens that were "
+                "pruned, since its rows or layers hold different ones of them; crop less, or "
+                "compute the prompt again"
             )
         valid = None if self.valid is None else self.valid[:, :left]
-        return KeptColumns(length, keep_idx[:, :left], valid)
+        return KeptColumns(tokens, keep_idx[:, :left], valid)
+
+
+def extended(
+    old: KeptColumns | None,
+    seen: int,
+    past: int,
+    keep_idx: Tensor,
+    tokens: int,
+    masks: Sequence[Tensor],
+) -> KeptColumns:
+    """Which tokens a cache holds after this call; seen, past: tokens and columns before it."""
+    rows, device = keep_idx.shape[0], keep_idx.device
+    start, parts = 0, []
+    if old is not None and old.keep_idx is not None:
+        start, parts = old.tokens, [old.keep_idx.to(device)]
+    between = torch.arange(start, seen, device=device).expand(rows, -1)
+    logical = torch.cat([*parts, between, keep_idx + seen], 1)
+    physical = torch.cat([torch.arange(past, device=device).expand(rows, -1), keep_idx + past], 1)
+    valid = _valid(masks, tokens, {seen + tokens: logical, past + tokens: physical})
+    if valid is None and old is not None and old.valid is not None:
+        later = logical.shape[1] - old.valid.shape[1]
+        valid = torch.nn.functional.pad(old.valid, (0, later), value=True)
+    return KeptColumns(seen + tokens, logical, valid)
+
+
+def _valid(masks: Sequence[Tensor], tokens: int, columns: dict[int, Tensor]) -> Tensor | None:
+    """Which of the columns left are no pads, by the first mask of the call.
+
+    columns: by a mask's length, which of its columns they are, [B, columns left].
+    """
+    for mask in masks:
+        if mask.ndim == 4 and mask.shape[-2] == tokens:
+            mask = mask[:, 0, -1]  # the last token sees all that are no pads
+            mask = mask if mask.dtype == torch.bool else mask == 0
+        chosen = columns.get(mask.shape[-1])
+        if chosen is not None and mask.ndim == 2 and len(mask) == len(chosen):
+            return mask.bool().gather(1, chosen.to(mask.device))
+    return None
 
 
 class PrunedLayer:
     """Mixin in front of a transformers cache layer, whose keys lack ``dropped`` tokens per row.
 
-    kept: of which tokens its first columns are; None where one mask cannot fit all layers.
+    kept: of which tokens its first columns are; None before anything was pruned.
     masks_fit: whether whoever calls the model gathers masks as the columns were.
     """
 
@@ -78,18 +127,20 @@ class PrunedLayer:
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: a negative number of them, or a positive number to be left."""
-        super().crop(-self._cropped(tokens_to_remove))  # type: ignore[misc]
+        super().crop(-self._cropped(tokens_to_remove)[1])  # type: ignore[misc]
         if self.keys is not None:
             # Views of another stride each time would be compiled for, one by one.
             self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
 
-    def _cropped(self, tokens_to_remove: int) -> int:
-        """How many tokens a crop removes, after it has been checked and kept columns forgotten."""
-        seen = int(self.get_seq_length())
+    def _cropped(self, tokens_to_remove: int) -> tuple[int, int]:
+        """How many tokens a crop leaves and how many columns it removes; those are forgotten."""
+        seen, kept = int(self.get_seq_length()), self.kept
         left = min(tokens_to_remove, seen) if tokens_to_remove > 0 else seen + tokens_to_remove
-        if self.kept is not None and left < self.kept.prompt:
-            self.kept = self.kept.without_last(self.kept.prompt - left)
-        return seen - left
+        if kept is None or left >= kept.tokens:
+            return left, seen - left
+        self.kept = kept.first(left)
+        self.dropped = left - self.kept.columns
+        return left, seen - kept.tokens + kept.columns - self.kept.columns
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -109,7 +160,7 @@ class PrunedLayer:
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.kept is not None:
+        if self.kept is not None and self.kept.keep_idx is not None:
             rows = torch.arange(self.kept.keep_idx.shape[0]).repeat_interleave(repeats)
             self.kept = self.kept.rows(rows)
 
@@ -149,9 +200,8 @@ class _PrunedSliding(PrunedLayer):
         return visible + query_length, self.cumulative_length - visible
 
     def crop(self, tokens_to_remove: int) -> None:
-        count = self._cropped(tokens_to_remove)
-        left = self.cumulative_length - count
-        super(PrunedLayer, self).crop(-count)  # type: ignore[misc]
+        left, columns = self._cropped(tokens_to_remove)
+        super(PrunedLayer, self).crop(-columns)  # type: ignore[misc]
         self.cumulative_length = left
 
 

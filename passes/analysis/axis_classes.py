@@ -44,6 +44,8 @@ class Axes:
         self._same: UnionFind = UnionFind()
         self._aligned: UnionFind = UnionFind()
         self._factors: dict[Var, tuple[Factor, ...]] = {}
+        self._parts: dict[Var, tuple[Var, ...]] = {}
+        self.equal_lengths: list[tuple[Size, Size]] = []  # which must be equal, though it's unknown
         self._prunable: set[tuple[Node, Var]] = set()
         self._recomputed: dict[Node, tuple[Node, ...]] = {}
         self._onward: dict[Var, set[Var]] = defaultdict(set)
@@ -73,7 +75,11 @@ class Axes:
         if type(size) is int and type(other_size) is int and size != other_size:
             raise AssertionError(f"a rule tied {a[0]} dim {a[1]} to {b[0]} dim {b[1]}")
         one, other = self.factors(a), self.factors(b)
+        parts, others = self.parts(a), self.parts(b)
         self._same.union(a, b)
+        self._unify_parts(parts, others)
+        if parts or others:
+            self._parts[self._same[a]] = parts or others
         self._unify_factors(one, other)
         if one or other:
             self._factors[self._same[a]] = one or other
@@ -118,6 +124,24 @@ class Axes:
             return ()
         known = self._factors.get(self._same[positive(var)], ())
         return tuple(f for factor in known for f in self.factors(factor) or (factor,))
+
+    def join(self, user: Node, var: Var, parts: tuple[Var, ...]) -> None:
+        """The dim of ``user`` is these dims one after the other (``P + S``)."""
+        for part in parts:
+            self.allow_pruning(user, part)
+        if not self.parts(var):
+            self._parts[self._same[positive(var)]] = tuple(map(positive, parts))
+
+    def _unify_parts(self, parts: tuple[Var, ...], others: tuple[Var, ...]) -> None:
+        """Two joined dims that are one axis; each layer's cache has a length of its own."""
+        if len(parts) == len(others):
+            lengths = zip(map(factor_length, parts), map(factor_length, others), strict=True)
+            self.equal_lengths += [pair for pair in lengths if not same_size(*pair)]
+
+    def parts(self, var: Var) -> tuple[Var, ...]:
+        """What a joined dim consists of, in order, which is not joined itself; or ()."""
+        known = self._parts.get(self._same[positive(var)], ())
+        return tuple(p for part in known for p in self.parts(part) or (part,))
 
     def follow_write(self, node: Node) -> None:
         """What an in-place call writes reaches its operand, and what that is a view of."""

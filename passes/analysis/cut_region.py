@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch.fx import Node
 
 from dartfx import compat
 from dartfx.passes.analysis.token_axes import TokenAxes, infer_axes
 from dartfx.passes.graph import (
-    aten,
     bases,
     downstream,
-    is_state,
     mutated_operands,
-    packet,
-    sizes,
-    tensor,
     without_gradient,
 )
 from dartfx.passes.op_sets import is_higher_order
@@ -35,6 +32,11 @@ class CutRegion:
         self.output = next(n for n in graph.nodes if n.op == "output")
         self.recompute()
         _refuse_opaque(self.nodes, self.axes)
+        if self.continues_cache:
+            # A guard on the cache: attention has one mask for all layers.
+            alike = [bool(one == other) for one, other in self.axes.axes.equal_lengths]
+            if not all(alike):
+                raise Refusal("the layers' caches hold different numbers of earlier tokens")
 
     def recompute(self) -> None:
         """Read the region off the graph again, after its outputs changed."""
@@ -45,6 +47,11 @@ class CutRegion:
             starts = [u for u in starts if u in self.site.stack.layer_of]
         reached = downstream(self.site.hidden.graph, starts)
         self.nodes = [n for n in reached if n.op != "output"]
+
+    @cached_property
+    def continues_cache(self) -> bool:
+        """Whether layers behind the cut attend to tokens that a cache held before this call."""
+        return any(map(self.axes.joined_dims, self.nodes))
 
     def anchor(self) -> Node:
         """The node that a selection is inserted before."""
@@ -79,13 +86,6 @@ def _refuse_opaque(nodes: list[Node], axes: TokenAxes) -> None:
                 node,
                 advice="the default DynamicCache",
             )
-        if _continues_cache(node, operand, axes):
-            raise Refusal(
-                "the call continues a KV cache that already holds tokens (a system prompt, an "
-                "earlier turn, a prefix), and tokens are dropped only of a prompt that starts one",
-                node,
-                advice="the whole conversation without past_key_values",
-            )
         if is_higher_order(node):
             raise Refusal(
                 f"torch.{node.target} is called with {operand}, which has the token axis, and what "
@@ -99,20 +99,3 @@ def _refuse_opaque(nodes: list[Node], axes: TokenAxes) -> None:
             node,
             advice="please report the operator; meanwhile this model runs unpruned",
         )
-
-
-def _continues_cache(node: Node, operand: Node, axes: TokenAxes) -> bool:
-    """Whether a call appends tokens [B, H, S, Dh] to what an input of the graph brings."""
-    if packet(node) is not aten.cat or len(sizes(operand)) != 4:
-        return False
-    for other in node.all_input_nodes:
-        ahead = [other] if not axes.dims(other) else []
-        while ahead:
-            ahead += (found := ahead.pop()).all_input_nodes
-            if found.op == "placeholder" and not is_state(found) and len(_shape(found)) == 4:
-                return True
-    return False
-
-
-def _shape(node: Node) -> tuple[object, ...]:
-    return tuple(sizes(node)) if tensor(node) is not None else ()

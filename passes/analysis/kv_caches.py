@@ -39,6 +39,8 @@ def plan_cache_layout(region: CutRegion, length: Size, request: Request) -> Cach
     site, axes, returned = region.site, region.axes, region.output.all_input_nodes
     sliding, wanted = sliding_caches(site, returned, axes), request.kv_layout
     width = window(sliding)
+    if region.continues_cache:
+        _require_known_columns(site, returned, axes, request)
     if width is not None and request.varies:
         raise Refusal(
             "sliding-window caches of one length or another are laid out by how many tokens are "
@@ -63,6 +65,25 @@ def plan_cache_layout(region: CutRegion, length: Size, request: Request) -> Cach
     return CacheLayout("uniform", caches, None, tuple(sliding))
 
 
+def _require_known_columns(
+    site: Site, returned: Iterable[Node], axes: TokenAxes, request: Request
+) -> None:
+    """Raise Refusal where nobody will know which tokens a continued cache's columns are."""
+    if not request.gathers_decode_mask:
+        raise Refusal(
+            "vision tokens come on a KV cache that already holds tokens (a system prompt, an "
+            "earlier turn, a prefix), which then could not say which of them it lacks",
+            advice="dartfx.compile, or the whole conversation without past_key_values",
+        )
+    for node in returned:
+        if packet(node) is aten.slice and axes.joined_dims(argument(node, "self")) == (2,):
+            raise Refusal(
+                "vision tokens come on sliding-window caches that already hold tokens",
+                node,
+                advice="the whole conversation without past_key_values",
+            )
+
+
 def kv_caches(site: Site, returned: Iterable[Node], axes: TokenAxes) -> dict[Node, int]:
     """Keys and values [B, H, S, Dh] of decoder layers among what a graph returns, by layer.
 
@@ -71,7 +92,9 @@ def kv_caches(site: Site, returned: Iterable[Node], axes: TokenAxes) -> dict[Nod
     return {
         node: site.stack.layer_of[node]
         for node in returned
-        if node in site.stack.layer_of and axes.dims(node) == (2,) and len(sizes(node)) == 4
+        if node in site.stack.layer_of
+        and (2,) in (axes.dims(node), axes.joined_dims(node))
+        and len(sizes(node)) == 4
     }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import operator
+from collections.abc import Callable, Collection
 from functools import cached_property
+from typing import Any, NamedTuple
 
 from torch.fx import Graph, Node
 
@@ -21,6 +23,16 @@ def infer_axes(graph: Graph, axes: Axes | None = None) -> Axes:
     for node in graph.nodes:
         axes.follow_write(node)
     return axes
+
+
+class Composed(NamedTuple):
+    """A dim made of the token axis and others: by products (``B * S``) or one after another.
+
+    combine: of two sizes; parts: dims and numbers, in memory order.
+    """
+
+    combine: Callable[[Any, Any], Any]
+    parts: tuple[Factor, ...]
 
 
 class TokenAxes:
@@ -65,6 +77,24 @@ class TokenAxes:
         found = range(len(sizes(node)))
         return tuple(d for d in found if not self.is_token(node, d) and self.factors(node, d))
 
+    def joined(self, node: Node, dim: int) -> tuple[Var, ...]:
+        """What a dim consists of that joins the token axis to earlier tokens of a cache, or ()."""
+        parts = self.axes.parts((node, dim))
+        return parts if any(map(self.is_token_factor, parts)) else ()
+
+    def joined_dims(self, node: object) -> tuple[int, ...]:
+        """The dims of a value along which the token axis follows other tokens."""
+        if not isinstance(node, Node) or tensor(node) is None:
+            return ()
+        return tuple(d for d in range(len(sizes(node))) if self.joined(node, d))
+
+    def composed(self, node: Node, dim: int) -> Composed | None:
+        """How a dim is made of the token axis and others; None for any other dim."""
+        if parts := self.joined(node, dim):
+            return Composed(operator.add, parts)
+        factors = self.factors(node, dim)
+        return Composed(operator.mul, factors) if factors else None
+
     def batch_dim(self, node: Node) -> int | None:
         """The dim that is, or broadcasts against, the batch; None when there is none."""
         tokens = self.dims(node)
@@ -83,7 +113,7 @@ class TokenAxes:
         """The first (user, operand) whose token axis the user's rule does not account for."""
         for node in nodes:
             for operand in node.all_input_nodes:
-                dims = (*self.dims(operand), *self.flat_dims(operand))
+                dims = (*self.dims(operand), *self.flat_dims(operand), *self.joined_dims(operand))
                 if any(not self.axes.allows_pruning(node, (operand, d)) for d in dims):
                     return node, operand
         return self.axes.stale(nodes)

@@ -214,15 +214,16 @@ def _product(shape: tuple, dims: list[int]) -> tuple:  # type: ignore[type-arg]
 
 @rule(*named("cat", "concat"))
 def cat(axes: Axes, node: Node, out: Node) -> None:
-    """Joined along one dim; an empty part joins nothing."""
+    """Joined along one dim, each part in its order; an empty part joins nothing."""
     dim = argument(node, "dim", 0) % len(sizes(out))
-    parts = list(argument(node, "tensors"))
-    full = [p for p in parts if not _is_empty(p)]
-    for part in parts:
+    full = [p for p in argument(node, "tensors") if not _is_empty(p)]
+    for part in argument(node, "tensors"):
         # torch lets an empty [0] join anything
         for d in range(len(sizes(out)) if len(sizes(part)) == len(sizes(out)) else 0):
             if d != dim or full == [part]:
                 axes.preserve(node, (part, d), (out, d))
+    if len(full) > 1:
+        axes.join(node, (out, dim), tuple((part, dim) for part in full))
 
 
 def _is_empty(part: Node) -> bool:

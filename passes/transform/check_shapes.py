@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import reduce
 
 import sympy
 from torch.fx import Graph, Node
@@ -52,12 +53,11 @@ def _expected(nodes: Sequence[Node], axes: TokenAxes, new_length: Size) -> Shape
 def _length(node: Node, dim: int, axes: TokenAxes, new_length: Size) -> sympy.Expr:
     if axes.is_token(node, dim):
         return expr(new_length)
-    product = sympy.Integer(1)
-    factors = axes.factors(node, dim)
-    for factor in factors:
-        size = new_length if axes.is_token_factor(factor) else factor_length(factor)
-        product = product * expr(size)
-    return product if factors else expr(sizes(node)[dim])
+    made = axes.composed(node, dim)
+    if made is None:
+        return expr(sizes(node)[dim])
+    lengths = (new_length if axes.is_token_factor(p) else factor_length(p) for p in made.parts)
+    return reduce(made.combine, map(expr, lengths))
 
 
 def _recompute(graph: Graph, nodes: Sequence[Node], shapes: Shapes) -> None:

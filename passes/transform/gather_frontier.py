@@ -20,9 +20,13 @@ say S, until ``check_shapes``::
 
 from __future__ import annotations
 
+import operator
+
+import sympy
 import torch
 from torch.fx import Node
 
+from dartfx.passes.analysis.axis_classes import Var, factor_length
 from dartfx.passes.analysis.cut_region import CutRegion
 from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.graph import (
@@ -30,6 +34,7 @@ from dartfx.passes.graph import (
     argument,
     aten,
     bases,
+    expr,
     is_one,
     mutated_operands,
     packet,
@@ -53,7 +58,8 @@ class Gatherer:
         self.axes = axes
         self.keep_idx = keep_idx
         self.done: dict[tuple[Node, State], Node] = {}
-        self._flat: Node | None = None
+        self._flat: dict[Node, Node] = {}
+        self._joined: dict[tuple[sympy.Expr, ...], Node] = {}
         self._flat_rows: Node | None = None
         nodes = list(keep_idx.graph.nodes)
         self._order = {n: i for i, n in enumerate(nodes)}
@@ -66,7 +72,8 @@ class Gatherer:
 
     def __call__(self, value: Node, anchor: Node) -> Node:
         """``value`` with its token dims gathered before ``anchor``; itself when it has none."""
-        dims, flat = self.axes.dims(value), self.axes.flat_dims(value)
+        joined = self.axes.joined_dims(value)
+        dims, flat = (*self.axes.dims(value), *joined), self.axes.flat_dims(value)
         if not dims and not flat:
             return value
         key = value, self._state(value, anchor)
@@ -80,7 +87,8 @@ class Gatherer:
 
     def crosses(self, value: Node) -> bool:
         """Whether the value has a token axis, in a dim of its own or not."""
-        return bool(self.axes.dims(value) or self.axes.flat_dims(value))
+        axes = self.axes
+        return bool(axes.dims(value) or axes.flat_dims(value) or axes.joined_dims(value))
 
     def _state(self, value: Node, anchor: Node) -> State:
         """The last write to the value before ``anchor``, and what turned gradients off there."""
@@ -104,12 +112,41 @@ class Gatherer:
 
     def _by_index(self, emit: Emitter, value: Node, dims: tuple[int, ...]) -> Node:
         """One row: the same positions for the whole tensor."""
-        if self._flat is None:
-            after = Emitter(self.keep_idx.next)
-            self._flat = after(aten.select.int, self.keep_idx, 0, 0)
-        for dim in dims:
-            value = emit(aten.index_select.default, value, dim, self._flat)
+        for dim, positions in [(d, self._positions(value, d)) for d in dims]:
+            if positions not in self._flat:
+                after = Emitter(positions.next)
+                self._flat[positions] = after(aten.select.int, positions, 0, 0)
+            value = emit(aten.index_select.default, value, dim, self._flat[positions])
         return value
+
+    def _positions(self, value: Node, dim: int) -> Node:
+        """Which positions of a dim stay, [B, any]: of a joined one all but the dropped tokens."""
+        parts = self.axes.joined(value, dim)
+        if not parts:
+            return self.keep_idx
+        lengths = tuple(expr(factor_length(part)) for part in parts)
+        if lengths not in self._joined:
+            self._joined[lengths] = self._join(parts)
+        return self._joined[lengths]
+
+    def _join(self, parts: tuple[Var, ...]) -> Node:
+        # Behind keep_idx, in order: each emission stands before the same node.
+        after, axes, found = Emitter(self.keep_idx.next), self.axes, []
+        start: int | Node = 0
+        for part in parts:
+            size = after.size(*axes.axes.earliest(part))
+            if axes.is_token_factor(part):
+                moved = type(start) is int and start == 0
+                found.append(
+                    self.keep_idx if moved else after(aten.add.Tensor, self.keep_idx, start)
+                )
+            else:
+                end = after.arithmetic(operator.add, start, size)
+                held = after(aten.arange.start, start, end, device=_device(self.keep_idx))
+                rows = after.size(self.keep_idx, 0)
+                found.append(after(aten.expand.default, held, [rows, size]))
+            start = after.arithmetic(operator.add, start, size)
+        return after(aten.cat.default, found, 1)
 
     def _by_flat_index(self, emit: Emitter, value: Node, flat: tuple[int, ...]) -> Node:
         """Batch and tokens in one dim: row b keeps positions b * S + keep_idx[b]."""
@@ -138,17 +175,17 @@ class Gatherer:
         batch = self.axes.batch_dim(value)
         if batch is None:
             raise Refusal("a value with a token axis but no batch dim crosses the cut", value)
-        rank = len(sizes(value))
-        rows, new_length = emit.size(self.keep_idx, 0), emit.size(self.keep_idx, 1)
+        rank, by_dim = len(sizes(value)), [(d, self._positions(value, d)) for d in dims]
+        rows = emit.size(self.keep_idx, 0)
         shape = [emit.size(value, d) for d in range(rank)]
         if is_one(sizes(value)[batch]):
             shape[batch] = rows
             value = emit(aten.expand.default, value, list(shape))
-        for dim in dims:
+        for dim, positions in by_dim:
             index_shape: list[int | Node] = [1] * rank
-            index_shape[batch], index_shape[dim] = rows, new_length
-            shape[dim] = new_length
-            index = emit(aten.view.default, self.keep_idx, index_shape)
+            index_shape[batch], index_shape[dim] = rows, emit.size(positions, 1)
+            shape[dim] = index_shape[dim]
+            index = emit(aten.view.default, positions, index_shape)
             index = emit(aten.expand.default, index, list(shape))
             value = _gather(emit, value, dim, index)
         return value

@@ -31,7 +31,7 @@ from dartfx.passes.graph import (
     written_after,
 )
 from dartfx.passes.site import Vision
-from dartfx.passes.transform.insert_selection import vision_mask, vision_rows
+from dartfx.passes.transform.selection_inputs import vision_mask, vision_rows
 
 
 def return_vision_mask(module: GraphModule) -> int | None:

@@ -13,14 +13,14 @@ After, ``sym_size_int_3`` being S'::
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
+from functools import partial, reduce
 
 from torch.fx import Node
 
 from dartfx.passes.analysis.axis_classes import Factor
 from dartfx.passes.analysis.cut_region import CutRegion
-from dartfx.passes.analysis.token_axes import TokenAxes
+from dartfx.passes.analysis.token_axes import Composed, TokenAxes
 from dartfx.passes.graph import Emitter, argument, aten, packet, set_argument, sizes, tensor
 from dartfx.passes.op_sets import SIZED
 
@@ -34,8 +34,9 @@ def shrink_sizes(region: CutRegion, length: int | Node) -> None:
 def shrink(region: Sequence[Node], axes: TokenAxes, new_length: int | Node) -> None:
     """Give every size argument in ``region`` whose output dim is the token axis the new length.
 
-    new_length: S' as an argument.  Product dims (``B * S``) are recomputed from their factors;
-    ``-1`` stays; a size equal to S that stands for something else is never touched.
+    new_length: S' as an argument.  Product dims (``B * S``) and those that follow the tokens of a
+    cache (``P + S``) are recomputed from their parts; ``-1`` stays; a size equal to S that stands
+    for something else is never touched.
     """
     for node in region:
         name: str | None = SIZED.get(packet(node))
@@ -64,15 +65,14 @@ def _argument(
         return size
     if axes.is_token(node, dim):
         return new_length
-    factors = axes.factors(node, dim)
-    if not factors:
-        return size
-    emit = Emitter(node)
-    product: int | Node = 1
-    for factor in factors:
-        part = new_length if axes.is_token_factor(factor) else _size(emit, factor, axes)
-        product = emit.arithmetic(operator.mul, product, part)
-    return product
+    made = axes.composed(node, dim)
+    return size if made is None else _combined(Emitter(node), made, axes, new_length)
+
+
+def _combined(emit: Emitter, made: Composed, axes: TokenAxes, length: int | Node) -> int | Node:
+    """The size of a dim made of the token axis, which has this length, and others."""
+    lengths = [length if axes.is_token_factor(p) else _size(emit, p, axes) for p in made.parts]
+    return reduce(partial(emit.arithmetic, made.combine), lengths)
 
 
 def _size(emit: Emitter, factor: Factor, axes: TokenAxes) -> int | Node:
@@ -87,7 +87,8 @@ def _open_end(node: Node, axes: TokenAxes) -> None:
     """``x[:, :S]`` and ``x[:, -S:]`` of all tokens become ``x[:, :]``."""
     source = argument(node, "self")
     dim = argument(node, "dim", 0) % len(sizes(node))
-    if axes.is_token(source, dim) and axes.is_token(node, dim):
+    whole = axes.joined(node, dim) and axes.axes.same((source, dim), (node, dim))
+    if whole or (axes.is_token(source, dim) and axes.is_token(node, dim)):
         set_argument(node, "start", 0)
         set_argument(node, "end", None)
 
@@ -96,6 +97,14 @@ def reroute_sizes(region: Sequence[Node], axes: TokenAxes, hidden: Node) -> None
     """Sizes read off pruned values mean the original length: read them off ``hidden`` instead."""
     for node in region:
         for user in list(node.users):
-            if user.target is aten.sym_size.int and axes.is_token(node, argument(user, "dim")):
+            if user.target is not aten.sym_size.int:
+                continue
+            if axes.is_token(node, dim := argument(user, "dim")):
                 set_argument(user, "self", hidden)
                 set_argument(user, "dim", 1)
+            elif (made := axes.composed(node, dim)) is not None:
+                emit = Emitter(user)
+                whole = _combined(emit, made, axes, emit.size(hidden, 1))
+                assert isinstance(whole, Node), "as symbolic as what it stands for"
+                user.replace_all_uses_with(whole)
+                user.graph.erase_node(user)

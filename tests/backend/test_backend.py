@@ -294,7 +294,8 @@ def test_batch_times_tokens_coincides_with_the_hidden_size() -> None:
 def test_other_prompt_lengths_do_not_recompile(llava: Family, dynamic: bool | None) -> None:
     model = llava.model
     prompts = [llava.make_inputs(after=8 + extra) for extra in (0, 3, 5, 11)]
-    oracles = [hooked.pruned_generate(model, p, retain=RETAIN, max_new_tokens=4) for p in prompts]
+    how: Any = {"retain": RETAIN, "max_new_tokens": 4, "kv_layout": "layered"}
+    oracles = [hooked.pruned_generate(model, p, **how) for p in prompts]
     model.compile(backend="dart", options=EAGER, dynamic=dynamic, fullgraph=True)
     graphs = []
     try:
@@ -337,7 +338,9 @@ def test_images_of_another_size(llava: Family) -> None:
         for variant, retain in (("one", 8), ("two", 16)):
             inputs = llava.make_inputs(variant)
             current, llava.model._compiled_call_impl = llava.model._compiled_call_impl, None
-            oracle = hooked.pruned_generate(llava.model, inputs, retain=retain, max_new_tokens=3)
+            oracle = hooked.pruned_generate(
+                llava.model, inputs, retain=retain, max_new_tokens=3, kv_layout="layered"
+            )
             llava.model._compiled_call_impl = current
             ids = llava.model.generate(**inputs, max_new_tokens=3, do_sample=False)
             assert torch.equal(ids[:, inputs["input_ids"].shape[1] :], oracle.token_ids)

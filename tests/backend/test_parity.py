@@ -69,7 +69,9 @@ def generate(model: Any, inputs: dict[str, Tensor], steps: int) -> Any:
 @pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "graph_breaks"])
 def test_generate(family: Family, fullgraph: bool) -> None:
     inputs = family.make_inputs()
-    oracle = hooked.pruned_generate(family.model, inputs, retain=RETAIN, max_new_tokens=8)
+    oracle = hooked.pruned_generate(
+        family.model, inputs, retain=RETAIN, max_new_tokens=8, kv_layout="layered"
+    )
     options = {"retain_tokens": RETAIN, "lowering": "eager"}
     family.model.compile(backend="dart", options=options, fullgraph=fullgraph)
     output = generate(family.model, inputs, 8)

@@ -111,7 +111,9 @@ def test_generate_decodes_with_graphs_left_as_they_are(llava: Family) -> None:
         same.append(rewritten is module)
         return rewritten.forward
 
-    wanted = hooked.pruned_generate(llava.model, inputs, retain=RETAIN, max_new_tokens=4)
+    wanted = hooked.pruned_generate(
+        llava.model, inputs, retain=RETAIN, max_new_tokens=4, kv_layout="layered"
+    )
     llava.model.compile(backend=host, fullgraph=True)
     try:
         ids = llava.model.generate(**inputs, max_new_tokens=4, do_sample=False)

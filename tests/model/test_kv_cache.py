@@ -1,15 +1,20 @@
-"""What the KV cache of a pruned call knows, without a model."""
+"""What the KV cache of a pruned call knows, images that come on one, and caches from elsewhere."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+import dartfx
 from dartfx.errors import SelectionError
 from dartfx.model import kv_cache
+from dartfx.tools.zoo.family import Inputs
+from tests.support.tolerances import CLOSE, RETAIN
+from tests.support.turns import Conversation, compiled, first_turn, greedy, llava, one, words
 
 
 def pruned_cache(keep_idx: torch.Tensor, prompt: int) -> Any:
@@ -65,3 +70,168 @@ def test_a_cache_of_an_earlier_or_another_call_stays() -> None:
     for kept, prompt in (([[0, 2]], 3), ([[0, 2]], 12)):
         kv_cache.mark_pruned(cache, prompt, [torch.tensor(kept)])
         assert kv_cache.pruned_length(cache) == 0
+
+
+# --- images that come on a cache, each pruned by itself ---------------------------------------
+
+
+def image(seed: int, variant: str = "one") -> Inputs:
+    inputs = llava().make_inputs(variant, seed=seed)
+    if variant == "one":
+        del inputs["attention_mask"]
+    return inputs
+
+
+def test_images_and_text_in_turns() -> None:
+    """Text, image, text, image: each image pruned by itself, on what came before."""
+    oracle, cache = Conversation(llava()), None
+    for turn, said in enumerate((words(1, 9), image(1), words(1, 4), image(2), words(1, 3))):
+        call = {"input_ids": said} if isinstance(said, torch.Tensor) else said
+        right = oracle.say(said) if isinstance(said, torch.Tensor) else oracle.show(said)
+        with torch.no_grad():
+            ours = compiled()(**call, past_key_values=cache, use_cache=True)
+        cache = ours.past_key_values
+        torch.testing.assert_close(ours.logits, right, **CLOSE, msg=f"turn {turn}")
+    assert cache.get_seq_length() == oracle.attended.shape[1]
+    dropped = 2 * (llava().tokens_per_image - RETAIN)
+    assert {layer.keys.shape[2] for layer in cache.layers} == {cache.get_seq_length() - dropped}
+
+
+@pytest.mark.parametrize("variant", ["pad2", "ragged"])
+def test_a_second_image_in_a_batch(variant: str) -> None:
+    first, second = llava().make_inputs(variant), llava().make_inputs(variant, seed=3)
+    oracle, cache = Conversation(llava(), first), first_turn(first)
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    tokens = second["input_ids"].shape[1]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens:]
+    call = second | {"position_ids": positions}
+    right = oracle.show(call)
+    call |= {"attention_mask": mask, "past_key_values": cache}
+    with torch.no_grad():
+        ours = compiled()(**call).logits
+    valid = second["attention_mask"].bool().gather(1, oracle.keep_idx)
+    torch.testing.assert_close(ours[valid], right[valid], **CLOSE)
+    said = words(2, 2)
+    right = oracle.say(said)
+    mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.int64)], 1)
+    call = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, -2:]}
+    with torch.no_grad():
+        ours = compiled()(input_ids=said, past_key_values=cache, **call).logits
+    torch.testing.assert_close(ours, right, **CLOSE)
+
+
+def test_generate_takes_a_second_image_with_the_whole_conversation() -> None:
+    oracle = Conversation(llava(), image(0))
+    made = greedy(compiled(), **image(0), max_new_tokens=4)
+    oracle.answer(3)
+    last = oracle.logits[:, -1:].argmax(-1)
+    more = image(5)
+    conversation = torch.cat([made.sequences, more["input_ids"]], 1)
+    oracle.show(more | {"input_ids": torch.cat([last, more["input_ids"]], 1)})
+    second = greedy(
+        compiled(),
+        input_ids=conversation,
+        attention_mask=torch.ones_like(conversation),
+        pixel_values=more["pixel_values"],
+        past_key_values=made.past_key_values,
+        max_new_tokens=4,
+    )
+    assert second.sequences[0, -4:].tolist() == oracle.answer(4)[0].tolist()
+
+
+def test_an_image_is_taken_back() -> None:
+    oracle, cache = Conversation(llava(), image(0)), first_turn(image(0))
+    right = oracle.say(words(1, 3))
+    with torch.no_grad():
+        compiled()(**image(4), past_key_values=cache)
+        cache.crop(-image(4)["input_ids"].shape[1])
+        ours = compiled()(input_ids=words(1, 3), past_key_values=cache).logits
+    torch.testing.assert_close(ours, right, **CLOSE)
+
+
+# --- caches from elsewhere -------------------------------------------------------------------
+
+
+def test_a_cache_that_was_pruned_with_other_options_is_continued() -> None:
+    other = dartfx.compile(copy.deepcopy(llava().model), retain_tokens=3, lowering="eager")
+    oracle = Conversation(llava())
+    oracle.show(one(), retain=3)
+    right = oracle.say(words(1, 3))
+    with torch.no_grad():
+        cache = other(**one(), use_cache=True).past_key_values
+        ours = compiled()(input_ids=words(1, 3), past_key_values=cache).logits
+    torch.testing.assert_close(ours, right, **CLOSE)
+
+
+def test_a_cache_of_a_deeper_model_is_refused() -> None:
+    cache = first_turn(one())
+    cache.layers.append(copy.deepcopy(cache.layers[0]))
+    with pytest.raises(dartfx.SelectionError, match="cache of 4 layers came with a model of 3"):
+        compiled()(input_ids=words(1, 1), past_key_values=cache)
+
+
+def test_a_cache_is_cropped_into_its_image() -> None:
+    """What is left are the kept ones of the first tokens."""
+    oracle, cache = Conversation(llava(), one()), first_turn(one())
+    oracle.take_back(15)
+    right = oracle.say(words(1, 4))
+    cache.crop(-15)
+    with torch.no_grad():
+        ours = compiled()(input_ids=words(1, 4), past_key_values=cache).logits
+    torch.testing.assert_close(ours, right, **CLOSE)
+
+
+def test_what_a_cache_knows_fits_masks_on_another_device() -> None:
+    cache = first_turn(llava().make_inputs("pad2"))
+    seen = int(cache.get_seq_length()) + 1
+    fitted = kv_cache.fit_mask(cache, torch.ones(2, seen, dtype=torch.int64, device="meta"), 1)
+    assert fitted.device.type == "meta"
+    assert fitted.shape == (2, seen)
+
+
+@pytest.mark.parametrize("how", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_drafts_in_a_later_turn(how: str) -> None:
+    """transformers takes the whole conversation for new tokens in a draft's first step."""
+    oracle = Conversation(llava(), one())
+    cache = greedy(compiled(), **one(), max_new_tokens=3).past_key_values
+    said = torch.cat([oracle.answer(2), oracle.logits[:, -1:].argmax(-1), words(1, 4)], 1)
+    oracle.say(said[:, 2:])
+    conversation = torch.cat([one()["input_ids"], said], 1)
+    drafts: Any = {"prompt_lookup_num_tokens": 3, "assistant_model": llava().model}
+    made = greedy(
+        compiled(),
+        input_ids=conversation,
+        attention_mask=torch.ones_like(conversation),
+        past_key_values=cache,
+        max_new_tokens=6,
+        **{how: drafts[how]},
+    )
+    assert made.sequences[0, -6:].tolist() == oracle.answer(6)[0].tolist()
+
+
+def test_a_bare_compile_refuses_what_its_short_caches_cannot_know() -> None:
+    model = copy.deepcopy(llava().model)
+    options = {"retain_tokens": RETAIN, "lowering": "eager", "kv_layout": "uniform"}
+    model.compile(backend="dart", options=options | {"on_unsupported": "error"})
+    inputs = llava().make_inputs("pad2")
+    made = greedy(model, **inputs, max_new_tokens=3)
+    oracle = greedy(compiled(), **inputs, max_new_tokens=3)
+    assert made.sequences.tolist() == oracle.sequences.tolist(), "generate gives positions"
+    cache, length = made.past_key_values, made.sequences.shape[1]
+    positions = torch.arange(length - 1, length + 1).expand(2, -1)
+    with torch.no_grad():
+        for tokens, given in ((1, None), (2, positions)):
+            call = {"input_ids": words(2, tokens), "past_key_values": copy.deepcopy(cache)}
+            with pytest.raises(dartfx.SelectionError, match=r"use dartfx\.compile"):
+                model(**call, position_ids=given)
+
+
+def test_a_bare_compile_refuses_an_image_on_a_cache() -> None:
+    model = copy.deepcopy(llava().model)
+    options = {"retain_tokens": RETAIN, "lowering": "eager", "on_unsupported": "error"}
+    model.compile(backend="dart", options=options)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=words(1, 4), past_key_values=cache)
+        with pytest.raises(Exception, match=r"already holds tokens.*\n.*dartfx\.compile"):
+            greedy(model, **one(), past_key_values=cache, max_new_tokens=1)

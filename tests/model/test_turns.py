@@ -3,53 +3,24 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import pickle
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import dartfx
-from dartfx.tools.zoo.family import Family, Inputs
-from dartfx.tools.zoo.registry import load
 from tests.support.tolerances import CLOSE, RETAIN
-from tests.support.turns import Conversation
-
-
-@functools.cache
-def llava() -> Family:
-    return load("llava", layers=3)
-
-
-@functools.cache
-def compiled() -> Any:
-    settings = {"retain_tokens": RETAIN, "lowering": "eager", "on_unsupported": "error"}
-    return dartfx.compile(copy.deepcopy(llava().model), **settings)
-
-
-def one() -> Inputs:
-    inputs = llava().make_inputs()
-    del inputs["attention_mask"]
-    return inputs
-
-
-def words(rows: int, tokens: int, seed: int = 0) -> Tensor:
-    made = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 90, (rows, tokens), generator=made)
-
-
-def first_turn(inputs: Inputs) -> Any:
-    """The pruned cache of a prompt."""
-    with torch.no_grad():
-        return compiled()(**inputs, use_cache=True).past_key_values
-
-
-def greedy(model: Any, **arguments: Any) -> Any:
-    return model.generate(**arguments, do_sample=False, return_dict_in_generate=True)
-
+from tests.support.turns import (
+    Conversation,
+    compiled,
+    first_turn,
+    greedy,
+    llava,
+    one,
+    words,
+)
 
 # --- turns -----------------------------------------------------------------------------------
 
@@ -243,8 +214,12 @@ def test_a_cache_is_cropped_to_the_end_of_the_image() -> None:
         cache.crop(-8)  # that turn, and three words of the prompt
         ours = compiled()(input_ids=said, past_key_values=cache).logits
     torch.testing.assert_close(ours, right, **CLOSE)
-    with pytest.raises(dartfx.SelectionError, match="cannot be cropped by the last"):
-        cache.crop(-20)
+
+
+def test_rows_that_would_be_left_with_different_tokens_are_not_cropped() -> None:
+    cache = first_turn(llava().make_inputs("ragged"))
+    with pytest.raises(dartfx.SelectionError, match="rows or layers hold different ones"):
+        cache.crop(-14)
 
 
 # --- kept, moved, continued elsewhere --------------------------------------------------------

@@ -63,6 +63,7 @@ def oracle(asked: Any, retain: int | None, text_pivots: int = 4) -> list[int]:
     if not images or retain is None:
         made = unpruned_generate(model, inputs, max_new_tokens=tokens)
     else:
-        made = pruned_generate(model, inputs, retain=retain, max_new_tokens=tokens, selector=select)
+        how: Any = {"max_new_tokens": tokens, "kv_layout": "layered", "selector": select}
+        made = pruned_generate(model, inputs, retain=retain, **how)
     wanted: list[int] = made.logits.argmax(-1)[0].tolist()
     return wanted

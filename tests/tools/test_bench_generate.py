@@ -193,7 +193,8 @@ def test_hooks_prune_as_the_oracle_does(work: Workload) -> None:
         )
 
     made = pruned_by_hooks(work.model, work.vision, (N, R), CUT, call)
-    oracle = pruned_generate(work.model, inputs, retain=R, layer=CUT, max_new_tokens=new)
+    how: Any = {"retain": R, "layer": CUT, "max_new_tokens": new, "kv_layout": "layered"}
+    oracle = pruned_generate(work.model, inputs, **how)
     assert made.sequences[:, S:].tolist() == oracle.token_ids.tolist()
     lengths = [layer.keys.shape[2] for layer in made.past_key_values.layers]
     assert lengths == oracle.kv_lengths

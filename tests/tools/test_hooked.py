@@ -347,11 +347,12 @@ def test_inputs_have_the_shapes_they_promise(name: str) -> None:
 def test_wrong_requests_are_refused_by_name() -> None:
     fam = family("llava")
     one, pad2 = (fam.make_inputs(v) for v in ("one", "pad2"))
+    how: dict[str, Any] = {"retain": RETAIN, "max_new_tokens": 2, "kv_layout": "layered"}
     with pytest.raises(ValueError, match="kv_layout='uniform'"):
-        pruned_generate(fam.model, pad2, retain=RETAIN, max_new_tokens=2)
+        pruned_generate(fam.model, pad2, **how)
     eager = family("llava", attn_implementation="eager").model
     with pytest.raises(ValueError, match="eager attention"):
-        pruned_generate(eager, one, retain=RETAIN, max_new_tokens=2)
+        pruned_generate(eager, one, **how)
     for layer in (-1, 4):
         with pytest.raises(ValueError, match=f"layer={layer}"):
             pruned_forward(fam.model, one, layer=layer, retain=RETAIN)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
 import torch
+from transformers import QuantizedCache
 
 import dartfx
 from dartfx.model.kv_cache import held_tokens, pruned_length
@@ -15,6 +15,7 @@ from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.registry import load
 from tests.support.tolerances import CLOSE, RETAIN
+from tests.support.turns import Conversation
 
 QUANTISED: dict[str, Any] = {
     "do_sample": False,
@@ -83,27 +84,22 @@ def test_decode_on_a_pruned_quantised_cache() -> None:
     torch.testing.assert_close(ours.logits, right.logits, **CLOSE)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_an_image_on_a_cache_of_text_is_refused_by_name(quantised: bool) -> None:
+def test_an_image_is_pruned_on_a_quantised_cache_of_text() -> None:
     built = load("llava", layers=3)
     inputs = built.make_inputs("one")
+    del inputs["attention_mask"]
     text = torch.randint(2, 100, (1, 9), generator=torch.Generator().manual_seed(0))
-    whole = dict(inputs, input_ids=torch.cat([text, inputs["input_ids"]], 1))
-    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
-    more: dict[str, Any] = dict(QUANTISED, max_new_tokens=1) if quantised else {"max_new_tokens": 1}
-    model = dartfx.compile(built.model, on_unsupported="warn", **OPTIONS)
-    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        given = {"past_key_values": None}
-        if quantised:
-            from transformers import QuantizedCache
-
-            given["past_key_values"] = QuantizedCache("fp8", built.model.config.get_text_config())
-            more.pop("cache_implementation"), more.pop("cache_config")
-        cache = model(input_ids=text, use_cache=True, **given).past_key_values
-        model.generate(**whole, past_key_values=cache, **more)
-    told = [str(w.message) for w in caught if w.category is dartfx.PruningWarning]
-    assert not any(report.pruned for report in dartfx.reports())
-    assert len(told) == 1
-    assert "continues a KV cache that already holds tokens" in told[0]
-    assert "report" not in told[0]
+    settings = built.model.config.get_text_config()
+    cache, whole = QuantizedCache("fp8", settings), QuantizedCache("fp8", settings)
+    oracle = Conversation(built, cache=whole)
+    oracle.say(text)
+    right = oracle.show(inputs)
+    model = dartfx.compile(copy.deepcopy(built.model), on_unsupported="error", **OPTIONS)
+    with torch.no_grad():
+        model(input_ids=text, past_key_values=cache)
+        ours = model(**inputs, past_key_values=cache).logits
+    torch.testing.assert_close(ours, right, **CLOSE)
+    dropped = built.tokens_per_image - RETAIN
+    for layer, full in zip(cache.layers, whole.layers, strict=True):
+        assert layer.get_seq_length() == full.get_seq_length()
+        assert held_tokens(layer) == full.get_seq_length() - dropped

@@ -148,12 +148,13 @@ def pruned_generate(
     layer: int = 2,
     retain: int,
     max_new_tokens: int,
-    kv_layout: KvLayout = "layered",
+    kv_layout: KvLayout = "uniform",
     selector: Selector = float64_selector,
     **where: Any,
 ) -> Generated:
     """Greedy ``model.generate(**inputs)`` whose prefill is pruned and whose decode is untouched.
 
+    The caches are those of :func:`dartfx.compile`; a bare ``torch.compile`` leaves "layered" ones.
     Raises ValueError where transformers' one decode mask cannot fit the caches: layered caches
     under padding or eager attention.
     """

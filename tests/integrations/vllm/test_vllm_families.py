@@ -36,7 +36,9 @@ def oracle(model: Any, processor: Any, asked: Any, retain: int | None) -> list[i
     if retain is None or not pictures:
         made = unpruned_generate(model, inputs, max_new_tokens=tokens)
     else:
-        made = pruned_generate(model, inputs, retain=retain, max_new_tokens=tokens)
+        made = pruned_generate(
+            model, inputs, retain=retain, max_new_tokens=tokens, kv_layout="layered"
+        )
     found: list[int] = made.logits.argmax(-1)[0].tolist()
     return found
 

@@ -1,13 +1,15 @@
-"""A graph as text, one call a line with dtype and shape, and two such texts as one with marks."""
+"""Graphs of dynamo, a graph as text, one call a line, and two such texts as one with marks."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
 _DTYPES = {
     torch.float32: "f32",
@@ -16,6 +18,20 @@ _DTYPES = {
     torch.int64: "i64",
     torch.bool: "bool",
 }
+
+
+def dynamo_graph(function: Callable[..., Any], *args: Tensor, symbolic: Any) -> GraphModule:
+    """The one graph that dynamo makes of a call; symbolic: the dims that it takes for symbols."""
+    for number, dim in symbolic:
+        torch._dynamo.mark_dynamic(args[number], dim)
+    graphs: list[GraphModule] = []
+
+    def backend(module: GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(module)
+        return module.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(*args)
+    return graphs[0]
 
 
 def render(graph: Graph) -> str:

@@ -34,7 +34,7 @@ from dartfx.passes.transform.outline_layers import outline_layers
 from dartfx.passes.transform.restore_checkpoints import restore_checkpoints
 from dartfx.passes.transform.return_mask import return_vision_mask
 from tests.passes.golden.decoder import Decoder, Layer, Layers
-from tests.passes.golden.graph_text import marked, renamed, render
+from tests.passes.golden.graph_text import dynamo_graph, marked, renamed, render
 from tests.passes.golden.rank_graphs import local_tensors, synced_selection
 
 FOLDER = Path(__file__).parent
@@ -50,20 +50,6 @@ def golden(*names: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
         return function
 
     return register
-
-
-def dynamo_graph(function: Callable[..., Any], *args: Tensor, symbolic: Any) -> GraphModule:
-    """The one graph that dynamo makes of a call; symbolic: the dims that it takes for symbols."""
-    for number, dim in symbolic:
-        torch._dynamo.mark_dynamic(args[number], dim)
-    graphs: list[GraphModule] = []
-
-    def backend(module: GraphModule, _: Any) -> Callable[..., Any]:
-        graphs.append(module)
-        return module.forward
-
-    torch.compile(function, backend=backend, fullgraph=True)(*args)
-    return graphs[0]
 
 
 def traced(function: Callable[..., Any], *args: Any) -> GraphModule:
@@ -201,12 +187,15 @@ STEPS = ("insert_selection", "gather_frontier", "shrink_sizes", "trim_kv_cache",
 
 
 @cache
-def pruning(merge: bool = False) -> list[str]:
-    """The decoder after each step of a cut before layer 1, from "locate" on; R = 4."""
+def pruning(merge: bool = False, continued: bool = False) -> list[str]:
+    """The decoder after each step of a cut before layer 1, from "locate" on; R = 4.
+
+    continued: on a cache of three earlier tokens.
+    """
     args = (4, 4, "dart", "torch")
     select = passes.ByOperator(torch.ops.dartfx.select_tokens.default, args, reads="norms")
     stages = (passes.Stage(1, lambda n: 4, select),)
-    request = passes.Request(stages, kv_layout="uniform", merge=merge)
+    request = passes.Request(stages, "uniform", gathers_decode_mask=True, merge=merge)
     texts: list[str] = []
 
     def observe(name: str, module: GraphModule, site: object = None) -> None:
@@ -214,7 +203,9 @@ def pruning(merge: bool = False) -> list[str]:
 
     ids = torch.tensor([[2, 3, 1, 1, 1, 1, 1, 1, 1, 4, 5]])
     with torch.no_grad():
-        dynamo = dynamo_graph(Decoder().eval(), ids, torch.rand(7, 8), symbolic=[(0, 1), (1, 0)])
+        past = [torch.rand(1, 2, 3, 4)] if continued else []
+        inputs = ids, torch.rand(7, 8), *past
+        dynamo = dynamo_graph(Decoder().eval(), *inputs, symbolic=[(0, 1), (1, 0)])
         module = normalise(dynamo)
     outcome = passes.prune(module, request, observe=observe)
     assert isinstance(outcome, passes.Pruned), outcome
@@ -230,6 +221,12 @@ def test_planning_changes_nothing() -> None:
 def _step(name: str) -> str:
     merge = name not in STEPS
     before, after = pruning(merge)[1:][2 if merge else STEPS.index(name) :][:2]
+    return renamed(marked(before, after), "S", "N").replace("S - N + Min(4, N)", "S'")
+
+
+@golden("selection_inputs")
+def _selection_inputs() -> str:
+    before, after = pruning(continued=True)[1:3]
     return renamed(marked(before, after), "S", "N").replace("S - N + Min(4, N)", "S'")
 
 
