@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from dartfx.errors import SelectionError
-from dartfx.passes.graph import is_state, source_line
+from dartfx.passes.graph import depends_on_data, hint, is_state, source_line
 
 __all__ = [
     "PositionsAfterCut",
@@ -111,15 +111,28 @@ def _indexes(node: Node, derived: set[Node]) -> bool:
     parts = index if isinstance(index, tuple) else (index,)
     token_axis = min(1, value.ndim - 2)  # [B, S, ...], or rows [B * S, D]
     at = parts if Ellipsis in parts else parts[token_axis : token_axis + 1]
-    return any(_is_position(part, derived) for part in at)
+    return any(_is_position(part, derived, value.shape[token_axis]) for part in at)
 
 
-def _is_position(part: Any, derived: set[Node]) -> bool:
+def _is_position(part: Any, derived: set[Node], length: int | torch.SymInt) -> bool:
+    if isinstance(part, slice):
+        return any(_is_bound(bound, length) for bound in (part.start, part.stop))
     if isinstance(part, Node):
         value = part.meta.get("example_value")
         return part not in derived and not (isinstance(value, Tensor) and value.dtype == torch.bool)
     # The first token stays the first, and those counted from the end stay there.
     return isinstance(part, int) and part > 0
+
+
+def _is_bound(bound: Any, length: int | torch.SymInt) -> bool:
+    """Whether a slice begins or ends between tokens by a number that is not the sequence's own."""
+    if isinstance(bound, Node):
+        value = bound.meta.get("example_value")
+        own = length.node.expr.free_symbols if isinstance(length, torch.SymInt) else set()
+        return isinstance(value, torch.SymInt) and not value.node.expr.free_symbols <= own
+    if not isinstance(bound, int) or depends_on_data(length):
+        return False
+    return 1 < bound < hint(length)  # one past the first token is the same in both sequences
 
 
 class TakesShortened:

@@ -128,6 +128,11 @@ USES = {
     "select": (lambda h, i: h.index_select(1, i), True),
     "first and last": (lambda h, i: h[:, 0] + h[:, -1], False),
     "tail": (lambda h, i: h[:, -2:], False),
+    "head": (lambda h, i: h[:, :3], True),
+    "span": (lambda h, i: h[:, 2:-1], True),
+    "from another length": (lambda h, i: h[:, i.shape[0] :], True),
+    "all but one": (lambda h, i: h[:, 1:] + h[:, :-1], False),
+    "its own length": (lambda h, i: h[:, : h.shape[1]], False),
     "of itself": (lambda h, i: h[:, h.argmax(1)[0]], False),
     "batch": (lambda h, i: h[i], False),
     "mask": (lambda h, i: h[h[..., 0] > 0], False),
@@ -144,5 +149,6 @@ def test_which_indices_are_positions(use: str) -> None:
         return module.forward
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        torch.compile(function, backend=backend)(torch.randn(2, 5, 4), torch.tensor([0, 1]))
+        call = torch.compile(function, backend=backend, dynamic=True)
+        call(torch.randn(2, 5, 4), torch.tensor([0, 1]))
     assert bool(seen[0]) is found
