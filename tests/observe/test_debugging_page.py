@@ -18,14 +18,14 @@ PAGE = (Path(__file__).parents[2] / "docs" / "debugging.md").read_text()
 START = r"(?:dartfx|python -m dartfx|python dumps/graph_000/repro\.py)"
 # In a table or a sentence between backticks; after a dollar sign in a block.
 FOUND = re.findall(rf"`({START} [^`]+)`|^\$ ({START} .+)$", PAGE, re.MULTILINE)
-# "what dartfx profile does" is no call; bench has tests of its own.
-MENTIONED = {"dartfx profile", "python -m dartfx bench generate"}
+# "what dartfx profile does" is no call; the others have tests of their own, and take long.
+MENTIONED = {"dartfx profile", "python -m dartfx bench generate", "python -m dartfx doctor"}
 COMMANDS = sorted({inline or block for inline, block in FOUND} - MENTIONED)
 FOLDERS = ("before", "after", "dumps_6", "dumps_4", "dumps/rank_0", "dumps/rank_1")
 
 
 def is_slow(command: str) -> bool:
-    return "--model" in command or command.endswith("doctor")
+    return "--model" in command
 
 
 @pytest.fixture(scope="module")
