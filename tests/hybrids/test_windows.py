@@ -121,7 +121,7 @@ OTHERS = {
     reflected: "aten.pad",
     wider_than_padded: "aten.conv1d",
     backwards: "aten.flip",
-    continued: "aten.cat",
+    continued: "aten.conv1d",
 }
 
 
