@@ -53,18 +53,25 @@ class Collector:
     """
 
     def __init__(self) -> None:
-        self._of_thread = threading.local()
+        self._of_thread = _OfThread()
 
     def get(self) -> Any:
         """The dict that outputs are collected in, or None."""
-        return getattr(self._of_thread, "value", None)
+        return self._of_thread.value
 
     def set(self, value: Any) -> tuple[Any]:
         """Collect in ``value``; returns what :meth:`reset` needs."""
-        before = getattr(self._of_thread, "value", None)
+        before = self._of_thread.value
         self._of_thread.value = value
         return (before,)
 
     def reset(self, token: tuple[Any]) -> None:
         """Collect as before."""
         self._of_thread.value = token[0]
+
+
+class _OfThread(threading.local):
+    """There from a thread's first call on: dynamo guards on whether an attribute exists."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
