@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Repeat the measurements on a GPU that the docs tell of: docs/measure_gpu.sh [-j] FOLDER [STEP ...]
+# Repeat the measurements on a GPU that the docs show: docs/measure_gpu.sh [-j] FOLDER [STEP ...]
 #
 #   tests           the Triton kernels against the float64 oracle, on the device
 #   kernel          docs/kernel.md: the selection and its floor
@@ -12,6 +12,7 @@
 #   decode-static   the same with a static cache, decode in CUDA graphs
 #   batch-N         the first token of N prompts at once, LLaVA-NeXT-7B
 #   images-N        the first token of a prompt of N images, LLaVA-NeXT-7B
+#   turns           second and third turns of a conversation, LLaVA-NeXT-7B
 #
 # Figures go to FOLDER as JSON and text. PYTHON names the interpreter (python3), SECONDS_EACH how
 # long a step may take (900); what it had measured by then is in its JSON. A step that fails does
@@ -21,7 +22,7 @@
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,22s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
@@ -48,6 +49,7 @@ step() {
         decode-static) generate "$1" $next --rows plain_static dart_static --new-tokens 64 256 \
             --warmup 2 --repeat 3 ;;
         batch-*) generate "$1" $next --rows plain dart --new-tokens 1 --repeat 7 --batch "${1#*-}" ;;
+        turns) generate "$1" $next --rows eager --new-tokens 64 --warmup 1 --repeat 3 --turns 3 ;;
         images-*) generate "$1" $next --rows plain dart --new-tokens 1 --repeat 7 --images "${1#*-}" ;;
         *) generate "$1" "$1" --rows eager hooks plain dart --new-tokens 1 --repeat 9 ;;
     esac

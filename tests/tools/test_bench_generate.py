@@ -12,6 +12,7 @@ import torch
 from transformers import CompileConfig
 
 from dartfx.cli.main import main
+from dartfx.tools.bench.generate import arguments as arguments_of
 from dartfx.tools.bench.generate import command as generate
 from dartfx.tools.bench.generate import variants
 from dartfx.tools.bench.generate.figures import limits, row_figures, speed_ups, tables
@@ -291,8 +292,9 @@ def test_shapes_are_those_of_the_checkpoints(name: str, parameters: int, vision:
         (["--model-shape", "huge"], "unknown shape 'huge'; known: llava-1.5-7b, "),
         (["--repeat", "0"], "must be at least 1"),
         (["--batch", "0"], "must be at least 1"),
-        (["--new-tokens", "0"], "must be at least 1"),
-        (["--plot", "totals.png"], "--plot needs matplotlib"),
+        (["--new-tokens", "0"], "--new-tokens: must be at least 1"),
+        (["--turns", "2", "--new-tokens", "1"], "answers of two tokens or more"),
+        (["--plot", "totals.png"], "--plot: matplotlib is missing"),
         (["--image", "nowhere.jpg"], "there is no file 'nowhere.jpg'"),
     ],
 )
@@ -302,8 +304,10 @@ def test_says_what_is_wrong_before_it_begins(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = generate.find_spec
-    monkeypatch.setattr(generate, "find_spec", lambda n: None if n == "matplotlib" else found(n))
+    found = arguments_of.find_spec
+    monkeypatch.setattr(
+        arguments_of, "find_spec", lambda n: None if n == "matplotlib" else found(n)
+    )
     assert main([*TINY, *arguments]) == 2
     assert message in capsys.readouterr().err
 

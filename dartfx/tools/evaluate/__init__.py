@@ -82,10 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 1 when ``--quick`` finds something that must hold broken."""
     if arguments.quick:
         vars(arguments).update(QUICK)
-    problem = _problem(arguments)
-    if problem:
-        print(problem, file=sys.stderr)
-        return 2
+    _check(arguments)
     results = _measured_before(arguments) if arguments.earlier else _measure(arguments)
     print(results.as_markdown())
     if arguments.plot:
@@ -98,19 +95,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-def _problem(arguments: argparse.Namespace) -> str | None:
-    """What is wrong with the arguments, before anything long is begun."""
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise InputError for an argument that cannot be used, before anything long is begun."""
     for name in ("json", "write", "plot"):
         check_file(name, getattr(arguments, name))
     if not arguments.questions.is_file():
-        return f"no questions at {arguments.questions}: give --questions, or run from a checkout"
+        why = f"no questions at {arguments.questions}: name a file, or run from a checkout"
+        raise InputError("questions", why)
     unknown = {name for name in arguments.selectors if name.removesuffix(MERGED) not in KNOWN}
     if unknown:
         known = ", ".join([*KNOWN, f"and each with {MERGED}"])
-        return f"unknown selectors: {', '.join(sorted(unknown))}; registered: {known}"
+        why = f"unknown: {', '.join(sorted(unknown))}; registered: {known}"
+        raise InputError("selectors", why)
     if arguments.plot and find_spec("matplotlib") is None:
-        return "--plot needs matplotlib: pip install 'dartfx[eval]'"
-    return None
+        raise InputError("plot", "matplotlib is missing: pip install 'dartfx[eval]'")
 
 
 def _measured_before(arguments: argparse.Namespace) -> Results:

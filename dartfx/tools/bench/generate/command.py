@@ -21,11 +21,9 @@ import argparse
 import json
 import os
 import platform
-import sys
 from contextlib import ExitStack
 from datetime import date
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -35,14 +33,13 @@ import torch
 import dartfx
 from dartfx import compat
 from dartfx.config.options import DartConfig
-from dartfx.integrations.hf import read_image
-from dartfx.integrations.outputs import check_file
+from dartfx.tools.bench.generate.arguments import SHAPES, check, configure
 from dartfx.tools.bench.generate.figures import limits, row_figures, speed_ups, tables
 from dartfx.tools.bench.generate.gate import Gate
 from dartfx.tools.bench.timing import device_name
 
 if TYPE_CHECKING:  # they import transformers, which `bench kernel` does without
-    from dartfx.tools.bench.generate.rows import Row
+    from dartfx.tools.bench.generate.rows import Progress, Row
     from dartfx.tools.bench.generate.variants import Settings
     from dartfx.tools.bench.generate.workload import Workload
 
@@ -52,79 +49,25 @@ HELP = "generate, compared with eager execution, hooks and plain Inductor"
 
 # Every variant shares the model's code, so dynamo counts the compilations of all of them together.
 _RECOMPILE_LIMIT = 256
-_SHAPES = "dartfx.tools.zoo.shapes"  # by name, since nothing but the zoo imports what names models
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    add = parser.add_argument
-    models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("--model-shape", metavar="SHAPE", help="random weights, real shapes")
-    models.add_argument("--model", metavar="CHECKPOINT", help="a folder or a name on the hub")
-    add("--image", type=Path, metavar="FILE", help="for --model (default: noise, 672 x 672)")
-    add("--prompt", help="for --model (default: a request to describe the image)")
-    add("--retain-tokens", type=int, help="vision tokens kept (default: the shape's; see docs)")
-    add("--batch", type=int, default=1, help="prompts in a call, all alike (%(default)s)")
-    add("--images", type=int, default=1, help="images in a prompt, all alike (%(default)s)")
-    add("--layer", type=int, default=2, help="first layer that sees them only (%(default)s)")
-    add("--new-tokens", nargs="+", type=int, help="1 8 64 256; on a CPU 1 8; 1 is always added")
-    add("--rows", nargs="+", metavar="ROW", help="eager hooks plain dart ..._static (all)")
-    add("--repeat", type=int, default=5, help="timed calls of each (%(default)s)")
-    add("--warmup", type=int, default=2, help="calls of each before that (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="float32; on CUDA bfloat16")
-    add("--threads", type=int, help="CPU threads (default: torch's)")
-    add("--lowering", choices=("inductor", "aot_eager", "eager"), default="inductor")
-    add("--json", type=Path, metavar="FILE", help="write all figures there, round by round")
-    add("--gate", type=Path, metavar="FILE", help="time alone among benches of the same FILE")
-    add("--plot", type=Path, metavar="FILE", help="draw the totals; needs matplotlib")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print; 0, also when rows failed; 2 when nothing could be measured."""
-    problem = _problem(arguments)
-    if problem:
-        print(problem, file=sys.stderr)
-        return 2
+    """Measure and print; 0, also when rows failed.  Raises InputError before anything long."""
+    check(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     result = measure(arguments)
     print(_heading(result))
     print(tables(result))
+    if "turns" in result:
+        from dartfx.tools.bench.generate.turns import turns_table
+
+        print(f"\n{turns_table(result['turns'])}")
     if arguments.plot:
         from dartfx.tools.bench.generate.plot import draw
 
         draw(result, arguments.plot)
     return 0
-
-
-def _problem(arguments: argparse.Namespace) -> str | None:
-    """What is wrong with the arguments, before anything long is begun."""
-    if find_spec("transformers") is None:
-        return "bench generate runs models of transformers: pip install 'dartfx[hf]'"
-    shapes = import_module(_SHAPES).SHAPES
-    if arguments.model_shape and arguments.model_shape not in shapes:
-        return f"unknown shape {arguments.model_shape!r}; known: {', '.join(shapes)}"
-    if arguments.plot and find_spec("matplotlib") is None:
-        return "--plot needs matplotlib: pip install matplotlib"
-    if arguments.repeat < 1 or arguments.warmup < 1:
-        return "--repeat and --warmup must be at least 1"
-    if min(arguments.batch, arguments.images) < 1:
-        return "--batch and --images must be at least 1"
-    if arguments.model and max(arguments.batch, arguments.images) > 1:
-        return "--batch and --images are for --model-shape"
-    if arguments.new_tokens and min(arguments.new_tokens) < 1:
-        return "--new-tokens must be at least 1"
-    from dartfx.tools.bench.generate.variants import VARIANTS
-
-    for row in arguments.rows or ():
-        if row not in VARIANTS:
-            return f"unknown row {row!r}; known: {', '.join(VARIANTS)}"
-    for name in ("json", "gate", "plot"):
-        check_file(name, getattr(arguments, name))
-    if arguments.image:
-        read_image(arguments.image)
-    return None
 
 
 def _workload(arguments: argparse.Namespace) -> Workload:
@@ -133,7 +76,7 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         torch.cuda.set_device(device)  # whose queue and memory are meant where none is named
     default = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, arguments.dtype or default)
-    zoo = import_module(_SHAPES)
+    zoo = import_module(SHAPES)
     if arguments.model_shape:
         counts = {"images": arguments.images, "batch": arguments.batch}
         work: Workload = zoo.build(arguments.model_shape, device, dtype, **counts)
@@ -147,7 +90,7 @@ def _settings(work: Workload, arguments: argparse.Namespace) -> Settings:
 
     retain = arguments.retain_tokens
     if retain is None and arguments.model_shape:
-        retain = import_module(_SHAPES).SHAPES[work.name][1] * arguments.images
+        retain = import_module(SHAPES).SHAPES[work.name][1] * arguments.images
     retain = DartConfig().retain_for(work.vision_tokens) if retain is None else retain
     return Settings(retain, arguments.layer, arguments.lowering)
 
@@ -186,9 +129,30 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 "settings": {"new_tokens": lengths, **_plain(arguments)},
                 **_figures(rows, work.batch, progress.towers, settings.layer / _layers(work)),
             }
-            if arguments.json:
-                arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+            _write(result, arguments.json)
+        if arguments.turns > 1:
+            result["turns"] = _later_turns(work, settings, max(lengths), arguments, progress)
+            _write(result, arguments.json)
     return result
+
+
+def _later_turns(
+    work: Workload,
+    settings: Settings,
+    new_tokens: int,
+    arguments: argparse.Namespace,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    from dartfx.tools.bench.generate.turns import ROWS, measure_turns
+
+    rounds = arguments.warmup, arguments.repeat
+    progress.bar.reset(2 * len(ROWS) * sum(rounds) * (arguments.turns - 1))
+    return measure_turns(work, settings, arguments.turns, new_tokens, rounds, progress.count)
+
+
+def _write(result: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _rows(work: Workload, arguments: argparse.Namespace) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["limits", "row_figures", "shares", "speed_ups", "tables"]
+__all__ = ["limits", "markdown", "row_figures", "shares", "speed_ups", "tables"]
 
 Totals = Mapping[int, float]
 """Median seconds of ``generate`` by number of new tokens; 1 among them."""
@@ -65,7 +65,8 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*filter(None, parts), *failed])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column of labels."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -87,7 +88,7 @@ def _times(rows: Sequence[Any], lengths: Sequence[int]) -> str:
         cells += ["-" if peak is None else f"{peak / 1e9:.2f}", f"{row['kv_bytes'] / 1e6:.2f}"]
         cells += [f"{row['warmup_seconds']:.0f}"]
         lines.append(cells)
-    return _table(head, lines)
+    return markdown(head, lines)
 
 
 def _parts(result: Mapping[str, Any], lengths: Sequence[int]) -> str:
@@ -101,7 +102,7 @@ def _parts(result: Mapping[str, Any], lengths: Sequence[int]) -> str:
             each = [row["shares"][n].values() for n in lengths]
             cells = [" / ".join(f"{100 * part:.0f}" for part in parts) for parts in each]
             lines.append([row["label"], *cells])
-    return f"Vision tower {tower * 1e3:.1f} ms in every row.\n\n" + _table(head, lines)
+    return f"Vision tower {tower * 1e3:.1f} ms in every row.\n\n" + markdown(head, lines)
 
 
 def _ratios(result: Mapping[str, Any], lengths: Sequence[int]) -> str:
@@ -115,4 +116,4 @@ def _ratios(result: Mapping[str, Any], lengths: Sequence[int]) -> str:
     for name, ratios in (result["speed_ups"] | result["limits"]).items():
         cells = [ratios["prefill"], *(ratios["total"][n] for n in lengths)]
         lines.append([labels[name], *(f"{ratio:.2f}" for ratio in cells)])
-    return _table(head, lines) if lines else ""
+    return markdown(head, lines) if lines else ""

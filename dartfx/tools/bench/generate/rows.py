@@ -62,6 +62,11 @@ class Progress:
     lengths: list[int]
     towers: list[float] = field(default_factory=list)
 
+    def count(self, label: str) -> None:
+        """Count a call made elsewhere."""
+        self.bar.set_description(label)
+        self.bar.update()
+
     def step(self, row: Row, call: Callable[[], object]) -> None:
         """Make a call of ``row`` unless it has failed before."""
         self.bar.set_description(row.label)

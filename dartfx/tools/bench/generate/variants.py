@@ -35,10 +35,13 @@ class Settings:
 class Ready:
     """One way to generate, compiled as far as it can be before it runs.
 
-    generate: (new tokens) -> what ``generate`` returns; kv_bytes: of the caches after a prefill;
-    check: raises where nothing was pruned, else what was; note: how it was compiled.
+    generate: (new tokens) -> what ``generate`` of ``model`` returns for ``inputs``; kv_bytes: of
+    the caches after a prefill; check: raises where nothing was pruned, else what was; note: how it
+    was compiled.
     """
 
+    model: Any
+    inputs: dict[str, Any]
     generate: Generate
     kv_bytes: Callable[[], int]
     check: Callable[[], Pruned | None] = lambda: None
@@ -55,13 +58,14 @@ def _generate(model: Any, inputs: dict[str, Any], new_tokens: int, **more: Any) 
     )
 
 
-def _ready(generate: Generate, **more: Any) -> Ready:
-    return Ready(generate, lambda: cache_bytes(generate(1).past_key_values), **more)
+def _ready(model: Any, work: Workload, generate: Generate, **more: Any) -> Ready:
+    measured = lambda: cache_bytes(generate(1).past_key_values)  # noqa: E731
+    return Ready(model, work.inputs, generate, measured, **more)
 
 
 def eager(work: Workload, settings: Settings) -> Ready:
     """The model as it is."""
-    return _ready(partial(_generate, work.model, work.inputs))
+    return _ready(work.model, work, partial(_generate, work.model, work.inputs))
 
 
 def hooked(work: Workload, settings: Settings) -> Ready:
@@ -74,7 +78,7 @@ def hooked(work: Workload, settings: Settings) -> Ready:
         call = partial(_generate, work.model, work.inputs, new_tokens)
         return pruned_by_hooks(work.model, work.vision, counts, settings.layer, call)
 
-    return _ready(generate)
+    return _ready(work.model, work, generate)
 
 
 def _plain(work: Workload, settings: Settings, **more: Any) -> Ready:
@@ -87,8 +91,8 @@ def _plain(work: Workload, settings: Settings, **more: Any) -> Ready:
         generate(1)
     except not_one_graph():
         _compile(model, settings.lowering, fullgraph=False)
-        return _ready(generate, note="several graphs")
-    return _ready(generate, note="one graph")
+        return _ready(model, work, generate, note="several graphs")
+    return _ready(model, work, generate, note="one graph")
 
 
 def _compile(model: Any, backend: str, *, fullgraph: bool) -> None:
@@ -132,7 +136,7 @@ def _dart(work: Workload, settings: Settings, **more: Any) -> Ready:
                 return report.outcome
         raise RuntimeError("nothing was pruned: " + "; ".join(map(str, made)))
 
-    return _ready(partial(_generate, model, work.inputs, **more), check=check)
+    return _ready(model, work, partial(_generate, model, work.inputs, **more), check=check)
 
 
 def dart(work: Workload, settings: Settings) -> Ready:
