@@ -221,6 +221,9 @@ class _DimPairs:
         """Of what a dim is a product is not known from one operator."""
         return ()
 
+    def join(self, user: Node, var: Var, parts: tuple[Var, ...]) -> None:
+        """A range of a part is no range of the whole."""
+
     def preserve_opaque(self, user: Node, a: Var, b: Var) -> None:
         """Positions are read: a range of them is not enough to know."""
 

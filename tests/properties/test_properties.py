@@ -30,6 +30,7 @@ from dartfx.errors import SelectionError
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.refusal import Declined
 from dartfx.runtime.graph_runs import NotedRun
+from dartfx.runtime.kept_positions import ShortCaches
 from dartfx.runtime.mask_dispatch import MaskDispatcher
 from dartfx.tools.zoo import oracle
 from tests.support.decoders import Inputs, assert_same, compiled, pruned_by_hand
@@ -263,7 +264,9 @@ def unchanged(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     assert list(module.graph.nodes) == nodes
     assert module.print_readable(print_output=False)
     assert module.code == code
-    assert isinstance(compiled, NotedRun | MaskDispatcher)
-    runs = compiled._compiled if isinstance(compiled, NotedRun) else compiled._unpruned
+    assert isinstance(compiled, ShortCaches)
+    inner = compiled._compiled
+    assert isinstance(inner, NotedRun | MaskDispatcher)
+    runs = inner._compiled if isinstance(inner, NotedRun) else inner._unpruned
     assert runs == module.forward
     return compiled
