@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from progress import counting
 from transformers.utils import logging
 
 import dartfx
-from dartfx.integrations.hf import load_model
+from dartfx.integrations.hf import load_model, prompt_inputs
 from dartfx.tools.evaluate.answers import answer
 from dartfx.tools.evaluate.questions import Batch, Question, batches, load
 from dartfx.tools.evaluate.scores import MEAN, chance
@@ -63,7 +64,7 @@ def show(number: int, retain: int, layer: int, out: Path) -> None:
         tokens=True,
     )
     asked = load(TINY / "heldout" / "questions.jsonl")[:number]
-    prompts = batches(asked, processor, 8)
+    prompts = batches(asked, partial(prompt_inputs, processor), 8)
     print(f"asking {len(asked)} questions with all vision tokens and with {retain} ...", flush=True)
     with counting("asking", 2 * len(asked), "question") as bar:
 
