@@ -86,6 +86,7 @@ def warm(first: dict[str, Any]) -> dict[str, Any]:
     return {**first, "hit": first["miss"], "miss": 0}
 
 
+@pytest.mark.slow
 def test_a_second_process_starts_warm_and_another_option_does_not(
     first: dict[str, Any], artifacts: Path
 ) -> None:

@@ -210,6 +210,7 @@ def test_dynamic_cache_as_a_pytree_and_keep_idx(llava: Family, strict: bool) -> 
     assert told.kept == 8  # logits, 3 layers of keys and values, image features
 
 
+@pytest.mark.slow
 def test_several_stages(llava: Family, program: ExportedProgram) -> None:
     """Two cuts of an exported program keep what the same two keep under torch.compile."""
     inputs = llava.make_inputs()

@@ -47,6 +47,7 @@ def answers(of: Answering, settings: Settings = SHORT, *, count: int | None = No
     return [found[number].text for number in range(len(given))]
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch() -> None:
     alone, together = answering(PRUNED), answering(PRUNED, batch_size=8)
     assert answers(together) == answers(alone)

@@ -214,6 +214,7 @@ def by_image(given: hooked.SelectionInputs, retain: int) -> Tensor:
     return torch.tensor(expected(case).keep_idx)
 
 
+@pytest.mark.slow
 def test_generate_from_images_of_unequal_number() -> None:
     family = load("llava")
     inputs = family.make_inputs("ragged")

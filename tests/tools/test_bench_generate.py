@@ -65,6 +65,7 @@ def test_caches_hold_what_the_cut_leaves(measured: tuple[dict[str, Any], str]) -
     assert rows["plain"]["note"] == rows["plain_static"]["note"] == "one graph"
 
 
+@pytest.mark.slow
 def test_figures_follow_from_the_samples(measured: tuple[dict[str, Any], str]) -> None:
     result = measured[0]
     assert result["settings"]["new_tokens"] == [1, NEW]
@@ -91,6 +92,7 @@ def test_figures_follow_from_the_samples(measured: tuple[dict[str, Any], str]) -
     assert 1 < result["limits"]["flops"]["prefill"] < LAYERS / CUT
 
 
+@pytest.mark.slow
 def test_the_table_shows_what_the_file_holds(measured: tuple[dict[str, Any], str]) -> None:
     result, printed = measured
     for row in result["rows"]:

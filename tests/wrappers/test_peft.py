@@ -103,6 +103,7 @@ def test_explain_looks_inside(built: Family) -> None:
     assert dartfx.explain(wrapped.generate, **inputs, max_new_tokens=1, options=options).pruned
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
 def test_a_training_step(built: Family) -> None:
     """Gradients of the adapters alone, with inputs that require them, as checkpointing wants."""
