@@ -62,7 +62,7 @@ OPTIONS = {
 ARGUMENTS = {
     "bench generate": "--batch --device --dtype --gate --image --images --json --layer --lowering "
     "--model --model-shape --new-tokens --plot --prompt --repeat --retain-tokens --rows "
-    "--threads --warmup",
+    "--threads --turns --warmup",
     "bench kernel": "--backend --device --dtype --json --quick --repeat --selectors --shape "
     "--threads",
     "bench ranks": "--repeat",
