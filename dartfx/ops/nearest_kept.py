@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dartfx.selection.dart import EPS, accumulation_dtype
+from dartfx.selection.dart import first_largest, unit_vectors
 
 __all__ = ["nearest"]
 
@@ -19,16 +19,13 @@ def nearest(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
     token of the largest cosine to it, ties to the lowest position; any other, and all of a row that
     keeps no vision token, -1.
     """
-    hidden = hidden.to(accumulation_dtype(hidden))
-    units = hidden / (hidden * hidden).sum(-1, keepdim=True).sqrt().clamp(min=EPS)
+    units = unit_vectors(hidden)
     kept = units.gather(1, keep_idx[:, :, None].expand(-1, -1, hidden.shape[2]))
     candidate = vision_mask.gather(1, keep_idx)
     alike = (units @ kept.transpose(1, 2)).nan_to_num(0)
     alike = alike.masked_fill(~candidate[:, None], -torch.inf)
     slot = torch.arange(keep_idx.shape[1], device=hidden.device)
-    # Not argmax, which does not say which of equals it takes.
-    best = alike == alike.amax(-1, keepdim=True)
-    at = torch.where(best, slot, keep_idx.shape[1]).amin(-1)
+    at = first_largest(alike)[..., 0]
     own = torch.full_like(at, -1).scatter(1, keep_idx, slot.expand_as(keep_idx))
     dropped = vision_mask & (own < 0) & candidate.any(1, keepdim=True)
     return torch.where(dropped, at, own)

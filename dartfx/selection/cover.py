@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dartfx.selection.dart import EPS, accumulation_dtype, positions_of
+from dartfx.selection.dart import (
+    accumulation_dtype,
+    first_largest,
+    positions_of,
+    unit_vectors,
+)
 from dartfx.selection.quotas import split_budget
 
 __all__ = ["cover", "relevant"]
@@ -77,8 +82,7 @@ def relevant(
 def _covering(
     hidden: Tensor, weights: Tensor, vision_mask: Tensor, budget: Tensor, most: int
 ) -> Tensor:
-    hidden = hidden.to(accumulation_dtype(hidden))
-    units = hidden / (hidden * hidden).sum(-1, keepdim=True).sqrt().clamp(min=EPS)
+    units = unit_vectors(hidden)
     weights = weights.to(units.dtype)
     kept: Tensor = torch.ops.dartfx.take_covering(units, weights, vision_mask, budget, most)
     return kept
@@ -122,9 +126,7 @@ def _greedy(alike: Tensor, weight: Tensor, free: Tensor, share: Tensor, steps: i
     for step in range(steps):
         gain = (alike - covered[:, None]).clamp_(min=0).mul_(weight[:, None]).sum(-1)
         gain = torch.where(free, gain, -torch.inf)
-        # Not argmax, which does not say which of equals it takes.
-        best = gain == gain.amax(1, keepdim=True)
-        at = torch.where(best, slot, free.shape[1]).amin(1, keepdim=True)
+        at = first_largest(gain)
         taken = (slot == at) & free & (step < share)
         kept, free = kept | taken, free & ~taken
         nearest = alike.gather(1, at[..., None].expand(-1, -1, free.shape[1]))[:, 0]

@@ -21,12 +21,14 @@ __all__ = [
     "accumulation_dtype",
     "cosines",
     "dart",
+    "first_largest",
     "key_norms",
     "plan_turns",
     "positions_of",
     "stable_order",
     "take_first",
     "take_in_turn",
+    "unit_vectors",
 ]
 
 EPS = 1e-8  # torch.nn.functional.cosine_similarity clamps each norm on its own at this value
@@ -169,6 +171,14 @@ def stable_order(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=-1, stable=True).indices
 
 
+def first_largest(scores: Tensor) -> Tensor:
+    """Where the largest score along the last dim is, ties to the lowest: [..., S] to [..., 1]."""
+    slot = torch.arange(scores.shape[-1], device=scores.device)
+    # Not argmax, which does not say which of equals it takes.
+    best = scores == scores.amax(-1, keepdim=True)
+    return torch.where(best, slot, scores.shape[-1]).amin(-1, keepdim=True)
+
+
 def take_first(order: Tensor, members: Tensor, count: Tensor) -> Tensor:
     """The first ``count[b]`` members of row ``b`` in the given order (all of them if fewer).
 
@@ -216,6 +226,15 @@ def cosines(hidden: Tensor, pivots: Tensor) -> Tensor:
         vector = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[2]))
         rows.append((hidden * vector).sum(-1) / (norms * norms.gather(1, at)))
     return torch.stack(rows, 1)
+
+
+def unit_vectors(hidden: Tensor) -> Tensor:
+    """Hidden states of length 1, whose products are cosines, in the dtype that they are summed in.
+
+    hidden: [..., D] float.  Lengths are clamped as those of :func:`cosines`.
+    """
+    hidden = hidden.to(accumulation_dtype(hidden))
+    return hidden / (hidden * hidden).sum(-1, keepdim=True).sqrt().clamp(min=EPS)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

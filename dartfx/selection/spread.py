@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dartfx.selection.dart import (
-    EPS,
     accumulation_dtype,
     cosines,
+    first_largest,
     key_norms,
     plan_turns,
     stable_order,
+    unit_vectors,
 )
 
 __all__ = ["spread", "tiled"]
@@ -79,8 +80,7 @@ def spread(
     the first token is the one whose nearest other is farthest, and it prunes what the projector
     gives.  Without place, counting falls to chance on the model of docs/quality.md.
     """
-    hidden = hidden.to(accumulation_dtype(hidden))
-    units = hidden / (hidden * hidden).sum(-1, keepdim=True).sqrt().clamp(min=EPS)
+    units = unit_vectors(hidden)
     kept: Tensor = torch.ops.dartfx.take_apart(units, key_norms(keys), vision_mask, budget, most)
     return kept
 
@@ -103,8 +103,7 @@ def _take_apart(units: Tensor, first: Tensor, members: Tensor, budget: Tensor, m
     steps = int(budget.max()) if budget.device.type == "cpu" else most
     for step in range(steps):
         score = torch.where(members & ~kept, score, -torch.inf)
-        best = score.amax(1, keepdim=True)
-        at = torch.where(score == best, position, members.shape[1]).amin(1, keepdim=True)
+        at = first_largest(score)
         kept = kept | ((position == at) & members & (step < budget)[:, None])
         unit = units.gather(1, at[:, :, None].expand(-1, -1, units.shape[2]))
         apart = 1 - (units * unit).sum(-1) + (place - place.gather(1, at)).abs().clamp(max=1)
