@@ -186,16 +186,17 @@ def is_state(node: Node) -> bool:
 
 def only_of_state(node: Node) -> bool:
     """Whether a value is computed from parameters and buffers, and from no other input."""
-    found, ahead, any_state = {node}, [node], False
+    inputs = [n for n in upstream([node]) if n.op == "placeholder"]
+    return bool(inputs) and all(map(is_state, inputs))
+
+
+def upstream(nodes: Iterable[Node]) -> set[Node]:
+    """Some nodes and all that they are computed from."""
+    found, ahead = set[Node](), set(nodes)
     while ahead:
-        next_one = ahead.pop()
-        if next_one.op == "placeholder" and not is_state(next_one):
-            return False
-        any_state |= next_one.op == "placeholder"
-        new = set(next_one.all_input_nodes) - found
-        found |= new
-        ahead += new
-    return any_state
+        found |= ahead
+        ahead = {operand for node in ahead for operand in node.all_input_nodes} - found
+    return found
 
 
 def downstream(graph: Graph, starts: Iterable[Node]) -> list[Node]:
@@ -229,8 +230,7 @@ def without_gradient(node: Node, before: Node | None) -> Node | None:
 def fake_mode(graph: Graph) -> compat.FakeTensorMode:
     """The fake mode of the graph's values.  Raises ValueError when it has none."""
     for node in graph.nodes:
-        value = tensor(node)
-        if isinstance(value, compat.FakeTensor):
+        if isinstance(value := tensor(node), compat.FakeTensor):
             return value.fake_mode
     raise ValueError("the graph holds no fake tensors; normalise it first")
 

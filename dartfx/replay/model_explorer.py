@@ -12,13 +12,12 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from dartfx.backend.request import CallerCapabilities, request_of
+from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
 from dartfx.passes.graph import module_paths, source_line, tensor
-from dartfx.passes.outcome import Pruned
 from dartfx.passes.site import Site
-from dartfx.replay.profile import NotPruned
-from dartfx.replay.steps import copy, rewritten
+from dartfx.replay.profile import pruned_or_raise
+from dartfx.replay.steps import copy
 
 __all__ = ["explorable"]
 
@@ -36,9 +35,7 @@ def explorable(module: GraphModule, config: DartConfig, caller: CallerCapabiliti
         if name == "normalise":
             unpruned.append(copy(graph))
 
-    outcome, pruned = rewritten(module, request_of(config, caller), observe)
-    if not isinstance(outcome, Pruned):
-        raise NotPruned("no vision tokens enter this graph" if outcome is None else str(outcome))
+    _, pruned = pruned_or_raise(module, config, caller, observe)
     known = {node.name for node in unpruned[-1].graph.nodes}
     graphs = [_graph("before", unpruned[-1], known), _graph("after", pruned, known)]
     return json.dumps({"label": "dartfx", "graphs": graphs}) + "\n"

@@ -6,7 +6,7 @@ across regions, so that its kernels belong to none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +18,16 @@ from dartfx.backend.request import CallerCapabilities, request_of
 from dartfx.config.options import DartConfig
 from dartfx.observe.repro_inputs import draw
 from dartfx.passes.analysis.cost import bytes_of, node_flops
-from dartfx.passes.graph import depends_on_data, module_paths, sizes, split_index, tensor
-from dartfx.passes.outcome import Outcome, Pruned
+from dartfx.passes.graph import depends_on_data, module_paths, sizes, split_index, tensor, upstream
+from dartfx.passes.outcome import Pruned
+from dartfx.passes.runner import Observer
 from dartfx.passes.site import Site
 from dartfx.replay.measured import Profile, Region
 from dartfx.replay.progress import Progress
 from dartfx.replay.run import copies
 from dartfx.replay.steps import copy, rewritten
 
-__all__ = ["REGIONS", "NotPruned", "measure"]
+__all__ = ["REGIONS", "NotPruned", "measure", "pruned_or_raise"]
 
 _RUNS = 3  # of each graph, whose mean is shown, after one that is not recorded
 TOWER, EMBEDDINGS, EARLY, SELECTION, LATE, HEAD = REGIONS = (
@@ -85,11 +86,9 @@ def _sides(module: GraphModule, config: DartConfig, caller: CallerCapabilities) 
     def observe(name: str, graph: GraphModule, site: Site | None = None, /) -> None:
         # Before the first cut: every name still means what it does in the unpruned graph.
         if name == "locate" and site is not None and not located:
-            located.append((copy(graph), {node.name for node in _above(site.vision.features)}))
+            located.append((copy(graph), {node.name for node in upstream(site.vision.features)}))
 
-    outcome, pruned = rewritten(module, request_of(config, caller), observe)
-    if not isinstance(outcome, Pruned):
-        raise NotPruned(_why(outcome))
+    outcome, pruned = pruned_or_raise(module, config, caller, observe)
     unpruned, tower = located[0]
     before = _regions(unpruned, outcome, tower)
     old = {node.name: region for node, region in before.items()}
@@ -98,20 +97,14 @@ def _sides(module: GraphModule, config: DartConfig, caller: CallerCapabilities) 
     return _Sides((unpruned, pruned), (before, after))
 
 
-def _why(outcome: Outcome | None) -> str:
-    return "no vision tokens enter this graph" if outcome is None else str(outcome)
-
-
-def _above(nodes: Iterable[Node]) -> set[Node]:
-    """Some nodes and all that they are computed from."""
-    found: set[Node] = set()
-    left = list(nodes)
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += node.all_input_nodes
-    return found
+def pruned_or_raise(
+    module: GraphModule, config: DartConfig, caller: CallerCapabilities, observe: Observer
+) -> tuple[Pruned, GraphModule]:
+    """What pruning makes of dynamo's graph.  Raises NotPruned."""
+    outcome, pruned = rewritten(module, request_of(config, caller), observe)
+    if not isinstance(outcome, Pruned):
+        raise NotPruned("no vision tokens enter this graph" if outcome is None else str(outcome))
+    return outcome, pruned
 
 
 def _calls(module: GraphModule) -> list[Node]:

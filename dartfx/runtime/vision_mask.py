@@ -140,8 +140,9 @@ def text_of(model: nn.Module, ids: object) -> Iterator[None]:
 
     Changes nothing where ``ids`` are none, or the model names no module that embeds them.
     """
-    embed = _embedding(model)
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or embed is None:
+    # A decode step brings none, and does not look for the module either.
+    embed = _embedding(model) if isinstance(ids, Tensor) and ids.ndim == 2 else None
+    if not isinstance(ids, Tensor) or embed is None:
         yield
         return
     token = _text.set(_Text(ids, embed))

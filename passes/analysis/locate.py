@@ -29,6 +29,7 @@ from dartfx.passes.graph import (
     sizes,
     split_index,
     tensor,
+    upstream,
     written_after,
 )
 from dartfx.passes.op_sets import INDEX_PUT, MASKED_SCATTER, REGROUPS, named
@@ -73,12 +74,7 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
 
 def _float_inputs(node: Node) -> set[Node]:
     """The floating inputs that a call brings, no parameters, which a value is computed from."""
-    found, ahead = {node}, [node]
-    while ahead:
-        new = set(ahead.pop().all_input_nodes) - found
-        found |= new
-        ahead += new
-    inputs = {n for n in found if n.op == "placeholder" and not is_state(n)}
+    inputs = {n for n in upstream([node]) if n.op == "placeholder" and not is_state(n)}
     return {n for n in inputs if (value := tensor(n)) is not None and value.is_floating_point()}
 
 

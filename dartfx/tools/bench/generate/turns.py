@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dartfx.tools.bench.generate.figures import markdown
-from dartfx.tools.bench.generate.variants import VARIANTS, Ready, Settings
+from dartfx.tools.bench.generate.variants import VARIANTS, Ready, Settings, greedy
 from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.bench.timing import cache_bytes, seconds
 
@@ -43,14 +43,9 @@ class _Talk:
     def generate(self, new_tokens: int, cache: Any = None) -> Any:
         """This turn's answer; with a cache, which covers the images, from text alone."""
         inputs = self.ready.inputs if cache is None else {}
-        told = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
+        ids = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
         more = {} if cache is None else {"past_key_values": cache}
-        return self.ready.model.generate(
-            **{**inputs, **told, **more},
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-        )
+        return greedy(self.ready.model, inputs | ids, new_tokens, **more)
 
     def seconds_of(self, new_tokens: int) -> float:
         """One timed answer; the cache is copied before, so that every call starts alike."""

@@ -17,7 +17,7 @@ from dartfx.tools.bench.generate.hooks import pruned_by_hooks
 from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.bench.timing import cache_bytes, twin
 
-__all__ = ["VARIANTS", "Ready", "Settings"]
+__all__ = ["VARIANTS", "Ready", "Settings", "greedy"]
 
 Generate = Callable[[int], Any]
 
@@ -48,7 +48,8 @@ class Ready:
     note: str = ""
 
 
-def _generate(model: Any, inputs: dict[str, Any], new_tokens: int, **more: Any) -> Any:
+def greedy(model: Any, inputs: dict[str, Any], new_tokens: int, **more: Any) -> Any:
+    """Greedy ``generate`` of exactly so many tokens where nothing ends it, with its caches."""
     return model.generate(
         **inputs,
         max_new_tokens=new_tokens,
@@ -65,7 +66,7 @@ def _ready(model: Any, work: Workload, generate: Generate, **more: Any) -> Ready
 
 def eager(work: Workload, settings: Settings) -> Ready:
     """The model as it is."""
-    return _ready(work.model, work, partial(_generate, work.model, work.inputs))
+    return _ready(work.model, work, partial(greedy, work.model, work.inputs))
 
 
 def hooked(work: Workload, settings: Settings) -> Ready:
@@ -75,7 +76,7 @@ def hooked(work: Workload, settings: Settings) -> Ready:
     counts = work.vision_tokens, settings.retain
 
     def generate(new_tokens: int) -> Any:
-        call = partial(_generate, work.model, work.inputs, new_tokens)
+        call = partial(greedy, work.model, work.inputs, new_tokens)
         return pruned_by_hooks(work.model, work.vision, counts, settings.layer, call)
 
     return _ready(work.model, work, generate)
@@ -83,7 +84,7 @@ def hooked(work: Workload, settings: Settings) -> Ready:
 
 def _plain(work: Workload, settings: Settings, **more: Any) -> Ready:
     model = twin(work.model)
-    generate: Generate = partial(_generate, model, work.inputs, **more)
+    generate: Generate = partial(greedy, model, work.inputs, **more)
     # transformers sets up parts of a model in its first call, under a lock that breaks the graph.
     generate(1)
     _compile(model, settings.lowering, fullgraph=True)
@@ -136,7 +137,7 @@ def _dart(work: Workload, settings: Settings, **more: Any) -> Ready:
                 return report.outcome
         raise RuntimeError("nothing was pruned: " + "; ".join(map(str, made)))
 
-    return _ready(model, work, partial(_generate, model, work.inputs, **more), check=check)
+    return _ready(model, work, partial(greedy, model, work.inputs, **more), check=check)
 
 
 def dart(work: Workload, settings: Settings) -> Ready:
