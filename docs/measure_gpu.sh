@@ -13,6 +13,7 @@
 #   batch-N         the first token of N prompts at once, LLaVA-NeXT-7B
 #   images-N        the first token of a prompt of N images, LLaVA-NeXT-7B
 #   turns           second and third turns of a conversation, LLaVA-NeXT-7B
+#   turns-ROW       the same of one row, plain or dart: with -j the two compile side by side
 #
 # Figures go to FOLDER as JSON and text. PYTHON names the interpreter (python3), SECONDS_EACH how
 # long a step may take (900); what it had measured by then is in its JSON. A step that fails does
@@ -22,7 +23,7 @@
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,22s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,23s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
@@ -49,7 +50,12 @@ step() {
         decode-static) generate "$1" $next --rows plain_static dart_static --new-tokens 64 256 \
             --warmup 2 --repeat 3 ;;
         batch-*) generate "$1" $next --rows plain dart --new-tokens 1 --repeat 7 --batch "${1#*-}" ;;
-        turns) generate "$1" $next --rows eager --new-tokens 64 --warmup 1 --repeat 3 --turns 3 ;;
+        turns*)
+            local rows=${1#turns}
+            rows=${rows:-plain dart}
+            # shellcheck disable=SC2086 # two words
+            generate "$1" $next --rows ${rows#-} --dynamic --new-tokens 32 --warmup 1 --repeat 3 \
+                --turns 3 ;;
         images-*) generate "$1" $next --rows plain dart --new-tokens 1 --repeat 7 --images "${1#*-}" ;;
         *) generate "$1" "$1" --rows eager hooks plain dart --new-tokens 1 --repeat 9 ;;
     esac

@@ -60,8 +60,8 @@ OPTIONS = {
 }
 
 ARGUMENTS = {
-    "bench generate": "--batch --device --dtype --gate --image --images --json --layer --lowering "
-    "--model --model-shape --new-tokens --plot --prompt --repeat --retain-tokens --rows "
+    "bench generate": "--batch --device --dtype --dynamic --gate --image --images --json --layer "
+    "--lowering --model --model-shape --new-tokens --plot --prompt --repeat --retain-tokens --rows "
     "--threads --turns --warmup",
     "bench kernel": "--backend --device --dtype --json --quick --repeat --selectors --shape "
     "--threads",

@@ -296,6 +296,7 @@ def test_shapes_are_those_of_the_checkpoints(name: str, parameters: int, vision:
         (["--batch", "0"], "must be at least 1"),
         (["--new-tokens", "0"], "--new-tokens: must be at least 1"),
         (["--turns", "2", "--new-tokens", "1"], "answers of two tokens or more"),
+        (["--turns", "2", "--rows", "eager"], "needs the row plain or dart"),
         (["--plot", "totals.png"], "--plot: matplotlib is missing"),
         (["--image", "nowhere.jpg"], "there is no file 'nowhere.jpg'"),
     ],

@@ -3,6 +3,7 @@
 llava-1.5-7b    one image of 576 vision tokens, 64 kept
 llava-next-7b   one image in five tiles, 2880 vision tokens and 48 of new lines, 320 kept
 qwen2.5-vl-7b   one image of 2240 x 1400 pixels, 4000 vision tokens, 888 kept
+small           LLaVA-1.5's classes, 12 layers of hidden size 512, 576 vision tokens, 64 kept
 tiny            LLaVA-1.5's classes, 4 layers of hidden size 64, 144 vision tokens, 16 kept
 """
 
@@ -109,6 +110,12 @@ def qwen2_5_vl_7b() -> Structure:
     )
 
 
+def small() -> Structure:
+    """The decoder of ``make bench``, behind a small tower: for later turns on a CPU."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    return llava(side=24, layers=12, hidden_size=512, max_position_embeddings=4096, **heads)
+
+
 def tiny() -> Structure:
     """LLaVA-1.5 with two heads of keys for four of queries; for trying the command."""
     return llava(side=12)
@@ -119,6 +126,7 @@ SHAPES: dict[str, tuple[Callable[[], Structure], int]] = {
     "llava-1.5-7b": (llava_7b, 64),
     "llava-next-7b": (llava_next_7b, 320),
     "qwen2.5-vl-7b": (qwen2_5_vl_7b, 888),
+    "small": (small, 64),
     "tiny": (tiny, 16),
 }
 

@@ -30,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--retain-tokens", type=int, help="vision tokens kept (default: the shape's; see docs)")
     add("--batch", type=int, default=1, help="prompts in a call, all alike (%(default)s)")
     add("--images", type=int, default=1, help="images in a prompt, all alike (%(default)s)")
+    add("--dynamic", action="store_true", help="compile for all lengths from the first call on")
     add("--layer", type=int, default=2, help="first layer that sees them only (%(default)s)")
     add("--new-tokens", nargs="+", type=int, help="1 8 64 256; on a CPU 1 8; 1 is always added")
     add("--turns", type=int, default=1, help="also later turns of a conversation (%(default)s)")
@@ -67,9 +68,12 @@ def check(arguments: argparse.Namespace) -> None:
             raise InputError(name, "is for --model-shape")
     from dartfx.tools.bench.generate.variants import VARIANTS
 
-    for row in arguments.rows or ():
+    rows = arguments.rows or VARIANTS
+    for row in rows:
         if row not in VARIANTS:
             raise InputError("rows", f"unknown row {row!r}; known: {', '.join(VARIANTS)}")
+    if arguments.turns > 1 and not {"plain", "dart"} & set(rows):
+        raise InputError("turns", "needs the row plain or dart: --rows plain dart")
     for name in ("json", "gate", "plot"):
         check_file(name, getattr(arguments, name))
     if arguments.image:

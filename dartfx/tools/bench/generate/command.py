@@ -7,7 +7,7 @@
   plain Inductor, dart + static cache + compiled decode
                   the same with cache_implementation="static"; on CUDA decode runs as CUDA graphs
 
-Shapes: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b; and tiny, to see whether it runs.
+Shapes: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b; small, for a CPU; tiny, to see whether it runs.
 
 All share one set of weights and run in one process in turns; figures are medians. transformers
 runs the vision tower eagerly inside generate in every row. A row that refuses or fails is printed
@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import date
 from importlib import import_module
@@ -92,14 +93,14 @@ def _settings(work: Workload, arguments: argparse.Namespace) -> Settings:
     if retain is None and arguments.model_shape:
         retain = import_module(SHAPES).SHAPES[work.name][1] * arguments.images
     retain = DartConfig().retain_for(work.vision_tokens) if retain is None else retain
-    return Settings(retain, arguments.layer, arguments.lowering)
+    return Settings(retain, arguments.layer, arguments.lowering, arguments.dynamic or None)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every figure of the benchmark, as the JSON file holds it from the first round on."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    from dartfx.tools.bench.generate.rows import Progress, prepare, rewarm, time_round
+    from dartfx.tools.bench.generate.rows import Progress, rewarm, time_round
 
     load = os.getloadavg()[0]
     patch = compat.dynamo_config.patch(
@@ -114,9 +115,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = _rows(work, arguments)
         lengths = list(rows[0].samples)
         calls = len(rows) * len(lengths) * (arguments.warmup + arguments.repeat)
+        calls *= 1 + 2 * (arguments.turns - 1)  # two rows of later turns for each, most often
         progress = Progress(held.enter_context(tqdm(total=calls, unit="call")), lengths)
-        for row in rows:
-            prepare(row, work, settings, progress, arguments.warmup)
+        _warm_up(rows, work, settings, arguments, progress)
         if arguments.gate:
             torch.cuda.empty_cache()  # others compile on the same device
             gate.alone()
@@ -130,24 +131,42 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 **_figures(rows, work.batch, progress.towers, settings.layer / _layers(work)),
             }
             _write(result, arguments.json)
-        if arguments.turns > 1:
-            result["turns"] = _later_turns(work, settings, max(lengths), arguments, progress)
+        for figures in _later_turns(rows, work, arguments, progress, arguments.repeat):
+            result["turns"] = figures
             _write(result, arguments.json)
     return result
 
 
-def _later_turns(
+def _warm_up(
+    rows: Sequence[Row],
     work: Workload,
     settings: Settings,
-    new_tokens: int,
     arguments: argparse.Namespace,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    from dartfx.tools.bench.generate.turns import ROWS, measure_turns
+) -> None:
+    """Call everything that is going to be timed, until nothing compiles any more."""
+    from dartfx.tools.bench.generate.rows import prepare
 
-    rounds = arguments.warmup, arguments.repeat
-    progress.bar.reset(2 * len(ROWS) * sum(rounds) * (arguments.turns - 1))
-    return measure_turns(work, settings, arguments.turns, new_tokens, rounds, progress.count)
+    for row in rows:
+        prepare(row, work, settings, progress, arguments.warmup)
+    for _ in _later_turns(rows, work, arguments, progress, arguments.warmup):
+        pass
+
+
+def _later_turns(
+    rows: Sequence[Row],
+    work: Workload,
+    arguments: argparse.Namespace,
+    progress: Progress,
+    calls: int,
+) -> Iterator[list[dict[str, Any]]]:
+    """The figures of later turns, if there are any, after every round of calls."""
+    from dartfx.tools.bench.generate.turns import converse, talks_of
+
+    if arguments.turns > 1:
+        talks = talks_of(rows, work.inputs["input_ids"])
+        longest = max(progress.lengths)
+        yield from converse(talks, work, arguments.turns, longest, calls, progress.count)
 
 
 def _write(result: dict[str, Any], path: Path | None) -> None:
@@ -242,7 +261,7 @@ def _machine(work: Workload, load: float) -> dict[str, Any]:
 
 
 def _plain(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("repeat", "warmup", "lowering")}
+    return {name: getattr(arguments, name) for name in ("repeat", "warmup", "lowering", "dynamic")}
 
 
 def _heading(result: dict[str, Any]) -> str:

@@ -20,9 +20,23 @@ from dartfx.tools.bench.generate.variants import VARIANTS, Ready, Settings
 from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.bench.timing import seconds, wait
 
-__all__ = ["Progress", "Row", "prepare", "rewarm", "time_round", "vision_seconds", "weight_bytes"]
+__all__ = [
+    "Progress",
+    "Row",
+    "prepare",
+    "reason",
+    "rewarm",
+    "time_round",
+    "vision_seconds",
+    "weight_bytes",
+]
 
 _REASON_LENGTH = 600  # characters of a reason; a C++ compiler's may be thousands of lines
+
+
+def reason(error: Exception) -> str:
+    """Why a row has no figures, in one line."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", _REASON_LENGTH, placeholder=" ...")
 
 
 @dataclass
@@ -45,8 +59,7 @@ class Row:
         try:
             yield
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            self.failed = textwrap.shorten(reason, _REASON_LENGTH, placeholder=" ...")
+            self.failed = reason(error)
             self.ready = None
 
     def totals(self) -> dict[int, float]:

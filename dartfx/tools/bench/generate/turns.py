@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -12,33 +12,50 @@ import torch
 from torch import Tensor
 
 from dartfx.tools.bench.generate.figures import markdown
-from dartfx.tools.bench.generate.variants import VARIANTS, Ready, Settings, greedy
+from dartfx.tools.bench.generate.rows import Row, reason
+from dartfx.tools.bench.generate.variants import Ready, greedy
 from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.bench.timing import cache_bytes, seconds
 
-__all__ = ["ROWS", "measure_turns", "turns_table"]
+__all__ = ["LABELS", "QUESTION", "Talk", "converse", "talks_of", "turns_table"]
 
 QUESTION = 16  # text tokens that a user adds in each turn
 
-# What generates, and whether it goes on from the cache of the turn before.
-ROWS: dict[str, tuple[str, bool]] = {
-    "plain Inductor, whole conversation": ("plain", False),
-    "plain Inductor, its cache": ("plain", True),
-    "dart, whole conversation": ("dart", False),
-    "dart, its pruned cache": ("dart", True),
+# By row of the benchmark: without the cache of the turn before, and with it.
+LABELS: dict[str, tuple[str, str]] = {
+    "plain": ("plain Inductor, whole conversation", "plain Inductor, its cache"),
+    "dart": ("dart, whole conversation", "dart, its pruned cache"),
 }
 
 
 @dataclass
-class _Talk:
-    """A conversation in one row: all token ids so far, and the cache of all but the last."""
+class Talk:
+    """A conversation in one way: all token ids so far, and the cache of all but the last."""
 
     label: str
     ready: Ready
     continues: bool
     ids: Tensor
     cache: Any = None
+    failed: str = ""
     turns: list[dict[str, Any]] = field(default_factory=list)
+    samples: dict[int, list[float]] = field(default_factory=dict)
+
+    def attempt(self, call: Callable[[], object]) -> None:
+        """Make a call unless one has failed before; its exception is why this row has no more."""
+        if self.failed:
+            return
+        try:
+            call()
+        except Exception as error:
+            self.failed = reason(error)
+
+    def begin(self, turn: int, ids: Tensor | None = None) -> None:
+        """Begin a turn; ids: the first one's."""
+        if ids is not None:
+            self.ids, self.cache, self.turns = ids, None, []
+        self.turns.append({"turn": turn, "tokens": self.ids.shape[1]})
+        self.samples = {}
 
     def generate(self, new_tokens: int, cache: Any = None) -> Any:
         """This turn's answer; with a cache, which covers the images, from text alone."""
@@ -47,69 +64,86 @@ class _Talk:
         more = {} if cache is None else {"past_key_values": cache}
         return greedy(self.ready.model, inputs | ids, new_tokens, **more)
 
-    def seconds_of(self, new_tokens: int) -> float:
+    def time(self, new_tokens: int) -> None:
         """One timed answer; the cache is copied before, so that every call starts alike."""
         cache = copy.deepcopy(self.cache) if self.continues else None
-        return seconds(lambda: self.generate(new_tokens, cache))
+        spent = seconds(lambda: self.generate(new_tokens, cache))
+        self.samples.setdefault(new_tokens, []).append(spent)
+
+    def note(self) -> None:
+        """The turn's figures by its samples so far."""
+        if self.failed or len(self.samples) < 2:
+            return
+        (_, first), (longest, total) = sorted((n, median(s)) for n, s in self.samples.items())
+        tokens = self.ids.shape[0] * (longest - 1)
+        rate = tokens / (total - first) if total > first else None
+        self.turns[-1] |= {"first_token_seconds": first, "decode_tokens_per_second": rate}
 
     def answer(self, new_tokens: int, question: Tensor) -> None:
         """Take the turn, and add what is asked next."""
         done = self.generate(new_tokens, self.cache if self.continues else None)
-        self.turns[-1]["kv_bytes"] = cache_bytes(done.past_key_values)
         self.cache = done.past_key_values
+        self.turns[-1]["kv_bytes"] = cache_bytes(self.cache)
         self.ids = torch.cat([done.sequences, question], 1)
 
 
-def measure_turns(
+def talks_of(rows: Sequence[Row], ids: Tensor) -> list[Talk]:
+    """Two conversations in each row that has any and did not fail."""
+    return [
+        Talk(label, row.ready, continues, ids)
+        for row in rows
+        if row.ready is not None
+        for continues, label in zip((False, True), LABELS.get(row.name, ()), strict=False)
+    ]
+
+
+def converse(
+    talks: Sequence[Talk],
     work: Workload,
-    settings: Settings,
     turns: int,
     new_tokens: int,
-    rounds: tuple[int, int],
+    repeat: int,
     step: Callable[[str], object],
-) -> list[dict[str, Any]]:
-    """First token and decode rate of turns 2 to ``turns``, medians in turns of all rows.
+) -> Iterator[list[dict[str, Any]]]:
+    """First token and decode rate of turns 2 to ``turns``, medians of calls in turns of all rows.
 
-    work: prompts without pads.  new_tokens: of every answer, at least 2.  rounds: warm-up and timed
-    calls.  step: called with a row's label for every call.
+    work: prompts without pads.  new_tokens: of every answer, at least 2.  step: called with a row's
+    label for every timed call.  Yields all figures so far, after each of ``repeat`` rounds and
+    after each turn.
     """
-    ready = {name: VARIANTS[name][1](work, settings) for name in ("plain", "dart")}
-    talks = [_Talk(k, ready[n], on, work.inputs["input_ids"]) for k, (n, on) in ROWS.items()]
     generator = torch.Generator().manual_seed(0)
     low, high = 2, int(work.inputs["input_ids"].max()) // 2
     for turn in range(1, turns + 1):
         size = (work.batch, QUESTION)
         question = torch.randint(low, high, size, generator=generator).to(work.model.device)
         for talk in talks:
-            talk.turns.append({"turn": turn, "tokens": talk.ids.shape[1]})
-        if turn > 1:
-            _time(talks, new_tokens, rounds, step)
+            talk.begin(turn, work.inputs["input_ids"] if turn == 1 else None)
+        for _ in range(repeat if turn > 1 else 0):
+            for talk in talks:
+                for length in (1, new_tokens):
+                    step(talk.label)
+                    talk.attempt(lambda t=talk, n=length: t.time(n))  # type: ignore[misc]
+                talk.note()
+            yield _figures(talks)
         for talk in talks:
-            talk.answer(new_tokens, question)
-    return [{"label": talk.label, "turns": talk.turns[1:]} for talk in talks]
+            talk.attempt(lambda t=talk, q=question: t.answer(new_tokens, q))  # type: ignore[misc]
+        yield _figures(talks)
 
 
-def _time(
-    talks: Sequence[_Talk], new_tokens: int, rounds: tuple[int, int], step: Callable[[str], object]
-) -> None:
-    samples: dict[tuple[str, int], list[float]] = {}
-    for number in range(sum(rounds)):
-        for talk in talks:
-            for length in (1, new_tokens):
-                step(talk.label)
-                spent = talk.seconds_of(length)
-                if number >= rounds[0]:
-                    samples.setdefault((talk.label, length), []).append(spent)
-    for talk in talks:
-        first, total = (median(samples[talk.label, n]) for n in (1, new_tokens))
-        rate = talk.ids.shape[0] * (new_tokens - 1) / (total - first) if total > first else None
-        talk.turns[-1] |= {"first_token_seconds": first, "decode_tokens_per_second": rate}
+def _figures(talks: Sequence[Talk]) -> list[dict[str, Any]]:
+    return [
+        {"label": talk.label, "failed": talk.failed, "turns": copy.deepcopy(talk.turns[1:])}
+        for talk in talks
+    ]
 
 
 def turns_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The figures of :func:`measure_turns` as Markdown."""
-    head = ["", *(f"turn {t['turn']}: {name}" for t in rows[0]["turns"] for name in _COLUMNS)]
-    return markdown(head, [[row["label"], *_cells(row["turns"])] for row in rows])
+    """The figures of :func:`converse` as Markdown, and why rows failed."""
+    turns = max((row["turns"] for row in rows), key=len)
+    head = ["", *(f"turn {t['turn']}: {name}" for t in turns for name in _COLUMNS)]
+    good = [[row["label"], *_cells(row["turns"])] for row in rows if not row["failed"]]
+    failed = [f"{row['label']}: {row['failed']}" for row in rows if row["failed"]]
+    return "\n\n".join([markdown(head, good), *failed])
 
 
 _COLUMNS = ("tokens", "first token, ms", "decode, tokens/s", "KV cache, MB")

@@ -24,11 +24,13 @@ Generate = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is pruned, and what compiles: ``lowering`` is "inductor", "aot_eager" or "eager"."""
+    """What is pruned, and what compiles: ``lowering`` is "inductor", "aot_eager" or "eager";
+    dynamic: as in ``torch.compile``."""
 
     retain: int
     layer: int = 2
     lowering: str = "inductor"
+    dynamic: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -87,22 +89,27 @@ def _plain(work: Workload, settings: Settings, **more: Any) -> Ready:
     generate: Generate = partial(greedy, model, work.inputs, **more)
     # transformers sets up parts of a model in its first call, under a lock that breaks the graph.
     generate(1)
-    _compile(model, settings.lowering, fullgraph=True)
+    _compile(model, settings, fullgraph=True)
     try:
         generate(1)
     except not_one_graph():
-        _compile(model, settings.lowering, fullgraph=False)
+        _compile(model, settings, fullgraph=False)
         return _ready(model, work, generate, note="several graphs")
     return _ready(model, work, generate, note="one graph")
 
 
-def _compile(model: Any, backend: str, *, fullgraph: bool) -> None:
+def _compile(model: Any, settings: Settings, *, fullgraph: bool) -> None:
     """``model.compile()``, but for calls inside of another compilation.
 
     There, transformers compiles the decode steps of a static cache: in CUDA graphs, which they
     would not get if what is compiled here ran inside.
     """
-    compiled = torch.compile(model._call_impl, backend=backend, fullgraph=fullgraph)
+    compiled = torch.compile(
+        model._call_impl,
+        backend=settings.lowering,
+        dynamic=settings.dynamic,
+        fullgraph=fullgraph,
+    )
 
     def call(*args: Any, **kwargs: Any) -> Any:
         chosen = model._call_impl if torch.compiler.is_compiling() else compiled
@@ -127,6 +134,7 @@ def _dart(work: Workload, settings: Settings, **more: Any) -> Ready:
         retain_tokens=settings.retain,
         layer=settings.layer,
         lowering=settings.lowering,
+        dynamic=settings.dynamic,
         on_unsupported="error",  # a row without pruning would be a wrong number
     )
 
