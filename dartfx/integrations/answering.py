@@ -17,7 +17,7 @@ from torch import Tensor
 import dartfx
 from dartfx.errors import ConfigError, UnsupportedGraphError
 from dartfx.integrations.prompts import Batch, Conversation, Prompts
-from dartfx.model import kv_cache
+from dartfx.model.caches import kv_cache
 from dartfx.observe import report
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Pruned, Unchanged

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartfx.model import kv_cache
+from dartfx.model.caches import kv_cache
 from dartfx.token_map.infer_layout import frame_lengths
 
 __all__ = ["Arguments", "brings_media", "leaves_of", "swapped"]

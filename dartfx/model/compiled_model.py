@@ -24,8 +24,8 @@ from dartfx.backend.graph_compiler import (
 from dartfx.backend.later_failures import cut_that_caused
 from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
-from dartfx.model import kv_cache
 from dartfx.model.arguments import Arguments, brings_media, leaves_of, swapped
+from dartfx.model.caches import kv_cache, static_cache
 from dartfx.model.device_hooks import hooks_in_decoder
 from dartfx.model.failures import (
     failure_after_cut,
@@ -122,7 +122,7 @@ class CompiledModel:
             return self._eager(*args, **kwargs)
         caches = [*call.caches, *filter(kv_cache.is_cache, vars(self._model).values())]
         kv_cache.require_fitting(caches, call.tokens, self._model)
-        empty = list(filter(kv_cache.is_empty_static, caches))
+        empty = list(filter(static_cache.is_empty_static, caches))
         if empty and self.config.kv_layout != "layered":
             return self._prefill_static(empty[0], call)
         before = {id(kv): kv_cache.held_before(kv) for kv in caches if call.tokens != 1}
@@ -138,14 +138,14 @@ class CompiledModel:
 
     def _prefill_static(self, static: Any, call: Arguments) -> Any:
         """The call with a dynamic cache instead of an empty static one, which gets its tokens."""
-        dynamic = kv_cache.new_dynamic_cache()
+        dynamic = static_cache.new_dynamic_cache()
         swaps: dict[int, Any] = {id(static): dynamic}
         for name, value in call.named.items():
             if name == "attention_mask":
-                swaps[id(value)] = kv_cache.strip_static_slots(value)
+                swaps[id(value)] = static_cache.strip_static_slots(value)
         given = call.with_swaps(swaps)
         result = self(*given.args, **given.kwargs)
-        kv_cache.copy_into_static(static, dynamic)
+        static_cache.copy_into_static(static, dynamic)
         return swapped(result, {id(dynamic): static})
 
     def _call(self, call: Arguments) -> Any:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dartfx
 from dartfx.model.arguments import Arguments
-from dartfx.model.kv_cache import pruned_length
+from dartfx.model.caches.kv_cache import pruned_length
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.family import Family

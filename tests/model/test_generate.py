@@ -14,7 +14,7 @@ import torch
 from transformers import CompileConfig, TextStreamer
 
 import dartfx
-from dartfx.model.kv_cache import pruned_length
+from dartfx.model.caches.kv_cache import pruned_length
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of

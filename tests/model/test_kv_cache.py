@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import dartfx
 from dartfx.errors import SelectionError
-from dartfx.model import kv_cache
+from dartfx.model.caches import kv_cache
 from dartfx.tools.zoo.family import Inputs
 from tests.support.tolerances import CLOSE, RETAIN
 from tests.support.turns import Conversation, compiled, first_turn, greedy, llava, one, words

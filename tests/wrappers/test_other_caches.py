@@ -10,7 +10,7 @@ import torch
 from transformers import QuantizedCache
 
 import dartfx
-from dartfx.model.kv_cache import held_tokens, pruned_length
+from dartfx.model.caches.kv_cache import held_tokens, pruned_length
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.registry import load

@@ -1,17 +1,13 @@
 """What :func:`dartfx.compile` does to transformers' KV caches around a compiled call.
 
 After a pruned prefill a cache's layers become such as know what they lack
-(``runtime/pruned_layers.py``), so that transformers makes positions and masks of later calls.  What
+(``pruned_layers.py``), so that transformers makes positions and masks of later calls.  What
 it cannot know is which column of a caller's mask belongs to which token that is left: masks are
 gathered before the call.
-Static caches have slots for all tokens from the start, so that every decode step has the same
-shapes (CUDA graphs); a pruned prefill fills a dynamic cache instead, whose S' tokens in every layer
-(uniform) are then copied over, one pass over the KV bytes.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,23 +16,20 @@ import torch
 from torch import Tensor
 
 from dartfx.errors import SelectionError
-from dartfx.runtime.pruned_layers import KeptColumns, PrunedLayer, extended, make_pruned
+from dartfx.model.caches.pruned_layers import KeptColumns, PrunedLayer, extended, make_pruned
 
 __all__ = [
     "EMPTY",
     "Held",
-    "copy_into_static",
     "fit_mask",
     "fitting_masks",
     "held_before",
     "held_tokens",
     "is_cache",
-    "is_empty_static",
+    "is_sliding",
     "mark_pruned",
-    "new_dynamic_cache",
     "pruned_length",
     "require_fitting",
-    "strip_static_slots",
 ]
 
 
@@ -127,12 +120,12 @@ def mark_pruned(
     seen, past = before.seen.get(first, 0), before.columns.get(first, 0)
     total = seen + tokens
     kept = KeptColumns(total, None)
-    if all(held == left for n, held in new.items() if not _is_sliding(cache.layers[n])):
+    if all(held == left for n, held in new.items() if not is_sliding(cache.layers[n])):
         kept = extended(before.kept, seen, past, keep_idx[-1], tokens, masks)
     for n, held in new.items():
         layer = cache.layers[n]
-        missing = tokens - (left if _is_sliding(layer) else held)
-        if _is_sliding(layer):
+        missing = tokens - (left if is_sliding(layer) else held)
+        if is_sliding(layer):
             layer.cumulative_length = total
         elif isinstance(getattr(layer, "cumulative_length", None), int):
             # Quantised layers count in Python, where the compiled call counted the prompt's.
@@ -140,7 +133,8 @@ def mark_pruned(
         make_pruned(cache.layers, n, getattr(layer, "dropped", 0) + missing, kept)
 
 
-def _is_sliding(layer: Any) -> bool:
+def is_sliding(layer: Any) -> bool:
+    """Whether a cache layer keeps the last tokens only."""
     return bool(getattr(layer, "is_sliding", False))
 
 
@@ -215,51 +209,3 @@ def _without_pads(mask: Tensor, kept: KeptColumns) -> Tensor:
     hidden[..., : kept.valid.shape[1]] = ~kept.valid.to(mask.device)[:, None, None]
     lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return mask.masked_fill(hidden, lowest)
-
-
-def is_empty_static(cache: Any) -> bool:
-    """Whether a transformers cache is static in all layers and holds no token yet.
-
-    Static sliding-window layers do not count: which slot they write depends on the whole prompt.
-    """
-    layers = list(getattr(cache, "layers", ()))
-    static = all(hasattr(layer, "max_cache_len") and not _is_sliding(layer) for layer in layers)
-    # All layers hold equally many tokens; on a GPU each query waits for the device, so one is read.
-    return bool(layers) and static and int(layers[0].get_seq_length()) == 0
-
-
-def new_dynamic_cache() -> Any:
-    """A new transformers cache that grows with its tokens."""
-    return sys.modules["transformers"].DynamicCache()
-
-
-def strip_static_slots(mask: Any) -> Any:
-    """A prefill's attention mask without the columns of a static cache's free slots.
-
-    transformers makes it before the model, [B, 1, S, slots], or one per kind of layer in a dict;
-    a mask [B, S] or None is returned unchanged.
-    """
-    if isinstance(mask, dict):
-        return {kind: strip_static_slots(each) for kind, each in mask.items()}
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        return mask[..., : mask.shape[-2]]
-    return mask
-
-
-def copy_into_static(static: Any, dynamic: Any) -> None:
-    """Copy all tokens of ``dynamic`` to the first slots of ``static``, an empty static cache.
-
-    Keys and values [B, H, S', Dh] per layer.  Raises ValueError where a layer has too few slots or
-    the layers hold different numbers of tokens, which one decode mask could not fit.
-    """
-    lengths = {layer.keys.shape[-2] for layer in dynamic.layers}
-    slots = min(layer.max_cache_len for layer in static.layers)
-    if len(lengths) != 1 or max(lengths) > slots or len(dynamic.layers) != len(static.layers):
-        raise ValueError(
-            f"caches of {len(dynamic.layers)} layers with {sorted(lengths)} tokens do not fit a "
-            f"static cache of {len(static.layers)} layers with {slots} slots"
-        )
-    for n, layer in enumerate(dynamic.layers):
-        static.layers[n].update(layer.keys, layer.values)
-        if isinstance(layer, PrunedLayer):
-            make_pruned(static.layers, n, layer.dropped, layer.kept)

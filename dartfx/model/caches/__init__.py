@@ -1,0 +1,1 @@
+"""What dartfx.compile does to the KV caches of transformers."""
