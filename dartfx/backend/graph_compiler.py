@@ -39,6 +39,7 @@ from dartfx.runtime.graph_runs import NotedRun, warn_at_limit
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.kept_positions import ShortCaches, TakesShortened
 from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer, compile_apart
+from dartfx.runtime.prefill.recorded import Recorded
 from dartfx.runtime.rank_agreement import Ranks
 from dartfx.runtime.vision_mask import LOST_ADVICE
 
@@ -150,14 +151,12 @@ class GraphCompiler:
             return None
         self.announce(outcome)
         if isinstance(outcome, Pruned):
-            added = 0
-            if self.returns_keep_idx(outcome, request):
-                added = return_keep_idx(rewritten, tokens=self.config.tokens)
+            wanted = self.returns_keep_idx(outcome, request)
+            added = return_keep_idx(rewritten, tokens=self.config.tokens) if wanted else 0
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
-            fixed = self.ranks.wrap(
-                KeepIdxRecorder(lowered, added, self.dump.note_kept) if added else lowered
-            )
-            return self.per_call(fixed)
+            if added:
+                lowered = KeepIdxRecorder(lowered, added, self.dump.note_kept)
+            return self.per_call(self.ranks.wrap(lowered))
         if isinstance(outcome, ReturnsMask) and place is not None:
             earlier = earlier_embeddings(rewritten, place)
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
@@ -194,9 +193,10 @@ class GraphCompiler:
 
     def lower(self, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph that the passes are done with."""
-        note, reported = self.dump.note_output_code, self.reported
-        compilation = reported[-1].compilation if reported else None
-        return lower(self.config, module, inputs, note, compilation)
+        compilation = self.reported[-1].compilation if self.reported else None
+        lowered = lower(self.config, module, inputs, self.dump.note_output_code, compilation)
+        alone = not self.ranks.group  # several ranks wait for each other on the host
+        return Recorded(lowered) if alone and self.caller.replays_prefills else lowered
 
     def dispatcher(self, request: Request) -> MaskDispatcher:
         """What runs this graph where its vision mask comes from outside of it."""

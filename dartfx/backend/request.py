@@ -25,13 +25,15 @@ class CallerCapabilities:
     can_retry_with_graph_breaks: compiles the same call in several graphs when NeedsGraphBreaks is
     raised; fixes_sliding_lengths: sets the token counts of sliding-window caches after each call;
     gathers_decode_mask: gathers the decode mask's columns by the keep_idx of a pruned graph;
-    knows_positions: tells its own caller which tokens are left, and answers PositionsAfterCut.
+    knows_positions: tells its own caller which tokens are left, and answers PositionsAfterCut;
+    replays_prefills: says which of its calls may run as recordings (CUDA graphs).
     """
 
     can_retry_with_graph_breaks: bool = False
     fixes_sliding_lengths: bool = False
     gathers_decode_mask: bool = False
     knows_positions: bool = False
+    replays_prefills: bool = False
 
 
 TORCH_COMPILE = CallerCapabilities()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,14 @@ from torch import Tensor
 from dartfx.model.caches import kv_cache
 from dartfx.token_map.infer_layout import frame_lengths
 
-__all__ = ["Arguments", "brings_media", "leaves_of", "swapped"]
+__all__ = [
+    "Arguments",
+    "brings_media",
+    "leaves_of",
+    "may_be_mask",
+    "swapped",
+    "with_decode_masks",
+]
 
 _DEPTH = 4  # of lists and dicts inside each other
 
@@ -156,3 +163,23 @@ def swapped(value: Any, swaps: Mapping[int, Any], depth: int = _DEPTH) -> Any:
             changed[key] = part
         return changed
     return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+
+
+def with_decode_masks(call: Arguments, caches: Sequence[Any]) -> Arguments:
+    """The call with its masks gathered as the caches were."""
+    swaps = {}
+    for kv in filter(kv_cache.pruned_length, caches):
+        for name, value in call.leaves:
+            seen = int(kv.get_seq_length()) + call.tokens
+            if may_be_mask(name, value) and (
+                name == "attention_mask" or value.shape[-1] == seen > call.tokens
+            ):
+                swaps[id(value)] = kv_cache.fit_mask(kv, value, call.tokens)
+    return call.with_swaps(swaps)
+
+
+def may_be_mask(name: str, value: Any) -> bool:
+    """Whether an argument may say which tokens are to be seen, whatever its name."""
+    if not isinstance(value, Tensor) or value.ndim not in (2, 4):
+        return False
+    return name == "attention_mask" or (value.ndim == 2 and not value.is_floating_point())

@@ -18,6 +18,7 @@ from dartfx.model.target import inner_model
 from dartfx.observe import report
 from dartfx.runtime import call_budget, keep_idx, vision_mask
 from dartfx.runtime.call_budget import CallBudget
+from dartfx.runtime.prefill.prefills import MULTIPLE, Prefills
 
 __all__ = ["budget", "compile", "reset", "uncompile"]
 
@@ -29,6 +30,7 @@ def compile(
     *,
     mode: str | None = None,
     dynamic: bool | None = None,
+    prefill: Literal["graphs", "bucketed"] | None = None,
     decode: Literal["static"] | None = None,
     logits: Literal["kept", "full"] = "kept",
     **options: object,
@@ -38,7 +40,9 @@ def compile(
     mode, dynamic: as in ``torch.compile``; options: those of :class:`DartConfig`, by default what
     the environment's ``DARTFX_OPTIONS`` holds.  Uses one graph for the whole model where dynamo can
     trace it and falls back to several where not.  Hooks that transformers would install during the
-    first call are installed now, since installing them breaks the graph.  decode: "static" makes
+    first call are installed now, since installing them breaks the graph.  prefill: "graphs" runs
+    calls with vision inputs as CUDA graphs, one for every length of a prompt; "bucketed" pads
+    prompts to multiples of 64 tokens first, so that a graph serves many.  decode: "static" makes
     ``generate`` use a static cache by default, so that decode steps share one graph (on CUDA,
     transformers puts them into CUDA graphs).  Of PEFT's wrappers the model inside is compiled,
     which is what their calls end in.  logits: "full" returns those of pruned calls (of a backbone,
@@ -56,7 +60,7 @@ def compile(
     if logits not in ("kept", "full"):
         raise ConfigError(f'logits is {logits!r}; it can be "kept" or "full"')
     prepare_capturing(inner)
-    compiled = CompiledModel.of(inner, config, dynamic)
+    compiled = CompiledModel.of(inner, config, dynamic, _prefills(inner, prefill, config))
     compiled.full_logits = logits == "full"
     attach(inner, compiled, static=decode == "static", dynamic=dynamic)
     return model
@@ -115,6 +119,29 @@ def _checked_budget(model: nn.Module, retain_tokens: object, reduction_ratio: ob
             f"reduction_ratio={ratio} of one call must be one number of at most four decimals"
         )
     return share
+
+
+def _prefills(model: nn.Module, prefill: object, config: DartConfig) -> Prefills | None:
+    if prefill is None:
+        return None
+    if prefill not in ("graphs", "bucketed"):
+        raise ConfigError(f'prefill is {prefill!r}; it can be "graphs", "bucketed" or None')
+    if config.quota != "joint":
+        raise ConfigError(
+            f"prefill={prefill!r} replays launches, and quota={config.quota!r} counts tokens on "
+            "the host in between; leave one of them out"
+        )
+    if config.inductor_patches().get("triton.cudagraphs"):
+        raise ConfigError(
+            f"prefill={prefill!r} records CUDA graphs itself; leave out mode={config.mode!r}, or "
+            "use max-autotune-no-cudagraphs"
+        )
+    if prefill == "bucketed" and config.kv_layout == "layered":
+        raise ConfigError(
+            'prefill="bucketed" pads prompts, which kv_layout="layered" does not take; try '
+            'prefill="graphs"'
+        )
+    return Prefills(model, MULTIPLE if prefill == "bucketed" else 1)
 
 
 def _check_decode(model: nn.Module, decode: object, config: DartConfig) -> None:

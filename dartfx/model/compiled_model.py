@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dartfx import compat
 from dartfx.backend.graph_compiler import (
@@ -24,7 +24,14 @@ from dartfx.backend.graph_compiler import (
 from dartfx.backend.later_failures import cut_that_caused
 from dartfx.backend.request import CallerCapabilities
 from dartfx.config.options import DartConfig
-from dartfx.model.arguments import Arguments, brings_media, leaves_of, swapped
+from dartfx.model.arguments import (
+    Arguments,
+    brings_media,
+    leaves_of,
+    may_be_mask,
+    swapped,
+    with_decode_masks,
+)
 from dartfx.model.caches import kv_cache, static_cache
 from dartfx.model.device_hooks import hooks_in_decoder
 from dartfx.model.failures import (
@@ -43,6 +50,10 @@ from dartfx.passes.refusal import Declined
 from dartfx.runtime import call_budget, graph_runs, keep_idx, vision_mask
 from dartfx.runtime.full_length import restore_length
 from dartfx.runtime.graph_breaks import GraphBreak, broken_by, with_graph_break
+from dartfx.runtime.kept_positions import mark
+from dartfx.runtime.prefill.padding import crop_caches, cropped
+from dartfx.runtime.prefill.prefills import Prefills
+from dartfx.runtime.prefill.recorded import replaying
 
 __all__ = ["CompiledModel"]
 
@@ -77,8 +88,9 @@ class CompiledModel:
         one_graph: Call,
         with_breaks: Call,
         config: DartConfig,
+        prefills: Prefills | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.prefills = config, prefills
         self.full_logits = False  # whether calls return logits at the prompt's length
         self.calls, self.history = 0, History()
         self._model = self.budgeted = model  # the one that dartfx.budget is given
@@ -89,11 +101,20 @@ class CompiledModel:
         self._settled: set[frozenset[str]] = set()
 
     @classmethod
-    def of(cls, model: nn.Module, config: DartConfig, dynamic: bool | None = None) -> CompiledModel:
+    def of(
+        cls,
+        model: nn.Module,
+        config: DartConfig,
+        dynamic: bool | None = None,
+        prefills: Prefills | None = None,
+    ) -> CompiledModel:
         """What ``dartfx.compile`` puts in the place of a model's call."""
         prepare_dynamo()
         caller = CallerCapabilities(
-            fixes_sliding_lengths=True, gathers_decode_mask=True, knows_positions=True
+            fixes_sliding_lengths=True,
+            gathers_decode_mask=True,
+            knows_positions=True,
+            replays_prefills=prefills is not None,
         )
         may_break = replace(caller, can_retry_with_graph_breaks=True)
         in_one = partial(compile_graph, config, caller=may_break)
@@ -102,7 +123,7 @@ class CompiledModel:
         settings: dict[str, Any] = {"dynamic": dynamic, **_ISOLATED}
         one_graph = torch.compile(call, backend=in_one, fullgraph=True, **settings)
         with_breaks = torch.compile(call, backend=in_several, **settings)
-        return cls(model, one_graph, with_breaks, config)
+        return cls(model, one_graph, with_breaks, config, prefills)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
@@ -111,8 +132,8 @@ class CompiledModel:
         if torch.compiler.is_dynamo_compiling():
             if brings_media(args, kwargs):
                 return _outside_of_graphs(self, args, kwargs)
-            # transformers compiles the decode steps of static caches by itself.
-            return self._eager(*args, **_with_traced_mask(kwargs))
+            # A decode step of a static cache, which transformers compiles by itself.
+            return self._eager(*args, **kv_cache.with_traced_mask(kwargs))
         self.calls += 1
         call = Arguments.of(self._model.forward, args, kwargs)
         if (declined := runs_eagerly() or hooks_in_decoder(self._model)) is not None:
@@ -125,21 +146,27 @@ class CompiledModel:
         empty = list(filter(static_cache.is_empty_static, caches))
         if empty and self.config.kv_layout != "layered":
             return self._prefill_static(empty[0], call)
+        run, pads = self._prepared(call)
         before = {id(kv): kv_cache.held_before(kv) for kv in caches if call.tokens != 1}
         with keep_idx.collect_keep_idx() as collected, kv_cache.fitting_masks(caches):
-            result = self._call(_with_decode_masks(call, caches))
-        caches += [value for _, value in leaves_of("", result) if kv_cache.is_cache(value)]
-        masks = [value for name, value in call.leaves if _may_be_mask(name, value)]
+            result = self._call(with_decode_masks(run, caches))
+        leaves = [value for _, value in leaves_of("", result)]
+        filled = {id(kv): kv for kv in [*caches, *filter(kv_cache.is_cache, leaves)]}
+        if pads:
+            crop_caches(list(filled.values()), pads)
+            collected[:] = [cropped(record, pads) for record in collected]
         kept = [record.keep_idx for record in collected]
-        for key, kv in {id(kv): kv for kv in caches}.items():
+        if pads and kept:
+            mark(leaves, kept[-1])
+        masks = [value for name, value in call.leaves if may_be_mask(name, value)]
+        for key, kv in filled.items():
             kv_cache.mark_pruned(kv, call.tokens, kept, masks, before.get(key, kv_cache.EMPTY))
         self.history.add_kept(collected)
         return restore_length(result, call.tokens) if self.full_logits else result
 
     def _prefill_static(self, static: Any, call: Arguments) -> Any:
         """The call with a dynamic cache instead of an empty static one, which gets its tokens."""
-        dynamic = static_cache.new_dynamic_cache()
-        swaps: dict[int, Any] = {id(static): dynamic}
+        swaps: dict[int, Any] = {id(static): (dynamic := static_cache.new_dynamic_cache())}
         for name, value in call.named.items():
             if name == "attention_mask":
                 swaps[id(value)] = static_cache.strip_static_slots(value)
@@ -148,8 +175,17 @@ class CompiledModel:
         static_cache.copy_into_static(static, dynamic)
         return swapped(result, {id(dynamic): static})
 
+    def _prepared(self, call: Arguments) -> tuple[Arguments, int]:
+        """A prefill as it is recorded, and how many pads it has in front."""
+        apart = self.full_logits or self.config.tokens or vision_mask.given() is not None
+        if self.prefills is None or apart or call.args or not call.media:
+            return call, 0
+        kwargs, pads = self.prefills.prepared(call.kwargs, call.caches)
+        return Arguments.of(self._model.forward, (), kwargs), pads
+
     def _call(self, call: Arguments) -> Any:
         with (
+            replaying(self.prefills.recordings if self.prefills and call.media else None),
             self.reporting() as compiled,
             vision_mask.collect_masks() as noted,
             graph_runs.collect_runs() as runs,
@@ -257,42 +293,6 @@ _outside_of_graphs: Call = torch.compiler.disable(  # type: ignore[no-untyped-ca
     reason="dartfx.compile compiles this model's calls with vision inputs by itself, as graphs of "
     "their own: leave out fullgraph=True, or the torch.compile around the model",
 )
-
-
-def _with_decode_masks(call: Arguments, caches: Sequence[Any]) -> Arguments:
-    """The call with its masks gathered as the caches were."""
-    swaps = {}
-    for kv in filter(kv_cache.pruned_length, caches):
-        for name, value in call.leaves:
-            seen = int(kv.get_seq_length()) + call.tokens
-            if _may_be_mask(name, value) and (
-                name == "attention_mask" or value.shape[-1] == seen > call.tokens
-            ):
-                swaps[id(value)] = kv_cache.fit_mask(kv, value, call.tokens)
-    return call.with_swaps(swaps)
-
-
-def _with_traced_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same for a decode step that transformers compiles, while it is traced."""
-    kv, given = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-
-    def fitted(mask: Any) -> Any:
-        if not isinstance(mask, Tensor) or mask.ndim != 4:
-            return mask
-        return kv_cache.fit_mask(kv, mask, mask.shape[2])
-
-    if kv is None or given is None:
-        return kwargs
-    if isinstance(given, dict):  # one for each kind of layer
-        return kwargs | {"attention_mask": {kind: fitted(mask) for kind, mask in given.items()}}
-    return kwargs | {"attention_mask": fitted(given)}
-
-
-def _may_be_mask(name: str, value: Any) -> bool:
-    """Whether an argument may say which tokens are to be seen, whatever its name."""
-    if not isinstance(value, Tensor) or value.ndim not in (2, 4):
-        return False
-    return name == "attention_mask" or (value.ndim == 2 and not value.is_floating_point())
 
 
 def _brought(call: Arguments) -> str:

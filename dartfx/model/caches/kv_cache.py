@@ -30,6 +30,7 @@ __all__ = [
     "mark_pruned",
     "pruned_length",
     "require_fitting",
+    "with_traced_mask",
 ]
 
 
@@ -199,6 +200,22 @@ def fit_mask(cache: Any, mask: Tensor, tokens: int) -> Tensor:
         old, new = mask[..., : kept.tokens], mask[..., kept.tokens :]
         mask = torch.cat([old.gather(-1, keep_idx), new], -1)
     return mask if mask.ndim == 4 else torch.nn.functional.pad(mask, (dropped, 0))
+
+
+def with_traced_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A decode step's arguments with its masks fitted, while it is traced."""
+    kv, given = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+
+    def fitted(mask: Any) -> Any:
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            return mask
+        return fit_mask(kv, mask, mask.shape[2])
+
+    if kv is None or given is None:
+        return kwargs
+    if isinstance(given, dict):  # one for each kind of layer
+        return kwargs | {"attention_mask": {kind: fitted(mask) for kind, mask in given.items()}}
+    return kwargs | {"attention_mask": fitted(given)}
 
 
 def _without_pads(mask: Tensor, kept: KeptColumns) -> Tensor:

@@ -1,0 +1,1 @@
+"""Prefills as CUDA graphs: prompts padded to few lengths, and a recording for each of them."""

@@ -1,0 +1,44 @@
+"""How a compiled model runs its prefills: as recordings, of prompts as they are or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from dartfx.runtime.prefill.padding import is_plain_prefill, padded, without_mask
+from dartfx.runtime.prefill.recorded import CudaGraphs, Recordings
+
+__all__ = ["MULTIPLE", "Prefills"]
+
+MULTIPLE = 64  # of tokens; matrix products on a GPU work on as many rows at a time
+
+
+class Prefills:
+    """The prefills of one model.  multiple: of tokens, that prompts are padded to; 1: to none."""
+
+    def __init__(self, model: nn.Module, multiple: int) -> None:
+        self.recordings = Recordings(model, CudaGraphs())
+        self._model, self._multiple = model, multiple
+
+    def prepared(self, kwargs: dict[str, Any], caches: Sequence[Any]) -> tuple[dict[str, Any], int]:
+        """A call's arguments as recordings are to see them, and how many pads are in front.
+
+        A call in which pads would show keeps its arguments and its length.
+        """
+        if not is_plain_prefill(kwargs, caches):
+            return kwargs, 0
+        if self._multiple == 1:
+            return without_mask(kwargs), 0
+        ids = kwargs["input_ids"]
+        pads = -ids.shape[1] % self._multiple
+        return padded(kwargs, pads, self._pad(ids)), pads
+
+    def _pad(self, ids: Any) -> Any:
+        """A token that stands for no image: one that begins or ends texts, or the prompt's last."""
+        settings = getattr(self._model, "generation_config", None)
+        for name in ("bos_token_id", "eos_token_id"):
+            if isinstance(found := getattr(settings, name, None), int):
+                return found
+        return ids[:, -1:]

@@ -1,0 +1,240 @@
+"""CUDA graphs of prefills: what compiled code launches is recorded per shape and replayed.
+
+Inductor's own (``mode="reduce-overhead"``) do not serve here.  What they return is overwritten by
+their next run, and a KV cache outlives many; torch keeps them by thread, and servers generate in
+threads; they record decode steps, too, whose growing caches would take one for every token; and
+nothing bounds how many there are.  A recording here serves calls with vision inputs only, is made
+when a shape comes for the second time, and what it returns is copied out.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CudaGraphs", "Recorded", "Recorder", "Recordings", "Unrecordable", "replaying"]
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+Replay = Callable[[], object]
+
+
+class Unrecordable(Exception):
+    """Code that cannot be replayed: what it reads or returns is not what a recording holds."""
+
+
+class Recorder(Protocol):
+    """What records launches on one kind of device."""
+
+    device: str
+
+    def queue(self) -> object:
+        """What launches are queued in now; a recording serves one such queue."""
+
+    def record(self, run: Compiled, args: Sequence[Any]) -> tuple[Replay, Sequence[Any]]:
+        """Record ``run(*args)`` without running it: what replays it, and its outputs."""
+
+
+class CudaGraphs:
+    """Records CUDA graphs, which share memory since no two of them run at once."""
+
+    device = "cuda"
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self.bytes = 0  # of the device's memory that recordings took
+
+    def queue(self) -> object:
+        return torch.cuda.current_stream()
+
+    def record(self, run: Compiled, args: Sequence[Any]) -> tuple[Replay, Sequence[Any]]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        # Another thread may allocate memory meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = run(*args)
+        taken = torch.cuda.memory_reserved() - before
+        self.bytes += taken
+        log.info("recorded a prefill as a CUDA graph, which takes %.0f MB", taken / 1e6)
+        return graph.replay, outputs
+
+
+@dataclass
+class Recordings:
+    """Those of one compiled model.  limit: how many each of its compiled graphs keeps."""
+
+    model: nn.Module
+    recorder: Recorder
+    limit: int = 8
+
+    def __post_init__(self) -> None:
+        self.lock = threading.RLock()  # recordings share memory
+        self.made = 0
+
+    def state(self) -> set[int]:
+        """The addresses of parameters and buffers, which a recording reads where they are."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        return {t.data_ptr() for t in tensors} - {0}
+
+
+_active: ContextVar[Recordings | None] = ContextVar("dartfx_recordings", default=None)
+
+
+@contextmanager
+def replaying(recordings: Recordings | None) -> Iterator[None]:
+    """Let compiled graphs inside the ``with`` block run as recordings; None: as they are."""
+    token = _active.set(recordings)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    buffers: dict[int, Tensor]  # by place among the inputs
+    replay: Replay
+    outputs: Sequence[Any]
+    state: set[int]
+    queue: object
+
+    def run(self, args: Sequence[Any]) -> list[Any]:
+        for place, buffer in self.buffers.items():
+            _single(buffer).copy_(_single(args[place]))
+        self.replay()
+        return _copied(self.outputs, self.state)
+
+
+class Recorded:
+    """Runs compiled code; inside :func:`replaying` a recording of it once a shape came before."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self._compiled = compiled
+        self._state: tuple[int, ...] | None = None  # places of parameters and buffers
+        self._by_shape: OrderedDict[object, _Recording | None] = OrderedDict()
+        self.refused = ""
+
+    def __call__(self, *args: Any) -> Any:
+        recordings = _active.get()
+        if recordings is None or self.refused or torch.is_grad_enabled():
+            return self._compiled(*args)
+        with recordings.lock:
+            recording = self._recording(recordings, args)
+            if recording is not None and recording.queue == recordings.recorder.queue():
+                return recording.run(args)
+        return self._compiled(*args)
+
+    def _recording(self, recordings: Recordings, args: Sequence[Any]) -> _Recording | None:
+        """The recording for these inputs; None while there is none."""
+        if self._state is None:
+            known = recordings.state()
+            tensors = [(n, a) for n, a in enumerate(args) if isinstance(a, Tensor)]
+            self._state = tuple(n for n, a in tensors if a.data_ptr() in known)
+        try:
+            key = _shapes(args, self._state)
+            if key not in self._by_shape:  # this call runs as it is, and sets up what it uses
+                self._by_shape[key] = None
+            elif self._by_shape[key] is None:
+                self._by_shape[key] = _record(recordings, self._compiled, args, self._state)
+        except (Unrecordable, RuntimeError) as error:
+            self.refused = str(error)
+            self._by_shape.clear()
+            log.warning("a prefill is launched kernel by kernel, not as a recording: %s", error)
+            return None
+        self._by_shape.move_to_end(key)
+        while len(self._by_shape) > recordings.limit:
+            self._by_shape.popitem(last=False)
+        return self._by_shape[key]
+
+
+def _shapes(args: Sequence[Any], state: tuple[int, ...]) -> tuple[object, ...]:
+    """What decides whether a recording serves these inputs.  Raises Unrecordable."""
+    fixed = set(state)
+    found: list[object] = [tuple(args[place].data_ptr() for place in state)]
+    for place, value in enumerate(args):
+        if isinstance(value, Tensor):
+            if place not in fixed:
+                found.append((value.dtype, value.device, value.shape, value.stride()))
+        elif value is None or isinstance(value, bool | int | float | str):
+            found.append((type(value), value))
+        else:
+            raise Unrecordable(f"it takes a {type(value).__name__}")
+    return tuple(found)
+
+
+def _record(
+    recordings: Recordings, run: Compiled, args: Sequence[Any], state: tuple[int, ...]
+) -> _Recording:
+    """A recording of ``run(*args)``, tried once.  Raises Unrecordable, and what recording does."""
+    recorder = recordings.recorder
+    tensors = {place: value for place, value in enumerate(args) if isinstance(value, Tensor)}
+    for value in tensors.values():
+        if type(value) not in (Tensor, nn.Parameter):
+            raise Unrecordable(f"it takes a {type(value).__name__}")
+        if value.device.type != recorder.device:
+            raise Unrecordable(f"it takes a tensor on {value.device}")
+    with torch.inference_mode(False):
+        varying = {place: value for place, value in tensors.items() if place not in state}
+        buffers = {place: _buffer(value) for place, value in varying.items()}
+    given = [buffers.get(place, value) for place, value in enumerate(args)]
+    versions = [buffer._version for buffer in buffers.values()]
+    replay, outputs = recorder.record(run, given)
+    taken = {buffer.untyped_storage().data_ptr() for buffer in buffers.values()}
+    returned = {t.untyped_storage().data_ptr() for t in outputs if isinstance(t, Tensor)}
+    if taken & returned:
+        raise Unrecordable("it returns one of its inputs")
+    of_state = {args[place].untyped_storage().data_ptr() for place in state}
+    made = _Recording(buffers, replay, outputs, of_state, recorder.queue())
+    made.run(args)
+    unchanged = all(torch.equal(buffer, varying[place]) for place, buffer in buffers.items())
+    if not unchanged or versions != [buffer._version - 1 for buffer in buffers.values()]:
+        raise Unrecordable("it writes to one of its inputs")
+    recordings.made += 1
+    return made
+
+
+def _buffer(value: Tensor) -> Tensor:
+    """Memory for an input's later values, which holds this one."""
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    _single(made).copy_(_single(value))
+    return made
+
+
+def _single(value: Tensor) -> Tensor:
+    """A view that has every element once, where expanded dims repeat them."""
+    if 0 not in value.stride():
+        return value
+    return value[tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())]
+
+
+def _copied(outputs: Sequence[Any], state: set[int]) -> list[Any]:
+    """The outputs in memory of their own, which some may share; parameters as they are."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    return [
+        _moved(value, state, storages) if isinstance(value, Tensor) else value for value in outputs
+    ]
+
+
+def _moved(value: Tensor, state: set[int], storages: dict[int, torch.UntypedStorage]) -> Tensor:
+    storage = value.untyped_storage()
+    address = storage.data_ptr()
+    if not address or address in state:
+        return value
+    if address not in storages:
+        storages[address] = storage.clone()  # type: ignore[no-untyped-call]
+    made = torch.empty(0, dtype=value.dtype, device=value.device)
+    return made.set_(storages[address], value.storage_offset(), value.shape, value.stride())
