@@ -14,6 +14,8 @@
 #   images-N        the first token of a prompt of N images, LLaVA-NeXT-7B
 #   turns           second and third turns of a conversation, LLaVA-NeXT-7B
 #   turns-ROW       the same of one row, plain or dart: with -j the two compile side by side
+#   profile         kernels, gaps and launches of the first token, LLaVA-NeXT-7B: plain, dart, and
+#   profile-graphs  dart with prefills in CUDA graphs, of padded prompts, and mode="reduce-overhead"
 #
 # Figures go to FOLDER as JSON and text. PYTHON names the interpreter (python3), SECONDS_EACH how
 # long a step may take (900); what it had measured by then is in its JSON. A step that fails does
@@ -23,7 +25,7 @@
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,23s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,25s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
@@ -42,7 +44,8 @@ step() {
     local next=llava-next-7b
     case $1 in
         # pytest-benchmark, where it is installed, warns beside xdist, and warnings are errors here.
-        tests) $python -m pytest -q -m gpu -n 8 -p no:benchmark tests/ops/test_triton.py tests/ops/test_triton_gpu.py ;;
+        tests) $python -m pytest -q -m gpu -n 8 -p no:benchmark tests/ops/test_triton.py tests/ops/test_triton_gpu.py \
+            tests/model/test_prefill_gpu.py ;;
         kernel) $python -m dartfx bench kernel --json "$out/kernel.json" ;;
         selectors) $python -m dartfx bench kernel --shape tiles --selectors spread tiled uniform random \
             --json "$out/selectors.json" ;;
@@ -57,6 +60,10 @@ step() {
             generate "$1" $next --rows ${rows#-} --dynamic --new-tokens 32 --warmup 1 --repeat 3 \
                 --turns 3 ;;
         images-*) generate "$1" $next --rows plain dart --new-tokens 1 --repeat 7 --images "${1#*-}" ;;
+        profile) generate "$1" $next --rows plain dart dart_graphs --new-tokens 1 \
+            --repeat 9 --warmup 3 --profile ;;
+        profile-graphs) generate "$1" $next --rows dart_bucketed dart_reduced --new-tokens 1 --repeat 9 \
+            --warmup 3 --profile ;;
         *) generate "$1" "$1" --rows eager hooks plain dart --new-tokens 1 --repeat 9 ;;
     esac
 }

@@ -61,8 +61,8 @@ OPTIONS = {
 
 ARGUMENTS = {
     "bench generate": "--batch --device --dtype --dynamic --gate --image --images --json --layer "
-    "--lowering --model --model-shape --new-tokens --plot --prompt --repeat --retain-tokens --rows "
-    "--threads --turns --warmup",
+    "--lowering --model --model-shape --new-tokens --plot --profile --prompt --repeat "
+    "--retain-tokens --rows --threads --turns --warmup",
     "bench kernel": "--backend --device --dtype --json --quick --repeat --selectors --shape "
     "--threads",
     "bench ranks": "--repeat",

@@ -18,7 +18,7 @@ from dartfx.tools.bench.generate import variants
 from dartfx.tools.bench.generate.figures import limits, row_figures, speed_ups, tables
 from dartfx.tools.bench.generate.gate import Gate
 from dartfx.tools.bench.generate.hooks import pruned_by_hooks
-from dartfx.tools.bench.generate.variants import VARIANTS, Settings
+from dartfx.tools.bench.generate.variants import USUAL, VARIANTS, Settings
 from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.zoo.hooked import pruned_generate
 from dartfx.tools.zoo.shapes import SHAPES, build
@@ -50,7 +50,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 @pytest.mark.slow
 def test_caches_hold_what_the_cut_leaves(measured: tuple[dict[str, Any], str]) -> None:
     rows = {row["name"]: row for row in measured[0]["rows"]}
-    assert {name: row["failed"] for name, row in rows.items()} == dict.fromkeys(VARIANTS, "")
+    assert {name: row["failed"] for name, row in rows.items()} == dict.fromkeys(USUAL, "")
     full, left = LAYERS * S * BYTES, (CUT * S + (LAYERS - CUT) * (S - N + R)) * BYTES
     uniform = LAYERS * (S - N + R) * BYTES
     slots = S + NEW - 1  # the last token is never put into a cache

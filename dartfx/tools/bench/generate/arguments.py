@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--layer", type=int, default=2, help="first layer that sees them only (%(default)s)")
     add("--new-tokens", nargs="+", type=int, help="1 8 64 256; on a CPU 1 8; 1 is always added")
     add("--turns", type=int, default=1, help="also later turns of a conversation (%(default)s)")
-    add("--rows", nargs="+", metavar="ROW", help="eager hooks plain dart ..._static (all)")
+    add("--rows", nargs="+", metavar="ROW", help="eager hooks plain dart ..._static (those)")
     add("--repeat", type=int, default=5, help="timed calls of each (%(default)s)")
     add("--warmup", type=int, default=2, help="calls of each before that (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -43,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--lowering", choices=("inductor", "aot_eager", "eager"), default="inductor")
     add("--json", type=Path, metavar="FILE", help="write all figures there, round by round")
     add("--gate", type=Path, metavar="FILE", help="time alone among benches of the same FILE")
+    add("--profile", action="store_true", help="also the kernels of one token (CUDA)")
     add("--plot", type=Path, metavar="FILE", help="draw the totals; needs matplotlib")
 
 
@@ -56,6 +57,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError("model-shape", why)
     if arguments.plot and find_spec("matplotlib") is None:
         raise InputError("plot", "matplotlib is missing: pip install matplotlib")
+    if arguments.profile and not arguments.device.startswith("cuda"):
+        raise InputError("profile", "counts kernels of a GPU: --device cuda")
     for name in _COUNTS:
         if getattr(arguments, name) < 1:
             raise InputError(name, "must be at least 1")

@@ -6,6 +6,7 @@
   dart            dartfx.compile(model)
   plain Inductor, dart + static cache + compiled decode
                   the same with cache_implementation="static"; on CUDA decode runs as CUDA graphs
+and by name only: dart_graphs, dart_bucketed (prefill= of dartfx.compile) and dart_reduced (mode=).
 
 Shapes: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b; small, for a CPU; tiny, to see whether it runs.
 
@@ -37,6 +38,7 @@ from dartfx.config.options import DartConfig
 from dartfx.tools.bench.generate.arguments import SHAPES, check, configure
 from dartfx.tools.bench.generate.figures import limits, row_figures, speed_ups, tables
 from dartfx.tools.bench.generate.gate import Gate
+from dartfx.tools.bench.generate.kernels import profile_table
 from dartfx.tools.bench.timing import device_name
 
 if TYPE_CHECKING:  # they import transformers, which `bench kernel` does without
@@ -64,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         from dartfx.tools.bench.generate.turns import turns_table
 
         print(f"\n{turns_table(result['turns'])}")
+    if "profile" in result:
+        print(f"\n{profile_table(result['profile'])}")
     if arguments.plot:
         from dartfx.tools.bench.generate.plot import draw
 
@@ -131,10 +135,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 **_figures(rows, work.batch, progress.towers, settings.layer / _layers(work)),
             }
             _write(result, arguments.json)
+        _profile(rows, result, arguments)
         for figures in _later_turns(rows, work, arguments, progress, arguments.repeat):
             result["turns"] = figures
             _write(result, arguments.json)
     return result
+
+
+def _profile(rows: Sequence[Row], result: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Add what each row does on the GPU for one token, where wanted; written as it comes."""
+    from dartfx.tools.bench.generate.rows import profiled
+
+    for row in rows if arguments.profile else ():
+        result.setdefault("profile", {})[row.name] = profiled(row)
+        _write(result, arguments.json)
 
 
 def _warm_up(
@@ -176,14 +190,14 @@ def _write(result: dict[str, Any], path: Path | None) -> None:
 
 def _rows(work: Workload, arguments: argparse.Namespace) -> list[Row]:
     from dartfx.tools.bench.generate.rows import Row
-    from dartfx.tools.bench.generate.variants import VARIANTS
+    from dartfx.tools.bench.generate.variants import USUAL, VARIANTS
 
     on_cpu = work.model.device.type == "cpu"
     lengths = sorted({1, *(arguments.new_tokens or ((8,) if on_cpu else (8, 64, 256)))})
     return [
         Row(name, label, {n: [] for n in lengths})
         for name, (label, _) in VARIANTS.items()
-        if name in (arguments.rows or VARIANTS)
+        if name in (arguments.rows or USUAL)
     ]
 
 

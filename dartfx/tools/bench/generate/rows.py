@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
 from statistics import median
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dartfx.passes.outcome import Pruned
+from dartfx.tools.bench.generate.kernels import kernels_of
 from dartfx.tools.bench.generate.variants import VARIANTS, Ready, Settings
 from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.bench.timing import seconds, wait
@@ -24,6 +25,7 @@ __all__ = [
     "Progress",
     "Row",
     "prepare",
+    "profiled",
     "reason",
     "rewarm",
     "time_round",
@@ -113,6 +115,21 @@ def prepare(row: Row, work: Workload, settings: Settings, progress: Progress, wa
             row.ready.generate(1)
             wait()
             row.peak_bytes = torch.cuda.max_memory_allocated() - before + weight_bytes(work)
+
+
+def profiled(row: Row) -> dict[str, Any]:
+    """What one generated token does on the GPU and on the host; why it failed, if it did."""
+    try:
+        if row.ready is None:
+            return {"failed": row.failed}
+        found = kernels_of(partial(row.ready.generate, 1), median(row.samples[1]))
+        prefills = getattr(row.ready.model._compiled_call_impl, "prefills", None)
+        if prefills is not None:
+            recordings = prefills.recordings
+            found |= {"recorded": recordings.made, "recorded_bytes": recordings.recorder.bytes}
+        return found
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def rewarm(rows: list[Row]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from dartfx.tools.bench.generate.hooks import pruned_by_hooks
 from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.bench.timing import cache_bytes, twin
 
-__all__ = ["VARIANTS", "Ready", "Settings", "greedy"]
+__all__ = ["USUAL", "VARIANTS", "Ready", "Settings", "greedy"]
 
 Generate = Callable[[int], Any]
 
@@ -128,7 +128,9 @@ def plain_static(work: Workload, settings: Settings) -> Ready:
     return _plain(work, settings, **_static(work, settings))
 
 
-def _dart(work: Workload, settings: Settings, **more: Any) -> Ready:
+def _dart(
+    work: Workload, settings: Settings, options: Mapping[str, Any] | None = None, **more: Any
+) -> Ready:
     model = dartfx.compile(
         twin(work.model),
         retain_tokens=settings.retain,
@@ -136,6 +138,7 @@ def _dart(work: Workload, settings: Settings, **more: Any) -> Ready:
         lowering=settings.lowering,
         dynamic=settings.dynamic,
         on_unsupported="error",  # a row without pruning would be a wrong number
+        **(options or {}),
     )
 
     def check() -> Pruned:
@@ -151,6 +154,21 @@ def _dart(work: Workload, settings: Settings, **more: Any) -> Ready:
 def dart(work: Workload, settings: Settings) -> Ready:
     """``dartfx.compile(model)``."""
     return _dart(work, settings)
+
+
+def dart_graphs(work: Workload, settings: Settings) -> Ready:
+    """The same with prefills in CUDA graphs."""
+    return _dart(work, settings, {"prefill": "graphs"})
+
+
+def dart_bucketed(work: Workload, settings: Settings) -> Ready:
+    """The same of padded prompts."""
+    return _dart(work, settings, {"prefill": "bucketed"})
+
+
+def dart_reduced(work: Workload, settings: Settings) -> Ready:
+    """With Inductor's CUDA graphs; of one token, since decode would record every length."""
+    return _dart(work, settings, {"mode": "reduce-overhead"})
 
 
 def dart_static(work: Workload, settings: Settings) -> Ready:
@@ -173,4 +191,10 @@ VARIANTS: dict[str, tuple[str, Callable[[Workload, Settings], Ready]]] = {
     "dart": ("dart", dart),
     "plain_static": ("plain Inductor + static cache + compiled decode", plain_static),
     "dart_static": ("dart + static cache + compiled decode", dart_static),
+    "dart_graphs": ("dart, prefill in CUDA graphs", dart_graphs),
+    "dart_bucketed": ("dart, padded prefill in CUDA graphs", dart_bucketed),
+    "dart_reduced": ('dart, mode="reduce-overhead"', dart_reduced),
 }
+
+# Rows that are measured where none are named.
+USUAL = tuple(VARIANTS)[:6]
