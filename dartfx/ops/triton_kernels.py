@@ -1,22 +1,26 @@
 # mypy: ignore-errors
 # (Triton compiles these bodies itself; its language has no types that mypy could check.)
-"""The Triton kernels of ``select_tokens``: DART's selection in five launches.
+"""The Triton kernels of ``select_tokens``: DART's selection in six launches.
 
-    key_norms   scores of all possible pivots         reads the keys once
-    rank        who is the best pivot, second best, ...
-    cosines     similarity of vision tokens to pivots reads the vision tokens' hidden states once
-    rank        who is least similar to each pivot, second least, ...
-    select      budgets, quotas, picks, pads, ascending positions
+    key_norms   scores of all possible pivots, and the row's plan   reads the keys once
+    shortlist   the pivots: the first few of those scores
+    cosines     scores of vision tokens, one ranking per pivot      reads hidden states once
+    shortlist   the first of each ranking, as many as its pivot can come to
+    rank        their order
+    select      the rounds, and the kept positions in ascending order
 
 A launch ends wherever all programs need a result of all others; nothing else would order them.
-Between launches only small arrays pass through memory: a score (float32) and a rank (int32) per
-position and ranking, and for each ranking a list of positions by rank.
+Only the first R of a ranking can matter, so no more are ever ordered: ``shortlist`` finds a score
+that so many do not exceed, by narrowing an interval of scores, and ``rank`` compares what is left.
+
+Scores are integers ("codes") that order as the float32 numbers they stand for do, the lowest
+first: +inf stands for a NaN that was computed, and ABSENT, above every number, for a position that
+is not in the ranking. Ties go to the lowest position, and lists are ascending by position, so the
+order inside a list decides them.
 
 No kernel uses atomics or reads what another program of its launch writes, so results do not
 depend on scheduling. A sum over channels is taken in the same order for every position, whatever
-the batch and the length, so equal tokens have equal scores. Scores of a ranking are float32: the
-lowest is first, ties go to the lowest position, +inf stands for a NaN, and a NaN for "not in this
-ranking", which no comparison ever counts.
+the batch and the length, so equal tokens have equal scores.
 
 Torch finds out which arguments a kernel writes by following the address of each store back to the
 nearest load. It takes a helper function that loads for one that writes, copies what it is given,
@@ -27,6 +31,9 @@ serves every prompt length. Counts fit 32 bits, but a compiler that cannot prove
 the loops would not accept; so each kernel narrows them. Offsets in memory are 64 bits wherever they
 can exceed 32. Rows of the batch are the grid's first dimension, the only one without a limit of
 65,535.
+
+A row's plan is PLAN numbers, int32: n_image and n_text, the pivots of either kind; how many more
+tokens than the image pivots it keeps; and how many of its pads, the lowest, go.
 """
 
 from __future__ import annotations
@@ -34,52 +41,79 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["cosines", "key_norms", "rank", "select"]
+__all__ = ["PLAN", "cosines", "key_norms", "rank", "select", "shortlist"]
+
+PLAN = tl.constexpr(4)
+ABSENT = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit
+def _code(score, member):
+    """The integer that orders as ``score`` (float32) does; ABSENT where it is no member."""
+    score = tl.where(score == score, score, float("inf"))
+    score = tl.where(score == 0.0, 0.0, score)  # -0.0 is no less than 0.0
+    bits = score.to(tl.int32, bitcast=True)
+    # Negative numbers order the other way round, all bits but the sign.
+    return tl.where(member, bits ^ ((bits >> 31) & 0x7FFFFFFF), ABSENT)
+
+
+@triton.jit
+def _wanted(rest, pivots, turn):
+    """How many of its ranking the pivot at ``turn`` can come to: its quota, and all before it."""
+    share = rest // pivots
+    return share * (turn + 1) + tl.minimum(turn + 1, rest - share * pivots)
+
+
+@triton.jit(do_not_specialize=["S", "length", "retain"])
 def key_norms(
     keys_ptr,  # [B, H, S, Dh], any strides
     vision_ptr,  # [B, S] bool
     valid_ptr,  # [B, S] bool, not read without HAS_VALID
-    scores_ptr,  # out [B, 2, S] float32
-    pivots_ptr,  # out [B, 2, CAPACITY] int32
+    codes_ptr,  # out [B, 2, S] int32
+    plan_ptr,  # out [B, PLAN] int32
+    fits_ptr,  # out [B] bool: the row's text and budget fit into length
     S,
+    length,
+    retain,  # min(R, N)
     stride_b,
     stride_h,
     stride_s,
     stride_d,
+    IMAGE: tl.constexpr,
+    TEXT: tl.constexpr,
     CHANNELS: tl.constexpr,  # H * Dh
     HEAD: tl.constexpr,  # Dh
     HAS_VALID: tl.constexpr,
-    CAPACITY: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SCAN: tl.constexpr,  # at least 2 * CAPACITY
+    SCAN: tl.constexpr,
 ):
-    """Minus the L1 key norm of each position that can be a pivot; clears the lists of pivots.
+    """Minus the L1 key norm of each position that can be a pivot; and the row's plan.
 
-    scores[:, 0] ranks vision tokens, scores[:, 1] text after the row's last vision token.
+    codes[:, 0] ranks vision tokens, codes[:, 1] text after the row's last vision token.
     Reads: H * Dh keys of each of these positions, once; the masks; and from each text position
     on, the rest of the vision mask (one byte per position). Programs: BLOCK_S positions each, few,
-    so that a single short prompt already fills the device.
+    so that a single short prompt already fills the device. The row's first program also reads both
+    masks and makes the plan, while the others still read keys.
     """
     b = tl.program_id(0).to(tl.int64)
     S = tl.cast(S, tl.int32)
+    vision_ptr += b * S
+    valid_ptr += b * S
     start = tl.program_id(1) * BLOCK_S
     at = start + tl.arange(0, BLOCK_S)
     inside = at < S
-    vision = tl.load(vision_ptr + b * S + at, mask=inside, other=0) != 0
+    vision = tl.load(vision_ptr + at, mask=inside, other=0) != 0
     text = inside & (vision == 0)
     if HAS_VALID:
-        text = text & (tl.load(valid_ptr + b * S + at, mask=inside, other=0) != 0)
+        text = text & (tl.load(valid_ptr + at, mask=inside, other=0) != 0)
 
     lane = tl.arange(0, SCAN)
     if tl.max(text.to(tl.int32), 0) > 0:
         last = tl.full([SCAN], -1, tl.int32)
         for first in range(start, S, SCAN):
             position = first + lane
-            marked = tl.load(vision_ptr + b * S + position, mask=position < S, other=0) != 0
+            marked = tl.load(vision_ptr + position, mask=position < S, other=0) != 0
             last = tl.where(marked, position, last)
         text = text & (at > tl.max(last, 0))
 
@@ -92,251 +126,360 @@ def key_norms(
         live = read[:, None] & (c < CHANNELS)[None, :]
         total += tl.abs(tl.load(row + offset[None, :], mask=live, other=0.0).to(tl.float32))
     norm = tl.sum(total, 1)
+    codes_ptr += b * 2 * S
+    tl.store(codes_ptr + at, _code(-norm, vision), mask=inside)
+    tl.store(codes_ptr + S + at, _code(-norm, text), mask=inside)
 
-    score = tl.where(norm == norm, -norm, float("inf"))
-    scores_ptr += b * 2 * S
-    tl.store(scores_ptr + at, tl.where(vision, score, float("nan")), mask=inside)
-    tl.store(scores_ptr + S + at, tl.where(text, score, float("nan")), mask=inside)
+    # The batch rule (see batch_rule.py).
     if start == 0:
-        absent = tl.full([SCAN], -1, tl.int32)
-        tl.store(pivots_ptr + b * 2 * CAPACITY + lane, absent, mask=lane < 2 * CAPACITY)
+        length = tl.cast(length, tl.int32)
+        retain = tl.cast(retain, tl.int32)
+        n_vision = tl.full([], 0, tl.int32)
+        n_text = tl.full([], 0, tl.int32)
+        after = tl.full([], 0, tl.int32)  # the text behind all vision tokens so far
+        for first in range(0, S, SCAN):
+            position = first + lane
+            marked = tl.load(vision_ptr + position, mask=position < S, other=0) != 0
+            words = (position < S) & (marked == 0)
+            if HAS_VALID:
+                words &= tl.load(valid_ptr + position, mask=position < S, other=0) != 0
+            newest = tl.max(tl.where(marked, position, -1), 0)
+            behind = tl.sum((words & (position > newest)).to(tl.int32), 0)
+            after = tl.where(newest < 0, after, 0) + behind
+            n_vision += tl.sum(marked.to(tl.int32), 0)
+            n_text += tl.sum(words.to(tl.int32), 0)
+        budget = tl.minimum(n_vision, tl.maximum(retain, n_vision + length - S))
+        n_image = tl.minimum(budget, IMAGE)
+        plan_ptr += b * PLAN
+        tl.store(plan_ptr, n_image)
+        tl.store(plan_ptr + 1, tl.minimum(after, TEXT))
+        tl.store(plan_ptr + 2, budget - n_image)
+        tl.store(plan_ptr + 3, (S - n_vision - n_text) - (length - n_text - budget))
+        tl.store(fits_ptr + b, n_text + budget <= length)
 
 
 @triton.jit(do_not_specialize=["S", "capacity"])
-def rank(
-    scores_ptr,  # [B, L, S] float32
-    ranks_ptr,  # out [B, S, L] int32, written where the score is not NaN
-    order_ptr,  # out [B, L, capacity] int32: the position of each rank below capacity
+def shortlist(
+    codes_ptr,  # [B, L, S] int32
+    plan_ptr,  # [B, PLAN] int32
+    listed_ptr,  # out [B, L, capacity] int32: positions, ascending
+    listed_codes_ptr,  # out [B, L, capacity] int32, not written for PIVOTS
+    counts_ptr,  # out [B, L] int32: how many are listed
     S,
     capacity,
+    PIVOTS: tl.constexpr,  # whether the rankings are those of the pivots, or by pivot
     BLOCK: tl.constexpr,
-    OTHERS: tl.constexpr,  # a multiple of BLOCK
+    PROBES: tl.constexpr,
 ):
-    """Rank of each position by ascending (score, position), by counting who is ahead of it.
+    """The first ``wanted`` of each ranking, by position: exactly so many for PIVOTS.
 
-    Counting takes S comparisons per position where a sort would take log S, but they are
-    independent of each other: no barrier, and a program for every BLOCK positions of every
-    ranking. Reads: 4 bytes per position, S / BLOCK times, from cache. Before and after the tile
-    of OTHERS positions that holds a position, a tie is decided by the tile.
+    Others may get up to an eighth more, which ``rank`` orders too: to divide the last few would
+    take more passes. An interval (low, high] of codes is narrowed until at least ``wanted``
+    positions and no more than that lie at or below ``high``; where equal codes do not let it, the
+    lowest positions are taken. Each pass counts how many do not exceed each of PROBES codes, and
+    leaves a part of PROBES + 1 of the interval. Reads: 4 bytes per position, about 3 + 2 times,
+    from cache. Programs: one for each ranking, large.
     """
     b = tl.program_id(0).to(tl.int64)
     S = tl.cast(S, tl.int32)
-    rankings = tl.num_programs(1)
-    ranking = b * rankings + tl.program_id(1)
-    scores_ptr += ranking * S
-    start = tl.program_id(2) * BLOCK
-    lane = tl.arange(0, OTHERS)
-    at = start + tl.arange(0, BLOCK)
-    mine = tl.load(scores_ptr + at, mask=at < S, other=float("nan"))
-    member = mine == mine
-    if tl.max(member.to(tl.int32), 0) > 0:
-        ahead = tl.zeros([BLOCK, OTHERS], tl.int32)
-        own = start // OTHERS * OTHERS
-        for first in range(0, own, OTHERS):
-            other = tl.load(scores_ptr + first + lane)
-            ahead += (other[None, :] <= mine[:, None]).to(tl.int32)
-        other = tl.load(scores_ptr + own + lane, mask=own + lane < S, other=float("nan"))
-        tie = (other[None, :] == mine[:, None]) & ((own + lane)[None, :] < at[:, None])
-        ahead += ((other[None, :] < mine[:, None]) | tie).to(tl.int32)
-        for first in range(own + OTHERS, S, OTHERS):
-            other = tl.load(scores_ptr + first + lane, mask=first + lane < S, other=float("nan"))
-            ahead += (other[None, :] < mine[:, None]).to(tl.int32)
-        place = tl.sum(ahead, 1)
-        # One after the other for each position, because `select` reads them together.
-        rank_at = (b * S + at) * rankings + tl.program_id(1)
-        tl.store(ranks_ptr + rank_at, place, mask=member)
-        tl.store(order_ptr + ranking * capacity + place, at, mask=member & (place < capacity))
+    capacity = tl.cast(capacity, tl.int32)
+    ranking = b * tl.num_programs(1) + tl.program_id(1)
+    turn = tl.program_id(1)
+    n_image = tl.load(plan_ptr + b * PLAN)
+    n_text = tl.load(plan_ptr + b * PLAN + 1)
+    if PIVOTS:
+        wanted = tl.where(turn == 0, n_image, n_text)
+        limit = wanted
+    else:
+        rest = tl.load(plan_ptr + b * PLAN + 2)
+        # A row without any pivot has a ranking by key norm in place of the first.
+        pivots = tl.maximum(n_image + n_text, 1)
+        wanted = tl.where(turn < pivots, _wanted(rest, pivots, turn), 0)
+        limit = tl.minimum(wanted + wanted // 8, capacity)
+    codes_ptr += ranking * S
+    listed_ptr += ranking * capacity
+    listed_codes_ptr += ranking * capacity
+    lane = tl.arange(0, BLOCK)
+    written = tl.full([], 0, tl.int32)
+    if wanted > 0:
+        lowest = tl.full([BLOCK], ABSENT, tl.int32)
+        highest = tl.full([BLOCK], -ABSENT, tl.int32)
+        members = tl.full([BLOCK], 0, tl.int32)
+        for first in range(0, S, BLOCK):
+            code = tl.load(codes_ptr + first + lane, mask=first + lane < S, other=ABSENT)
+            member = code != ABSENT
+            lowest = tl.minimum(lowest, code)
+            highest = tl.maximum(highest, tl.where(member, code, -ABSENT))
+            members += member.to(tl.int32)
+        # 64 bits, because the interval may be longer than 32 can say.
+        low = tl.min(lowest, 0).to(tl.int64) - 1
+        high = tl.max(highest, 0).to(tl.int64)
+        below = tl.full([], 0, tl.int32)  # at or below low: fewer than wanted
+        reached = tl.sum(members, 0)  # at or below high: wanted or more
+        step = tl.arange(0, PROBES).to(tl.int64) + 1
+        while (reached > limit) & (high - low > 1):
+            probe = low + (high - low) * step // (PROBES + 1)
+            narrow = probe.to(tl.int32)[None, :]
+            seen = tl.zeros([BLOCK, PROBES], tl.int32)
+            for first in range(0, S, BLOCK):
+                code = tl.load(codes_ptr + first + lane, mask=first + lane < S, other=ABSENT)
+                seen += (code[:, None] <= narrow).to(tl.int32)
+            count = tl.sum(seen, 0)
+            low = tl.max(tl.where(count < wanted, probe, low), 0)
+            high = tl.min(tl.where(count < wanted, high, probe), 0)
+            below = tl.max(tl.where(count < wanted, count, below), 0)
+            reached = tl.min(tl.where(count < wanted, reached, count), 0)
+        top = high.to(tl.int32)
+        allowed = tl.where(reached > limit, wanted, reached) - below
+        ties = tl.full([], 0, tl.int32)
+        for first in range(0, S, BLOCK):
+            at = first + lane
+            code = tl.load(codes_ptr + at, mask=at < S, other=ABSENT)
+            tie = (code == top).to(tl.int32)
+            taken = (code < top) | ((tie == 1) & (ties + tl.cumsum(tie, 0) <= allowed))
+            target = written + tl.cumsum(taken.to(tl.int32), 0) - 1
+            tl.store(listed_ptr + target, at, mask=taken)
+            if not PIVOTS:
+                tl.store(listed_codes_ptr + target, code, mask=taken)
+            ties += tl.sum(tie, 0)
+            written += tl.sum(taken.to(tl.int32), 0)
+    tl.store(counts_ptr + ranking, written)
 
 
 @triton.jit(do_not_specialize=["S"])
 def cosines(
     hidden_ptr,  # [B, S, D], any strides
     vision_ptr,  # [B, S] bool
+    norms_ptr,  # [B, 2, S] int32, the codes of key_norms
+    plan_ptr,  # [B, PLAN] int32
     pivots_ptr,  # [B, 2, CAPACITY] int32
-    scores_ptr,  # out [B, IMAGE + TEXT, S] float32
+    codes_ptr,  # out [B, SLOTS, S] int32
+    ranks_ptr,  # out [B, S, SLOTS] int32: ABSENT, for rank to fill in
     S,
     stride_b,
     stride_s,
     stride_d,
-    D: tl.constexpr,
-    IMAGE: tl.constexpr,
-    TEXT: tl.constexpr,
+    D: tl.constexpr,  # 0 if no row can have a pivot
+    SLOTS: tl.constexpr,  # image and text pivots, at least 1
     CAPACITY: tl.constexpr,
     EPS: tl.constexpr,
+    NARROW: tl.constexpr,  # whether the matrix units take the operands as they are
+    COLUMNS: tl.constexpr,  # power of two, at least SLOTS
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Cosine similarity of each vision token to each pivot.
+    """Cosine similarity of each vision token, but the image pivots, to each pivot.
 
-    Reads: D values of each vision token once per BLOCK_P pivots (the default 8 pivots: once), and
-    of BLOCK_P pivots in every program, from cache. Products are summed in float32 rather than by
-    the matrix units: at 8 products per value read, memory is what limits either way, and float32
-    inputs need no other path.
+    Pivots are numbered in ascending position, the order of their turns. Reads: D values of each
+    vision token once per BLOCK_P pivots (the default 8 pivots: once), and of BLOCK_P pivots in
+    every program, from cache.
     """
     b = tl.program_id(0).to(tl.int64)
     S = tl.cast(S, tl.int32)
     at = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     inside = at < S
     vision = tl.load(vision_ptr + b * S + at, mask=inside, other=0) != 0
+    n_image = tl.load(plan_ptr + b * PLAN)
+    pivots = n_image + tl.load(plan_ptr + b * PLAN + 1)
+    pivots_ptr += b * 2 * CAPACITY
+    column = tl.arange(0, COLUMNS)
+    image_pivot = tl.load(pivots_ptr + column, mask=column < n_image, other=-1)
+    member = vision & (tl.max((at[:, None] == image_pivot[None, :]).to(tl.int32), 1) == 0)
+
     slot = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
-    entry = tl.where(slot < IMAGE, slot, CAPACITY + slot - IMAGE)
-    pivot_at = pivots_ptr + b * 2 * CAPACITY + entry
-    pivot = tl.load(pivot_at, mask=slot < IMAGE + TEXT, other=-1)
+    entry = tl.where(slot < n_image, slot, CAPACITY + slot - n_image)
+    pivot = tl.load(pivots_ptr + entry, mask=slot < pivots, other=-1)
 
     hidden_ptr += b * stride_b
-    dots = tl.zeros([BLOCK_S, BLOCK_P, BLOCK_D], tl.float32)
+    row = hidden_ptr + at[:, None].to(tl.int64) * stride_s
+    pivot_row = hidden_ptr + pivot[:, None].to(tl.int64) * stride_s
+    dots = tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
     squares = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     pivot_squares = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-    for first in tl.range(0, D, BLOCK_D, num_stages=3):
+    for first in tl.range(0, D, BLOCK_D, num_stages=4):
         d = first + tl.arange(0, BLOCK_D)
-        column = d[None, :].to(tl.int64) * stride_d
-        x_at = at[:, None].to(tl.int64) * stride_s + column
-        y_at = pivot[:, None].to(tl.int64) * stride_s + column
+        offset = d[None, :].to(tl.int64) * stride_d
         channel = (d < D)[None, :]
-        x = tl.load(hidden_ptr + x_at, mask=vision[:, None] & channel, other=0.0).to(tl.float32)
-        y = tl.load(hidden_ptr + y_at, mask=(pivot >= 0)[:, None] & channel, other=0.0)
-        y = y.to(tl.float32)
-        dots += x[:, None, :] * y[None, :, :]
-        squares += x * x
-        pivot_squares += y * y
+        x = tl.load(row + offset, mask=vision[:, None] & channel, other=0.0)
+        y = tl.load(pivot_row + offset, mask=(pivot >= 0)[:, None] & channel, other=0.0)
+        wide = x.to(tl.float32)
+        pivot_wide = y.to(tl.float32)
+        if NARROW:
+            dots = tl.dot(x, tl.trans(y), dots)
+        else:
+            dots = tl.dot(wide, tl.trans(pivot_wide), dots, input_precision="ieee")
+        squares += wide * wide
+        pivot_squares += pivot_wide * pivot_wide
     norms = tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), EPS)
     pivot_norms = tl.maximum(tl.sqrt_rn(tl.sum(pivot_squares, 1)), EPS)
-    score = tl.div_rn(tl.sum(dots, 2), norms[:, None] * pivot_norms[None, :])
-    score = tl.where(score == score, score, float("inf"))
-    score = tl.where(vision[:, None], score, float("nan"))
-    ranking = b * (IMAGE + TEXT) + slot
-    live = inside[:, None] & (slot < IMAGE + TEXT)[None, :]
-    tl.store(scores_ptr + ranking[None, :] * S + at[:, None], score, mask=live)
+    score = tl.div_rn(dots, norms[:, None] * pivot_norms[None, :])
+    code = _code(score, member[:, None] & (pivot >= 0)[None, :])
+    if pivots == 0:  # a row without any keeps its largest key norms
+        by_norm = tl.load(norms_ptr + b * 2 * S + at, mask=inside, other=ABSENT)
+        code = tl.where((slot == 0)[None, :], by_norm[:, None], ABSENT)
+    live = inside[:, None] & (slot < SLOTS)[None, :]
+    tl.store(codes_ptr + (b * SLOTS + slot)[None, :] * S + at[:, None], code, mask=live)
+    absent = tl.full([BLOCK_S, BLOCK_P], ABSENT, tl.int32)
+    tl.store(ranks_ptr + (b * S + at)[:, None] * SLOTS + slot[None, :], absent, mask=live)
+
+
+@triton.jit(do_not_specialize=["S", "capacity"])
+def rank(
+    listed_ptr,  # [B, SLOTS, capacity] int32
+    codes_ptr,  # [B, SLOTS, capacity] int32
+    counts_ptr,  # [B, SLOTS] int32
+    ranks_ptr,  # out [B, S, SLOTS] int32, written for what is listed
+    order_ptr,  # out [B, SLOTS, capacity] int32: the listed positions by rank
+    S,
+    capacity,
+    BLOCK: tl.constexpr,
+    OTHERS: tl.constexpr,  # a multiple of BLOCK
+):
+    """Ranks of the listed positions, by counting who is ahead.
+
+    Counting takes as many comparisons per position as there are others where a sort would take
+    their logarithm, but they are independent of each other: no barrier, and a program for every
+    BLOCK positions of every list. Reads: 4 bytes per position, count / BLOCK times, from cache.
+    Before and after the tile of OTHERS positions that holds a position, a tie is decided by the
+    tile.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    rankings = tl.num_programs(1)
+    ranking = b * rankings + tl.program_id(1)
+    count = tl.load(counts_ptr + ranking)
+    start = tl.program_id(2) * BLOCK
+    if start < count:
+        codes_ptr += ranking * capacity
+        lane = tl.arange(0, OTHERS)
+        place = start + tl.arange(0, BLOCK)
+        mine = tl.load(codes_ptr + place, mask=place < count, other=ABSENT)
+        at = tl.load(listed_ptr + ranking * capacity + place, mask=place < count, other=0)
+        ahead = tl.zeros([BLOCK, OTHERS], tl.int32)
+        own = start // OTHERS * OTHERS
+        for first in range(0, own, OTHERS):
+            other = tl.load(codes_ptr + first + lane)
+            ahead += (other[None, :] <= mine[:, None]).to(tl.int32)
+        other = tl.load(codes_ptr + own + lane, mask=own + lane < count, other=ABSENT)
+        tie = (other[None, :] == mine[:, None]) & ((own + lane)[None, :] < place[:, None])
+        ahead += ((other[None, :] < mine[:, None]) | tie).to(tl.int32)
+        for first in range(own + OTHERS, count, OTHERS):
+            other = tl.load(codes_ptr + first + lane, mask=first + lane < count, other=ABSENT)
+            ahead += (other[None, :] < mine[:, None]).to(tl.int32)
+        ranked = tl.sum(ahead, 1)
+        # One after the other for each position, because `select` reads them together.
+        rank_at = (b * S + at) * rankings + tl.program_id(1)
+        tl.store(ranks_ptr + rank_at, ranked, mask=place < count)
+        tl.store(order_ptr + ranking * capacity + ranked, at, mask=place < count)
 
 
 @triton.jit
 def _picked(ranks, bounds):
-    """Whether one of the ranks [BLOCK, SLOTS] of a position is below the bound of its ranking."""
+    """Whether one of the ranks [BLOCK, COLUMNS] of a position is below the bound of its ranking."""
     return tl.max((ranks < bounds[None, :]).to(tl.int32), 1) == 1
 
 
-@triton.jit(do_not_specialize=["S", "length", "retain"])
+@triton.jit(do_not_specialize=["S", "length"])
 def select(
     vision_ptr,  # [B, S] bool
     valid_ptr,  # [B, S] bool, not read without HAS_VALID
-    norm_ranks_ptr,  # [B, S, 2] int32
+    plan_ptr,  # [B, PLAN] int32
     pivots_ptr,  # [B, 2, CAPACITY] int32
-    ranks_ptr,  # [B, S, IMAGE + TEXT] int32
-    order_ptr,  # [B, IMAGE + TEXT, length] int32
+    ranks_ptr,  # [B, S, SLOTS] int32
+    order_ptr,  # [B, SLOTS, length] int32
     keep_ptr,  # out [B, length] int64
-    fits_ptr,  # out [B] bool: the row's text and budget fit into length
     S,
     length,
-    retain,  # min(R, N)
-    IMAGE: tl.constexpr,
-    TEXT: tl.constexpr,
+    SLOTS: tl.constexpr,
     CAPACITY: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    SLOTS: tl.constexpr,  # power of two, at least IMAGE + TEXT
+    COLUMNS: tl.constexpr,  # power of two, at least SLOTS
     BLOCK: tl.constexpr,
+    TURN: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
-    """The row's kept positions, ascending: the greedy rounds and the batch rule, one row each.
+    """The greedy rounds, and the kept ones of BLOCK positions, ascending.
 
-    Reads: the masks twice; about quota / BLOCK tiles of each pivot's order with the ranks of
-    those positions; and all ranks of vision tokens once. The rounds are sequential by their
-    definition, and short: a round's picks are among the first ``budget`` of its ranking. State
-    between rounds is one bound per pivot, in registers, so no barrier is needed.
+    The rounds are sequential by their definition, and short. Every program of a row goes through
+    them: it needs their result, and how many positions before its own are kept. State between
+    rounds is one bound per pivot, in registers, so no barrier is needed. Reads: about
+    quota / TURN tiles of each pivot's order with the ranks of those positions; the ranks of its
+    own positions; the masks up to these.
     """
-    PIVOTS: tl.constexpr = IMAGE + TEXT
     S = tl.cast(S, tl.int32)
     length = tl.cast(length, tl.int32)
-    retain = tl.cast(retain, tl.int32)
     b = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
     vision_ptr += b * S
     valid_ptr += b * S
-    norm_ranks_ptr += b * S * 2
-    ranks_ptr += b * S * PIVOTS
-    order_ptr += b * PIVOTS * length
+    ranks_ptr += b * S * SLOTS
+    order_ptr += b * SLOTS * length
     keep_ptr += b * length
-    lane = tl.arange(0, BLOCK)
-
-    # The batch rule (see batch.py).
-    vision_seen = tl.zeros([BLOCK], tl.int32)
-    text_seen = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, S, BLOCK):
-        inside = first + lane < S
-        vision = tl.load(vision_ptr + first + lane, mask=inside, other=0) != 0
-        text = inside & (vision == 0)
-        if HAS_VALID:
-            text = text & (tl.load(valid_ptr + first + lane, mask=inside, other=0) != 0)
-        vision_seen += vision.to(tl.int32)
-        text_seen += text.to(tl.int32)
-    n_vision = tl.sum(vision_seen, 0)
-    n_text = tl.sum(text_seen, 0)
-    budget = tl.minimum(n_vision, tl.maximum(retain, n_vision + length - S))
-    tl.store(fits_ptr + b, n_text + budget <= length)
-
-    # Pivots and quotas.
-    slot = tl.arange(0, SLOTS)
-    entry = tl.where(slot < IMAGE, slot, CAPACITY + slot - IMAGE)
-    pivot = tl.load(pivots_ptr + b * 2 * CAPACITY + entry, mask=slot < PIVOTS, other=-1)
-    n_image = tl.minimum(budget, IMAGE)
-    pivot = tl.where((slot < IMAGE) & (slot >= n_image), -1, pivot)
-    n_pivots = tl.sum((pivot >= 0).to(tl.int32), 0)
-    # A row with no pivot at all has nothing to compare with: it keeps its largest key norms.
-    n_image = tl.where(n_pivots == 0, budget, n_image)
-    rest = budget - n_image
-    share = rest // tl.maximum(n_pivots, 1)
-    extra = rest - share * n_pivots
+    n_image = tl.load(plan_ptr + b * PLAN)
+    pivots = tl.maximum(n_image + tl.load(plan_ptr + b * PLAN + 1), 1)
+    rest = tl.load(plan_ptr + b * PLAN + 2)
+    pads_dropped = tl.load(plan_ptr + b * PLAN + 3)
+    column = tl.arange(0, COLUMNS)
+    image = column < n_image
+    image_pivot = tl.load(pivots_ptr + b * 2 * CAPACITY + column, mask=image, other=S)
 
     # Each pivot, in ascending position, takes its quota of what is free. It takes all that is free
     # below some bound of its ranking, and what was not free there had been taken before: so what
     # lies below the bound of any pivot is kept, and of the rest only the image pivots.
-    bounds = tl.zeros([SLOTS], tl.int32)
-    position = tl.full([], -1, tl.int32)
-    for turn in range(n_pivots):
-        position = tl.min(tl.where(pivot > position, pivot, S), 0)
-        current = tl.sum(tl.where(pivot == position, slot, 0), 0)
-        quota = share + (turn < extra).to(tl.int32)
+    lane = tl.arange(0, TURN)
+    bounds = tl.zeros([COLUMNS], tl.int32)
+    before = tl.zeros([TURN], tl.int32)  # what is taken of the positions before start
+    for turn in range(pivots):
+        wanted = _wanted(rest, pivots, turn)
+        quota = wanted - _wanted(rest, pivots, turn - 1)
         taken = tl.full([], 0, tl.int32)
         first = tl.full([], 0, tl.int32)
         end = tl.full([], 0, tl.int32)
-        while (taken < quota) & (first < budget):
+        while (taken < quota) & (first < wanted):
             place = first + lane
-            ranked = place < budget
-            at = tl.load(order_ptr + current * length + place, mask=ranked, other=0)
-            pivotal = tl.load(norm_ranks_ptr + at * 2, mask=ranked, other=0) < n_image
-            live = ranked[:, None] & (slot < PIVOTS)[None, :]
-            ranks_at = ranks_ptr + at[:, None] * PIVOTS + slot[None, :]
-            ranks = tl.load(ranks_at, mask=live, other=S)
-            free = ranked & (pivotal == 0) & (_picked(ranks, bounds) == 0)
+            ranked = place < wanted
+            at = tl.load(order_ptr + turn * length + place, mask=ranked, other=0)
+            live = ranked[:, None] & (column < SLOTS)[None, :]
+            ranks_at = ranks_ptr + at[:, None] * SLOTS + column[None, :]
+            ranks = tl.load(ranks_at, mask=live, other=ABSENT)
+            free = ranked & (_picked(ranks, bounds) == 0)
             mine = free & (taken + tl.cumsum(free.to(tl.int32), 0) <= quota)
+            before += (mine & (at < start)).to(tl.int32)
             end = tl.maximum(end, tl.max(tl.where(mine, place + 1, 0), 0))
             taken += tl.sum(mine.to(tl.int32), 0)
-            first += BLOCK
-        bounds = tl.where(slot == current, end, bounds)
+            first += TURN
+        bounds = tl.where(column == turn, end, bounds)
+    kept = tl.sum(before, 0) + tl.sum((image & (image_pivot < start)).to(tl.int32), 0)
 
-    # What stays, ascending; of the pads the lowest are dropped.
-    pads_dropped = (S - n_vision - n_text) - (length - n_text - budget)
-    written = tl.full([], 0, tl.int32)
-    pads = tl.full([], 0, tl.int32)
-    for first in range(0, S, BLOCK):
-        at = first + lane
-        inside = at < S
-        vision = tl.load(vision_ptr + at, mask=inside, other=0) != 0
-        pivotal = tl.load(norm_ranks_ptr + at * 2, mask=vision, other=0) < n_image
-        live = vision[:, None] & (slot < PIVOTS)[None, :]
-        ranks_at = ranks_ptr + at[:, None] * PIVOTS + slot[None, :]
-        ranks = tl.load(ranks_at, mask=live, other=S)
-        stays = vision & (pivotal | _picked(ranks, bounds))
-        text = inside & (vision == 0)
+    # All text before these positions is kept, and of the pads all but the lowest.
+    scan = tl.arange(0, SCAN)
+    text_seen = tl.zeros([SCAN], tl.int32)
+    pads_seen = tl.zeros([SCAN], tl.int32)
+    for first in range(0, start, SCAN):
+        inside = first + scan < start
+        text = inside & (tl.load(vision_ptr + first + scan, mask=inside, other=0) == 0)
         if HAS_VALID:
-            valid = tl.load(valid_ptr + at, mask=inside, other=0) != 0
-            pad = (text & (valid == 0)).to(tl.int32)
+            valid = tl.load(valid_ptr + first + scan, mask=inside, other=0) != 0
+            pads_seen += (text & (valid == 0)).to(tl.int32)
             text = text & valid
-            stays = stays | ((pad == 1) & (pads + tl.cumsum(pad, 0) > pads_dropped))
-            pads += tl.sum(pad, 0)
-        stays = stays | text
-        target = written + tl.cumsum(stays.to(tl.int32), 0) - 1
-        tl.store(keep_ptr + target, at.to(tl.int64), mask=stays & (target < length))
-        written += tl.sum(stays.to(tl.int32), 0)
-    # A row that does not fit raises; until then each of its entries must be safe to gather with.
-    for first in range(written, length, BLOCK):
-        filler = tl.full([BLOCK], 0, tl.int64) + (S - 1)
-        tl.store(keep_ptr + first + lane, filler, mask=first + lane < length)
+        text_seen += text.to(tl.int32)
+    pads = tl.sum(pads_seen, 0)
+    kept += tl.sum(text_seen, 0) + tl.maximum(pads - pads_dropped, 0)
+
+    at = start + tl.arange(0, BLOCK)
+    inside = at < S
+    vision = tl.load(vision_ptr + at, mask=inside, other=0) != 0
+    live = vision[:, None] & (column < SLOTS)[None, :]
+    ranks = tl.load(ranks_ptr + at[:, None] * SLOTS + column[None, :], mask=live, other=ABSENT)
+    pivotal = tl.max((at[:, None] == image_pivot[None, :]).to(tl.int32), 1) == 1
+    stays = vision & (pivotal | _picked(ranks, bounds))
+    text = inside & (vision == 0)
+    if HAS_VALID:
+        valid = tl.load(valid_ptr + at, mask=inside, other=0) != 0
+        pad = (text & (valid == 0)).to(tl.int32)
+        text = text & valid
+        stays = stays | ((pad == 1) & (pads + tl.cumsum(pad, 0) > pads_dropped))
+    stays = stays | text
+    target = kept + tl.cumsum(stays.to(tl.int32), 0) - 1
+    # A row that does not fit keeps more than length, and raises.
+    tl.store(keep_ptr + target, at.to(tl.int64), mask=stays & (target < length))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from dartfx.selection.dart import EPS
 
 __all__ = ["MAX_PIVOTS", "MAX_SEQUENCE", "select", "unavailable", "unsupported"]
 
-# Ranking by counting compares every position with every other: its cost grows with S squared.
+# Ranking by counting compares every listed position with every other: its cost grows with the
+# square of what is kept.
 MAX_SEQUENCE = 32_768
 # The rounds hold one rank per position and pivot in registers.
 MAX_PIVOTS = 64
@@ -28,11 +29,14 @@ Launch: TypeAlias = Callable[..., None]
 # Tiles, in elements. Few positions per program of the two kernels that read keys and hidden
 # states, so that a prompt of a few hundred tokens already occupies every core of a large device.
 _NORM_TILE = (4, 1024)  # positions, channels
-_COSINE_TILE = (8, 128, 8)  # positions, channels, pivots
-_SCAN_TILE = 512
+_COSINE_TILE = (16, 128, 16)  # positions, channels, pivots
+_COSINE_WARPS = 4
+_SCAN_TILE = 2048
+_SHORTLIST_TILE = (2048, 8)  # positions, codes they are compared with at a time
+_SHORTLIST_WARPS = 16
 _RANK_TILE = (32, 128)  # positions, those they are compared with at a time
-_SELECT_TILE = 4096  # positions times pivots
-_SELECT_WARPS = 16  # with 8, Triton 3.9 spills for sm_90
+_SELECT_TILE = (4096, 2048, 1024)  # positions times pivots: of a round, of the result; masks
+_SELECT_WARPS = 8
 
 
 def unsupported(
@@ -101,129 +105,158 @@ def select(
     is being traced, for a compiler to schedule; otherwise the kernels run now.
     """
     launch = _in_graph if traced else _now
-    batch, sequence, _ = hidden.shape
-    slots = pivot_image_tokens + pivot_text_tokens
-    length = kept_length(sequence, vision_tokens, retain)
+    lengths = kept_length(hidden.shape[1], vision_tokens, retain), smaller(retain, vision_tokens)
     vision_mask = vision_mask.contiguous()
-    valid_mask = None if valid_mask is None else valid_mask.contiguous()
-    counts = {"IMAGE": pivot_image_tokens, "TEXT": pivot_text_tokens}
-    new = functools.partial(torch.empty, device=hidden.device)
+    masks = vision_mask, vision_mask if valid_mask is None else valid_mask.contiguous()
+    row = _Row(masks, valid_mask is not None, *lengths, pivot_image_tokens, pivot_text_tokens)
 
-    pivots = new((batch, 2, max(1, *counts.values())), dtype=torch.int32)
-    norms = _key_norms(launch, keys, vision_mask, valid_mask, pivots)
-    norm_ranks = _ranks(launch, norms, pivots)
-    order = ranks = norm_ranks  # not read if there are no pivots
-    if slots:
-        order = new((batch, slots, length), dtype=torch.int32)
-        scores = _cosines(launch, hidden, vision_mask, pivots, **counts)
-        ranks = _ranks(launch, scores, order)
-
-    lengths = sequence, length, smaller(retain, vision_tokens)
-    ranked = norm_ranks, pivots, ranks, order
-    return _keep(launch, vision_mask, valid_mask, ranked, lengths, counts)
+    norms, plan, fits = _key_norms(launch, keys, row)
+    pivots, _, _ = _shortlist(launch, norms, plan, row.capacity, PIVOTS=True)
+    codes, ranks = _cosines(launch, hidden, row, norms, plan, pivots)
+    order = _ranks(launch, *_shortlist(launch, codes, plan, row.length, PIVOTS=False), ranks)
+    return _kept(launch, row, plan, pivots, ranks, order), fits
 
 
-def _keep(
-    launch: Launch,
-    vision_mask: Tensor,
-    valid_mask: Tensor | None,
-    ranked: tuple[Tensor, Tensor, Tensor, Tensor],
-    lengths: tuple[Size, Size, Size],
-    counts: dict[str, int],
-) -> tuple[Tensor, Tensor]:
-    """The results of :func:`select`.
+class _Row(NamedTuple):
+    """What the launches share: masks [B, S], S', min(R, N), and the numbers of pivots."""
 
-    ranked: ranks by key norm, pivots, ranks and orders by similarity; lengths: S, S' and R; counts:
-    image and text pivots.
-    """
-    from dartfx.ops import triton_kernels
+    masks: tuple[Tensor, Tensor]
+    has_valid: bool
+    length: Size
+    retain: Size
+    image: int
+    text: int
 
-    batch, device = vision_mask.shape[0], vision_mask.device
-    keep_idx = torch.empty((batch, lengths[1]), dtype=torch.int64, device=device)
-    fits = torch.empty((batch,), dtype=torch.bool, device=device)
-    columns = max(8, _power_of_two(sum(counts.values())))
-    launch(
-        triton_kernels.select,
-        (batch,),
-        *(vision_mask, vision_mask if valid_mask is None else valid_mask),
-        *(*ranked, keep_idx, fits),
-        *lengths,
-        **counts,
-        CAPACITY=ranked[1].shape[2],
-        HAS_VALID=valid_mask is not None,
-        SLOTS=columns,
-        BLOCK=_SELECT_TILE // columns,
-        num_warps=_SELECT_WARPS,
-    )
-    return keep_idx, fits
+    @property
+    def slots(self) -> int:
+        """Rankings of vision tokens: one without any pivot."""
+        return max(1, self.image + self.text)
+
+    @property
+    def capacity(self) -> int:
+        """The most pivots of one kind, at least one."""
+        return max(1, self.image, self.text)
 
 
-def _key_norms(
-    launch: Launch, keys: Tensor, vision_mask: Tensor, valid_mask: Tensor | None, pivots: Tensor
-) -> Tensor:
-    """Scores of all possible pivots [B, 2, S] float32; clears ``pivots``."""
+def _key_norms(launch: Launch, keys: Tensor, row: _Row) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of all possible pivots [B, 2, S], the plan [B, PLAN], fits [B] bool."""
     from dartfx.ops import triton_kernels
 
     batch, heads, sequence, head = keys.shape
-    norms = torch.empty((batch, 2, sequence), dtype=torch.float32, device=keys.device)
+    new = functools.partial(torch.empty, dtype=torch.int32, device=keys.device)
+    codes, plan = new((batch, 2, sequence)), new((batch, triton_kernels.PLAN.value))
+    fits = torch.empty((batch,), dtype=torch.bool, device=keys.device)
     block, channels = _NORM_TILE
     launch(
         triton_kernels.key_norms,
         (batch, _tiles(sequence, block)),
-        *(keys, vision_mask, vision_mask if valid_mask is None else valid_mask, norms, pivots),
-        *(sequence, *keys.stride()),
+        *(keys, *row.masks, codes, plan, fits),
+        *(sequence, row.length, row.retain, *keys.stride()),
+        IMAGE=row.image,
+        TEXT=row.text,
         CHANNELS=heads * head,
         HEAD=head,
-        HAS_VALID=valid_mask is not None,
-        CAPACITY=pivots.shape[2],
+        HAS_VALID=row.has_valid,
         BLOCK_S=block,
         BLOCK_C=min(channels, _power_of_two(heads * head)),
         SCAN=_SCAN_TILE,
     )
-    return norms
+    return codes, plan, fits
 
 
-def _ranks(launch: Launch, scores: Tensor, order: Tensor) -> Tensor:
-    """Ranks by scores [B, L, S], [B, S, L] int32; fills ``order`` [B, L, capacity] int32."""
+def _shortlist(
+    launch: Launch, codes: Tensor, plan: Tensor, capacity: Size, **constants: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions [B, L, capacity] int32 that may come first, their codes, counts [B, L]."""
     from dartfx.ops import triton_kernels
 
-    batch, rankings, sequence = scores.shape
-    ranks = torch.empty((batch, sequence, rankings), dtype=torch.int32, device=scores.device)
-    block, others = _RANK_TILE
+    batch, rankings, sequence = codes.shape
+    new = functools.partial(torch.empty, dtype=torch.int32, device=codes.device)
+    listed, counts = new((batch, rankings, capacity)), new((batch, rankings))
+    listed_codes = counts if constants["PIVOTS"] else new((batch, rankings, capacity))
+    block, probes = _SHORTLIST_TILE
     launch(
-        triton_kernels.rank,
-        (batch, rankings, _tiles(sequence, block)),
-        *(scores, ranks, order, sequence, order.shape[2]),
+        triton_kernels.shortlist,
+        (batch, rankings),
+        *(codes, plan, listed, listed_codes, counts, sequence, capacity),
+        **constants,
         BLOCK=block,
-        OTHERS=others,
+        PROBES=probes,
+        num_warps=_SHORTLIST_WARPS,
     )
-    return ranks
+    return listed, listed_codes, counts
 
 
 def _cosines(
-    launch: Launch, hidden: Tensor, vision_mask: Tensor, pivots: Tensor, **counts: int
-) -> Tensor:
-    """Similarities of the vision tokens to the pivots [B, P, S] float32."""
+    launch: Launch, hidden: Tensor, row: _Row, norms: Tensor, plan: Tensor, pivots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes of the vision tokens [B, P, S] int32, and ranks [B, S, P] for :func:`_ranks`."""
     from dartfx.ops import triton_kernels
 
     batch, sequence, width = hidden.shape
-    slots = sum(counts.values())
-    scores = torch.empty((batch, slots, sequence), dtype=torch.float32, device=hidden.device)
+    new = functools.partial(torch.empty, dtype=torch.int32, device=hidden.device)
+    codes, ranks = new((batch, row.slots, sequence)), new((batch, sequence, row.slots))
     block, channels, per_program = _COSINE_TILE
-    per_program = min(per_program, _power_of_two(slots))
     launch(
         triton_kernels.cosines,
-        (batch, _tiles(sequence, block), _tiles(slots, per_program)),
-        *(hidden, vision_mask, pivots, scores, sequence, *hidden.stride()),
-        **counts,
-        CAPACITY=pivots.shape[2],
-        D=width,
+        (batch, _tiles(sequence, block), _tiles(row.slots, per_program)),
+        *(hidden, row.masks[0], norms, plan, pivots, codes, ranks, sequence, *hidden.stride()),
+        D=width if row.image + row.text else 0,
+        SLOTS=row.slots,
+        CAPACITY=row.capacity,
         EPS=EPS,
+        NARROW=hidden.dtype != torch.float32 and not _interpreted(),
+        COLUMNS=_power_of_two(row.slots),
         BLOCK_S=block,
-        BLOCK_D=min(channels, _power_of_two(width)),
+        BLOCK_D=max(16, min(channels, _power_of_two(width))),
         BLOCK_P=per_program,
+        num_warps=_COSINE_WARPS,
     )
-    return scores
+    return codes, ranks
+
+
+def _ranks(launch: Launch, listed: Tensor, codes: Tensor, counts: Tensor, ranks: Tensor) -> Tensor:
+    """The listed positions by rank [B, P, S'] int32; fills in their ``ranks`` [B, S, P]."""
+    from dartfx.ops import triton_kernels
+
+    batch, rankings, capacity = listed.shape
+    order = torch.empty_like(listed)
+    block, others = _RANK_TILE
+    launch(
+        triton_kernels.rank,
+        (batch, rankings, capacity // block + 1),
+        *(listed, codes, counts, ranks, order, ranks.shape[1], capacity),
+        BLOCK=block,
+        OTHERS=others,
+    )
+    return order
+
+
+def _kept(
+    launch: Launch, row: _Row, plan: Tensor, pivots: Tensor, ranks: Tensor, order: Tensor
+) -> Tensor:
+    """The kept positions [B, S'] int64."""
+    from dartfx.ops import triton_kernels
+
+    batch, sequence, slots = ranks.shape
+    keep_idx = torch.empty((batch, row.length), dtype=torch.int64, device=ranks.device)
+    columns = max(2, _power_of_two(slots))  # with 1, Triton 3.9 spills for sm_80
+    *tiles, scan = _SELECT_TILE
+    turn, block = (size // max(8, columns) for size in tiles)
+    launch(
+        triton_kernels.select,
+        (batch, _tiles(sequence, block)),
+        *(*row.masks, plan, pivots, ranks, order, keep_idx, sequence, row.length),
+        SLOTS=slots,
+        CAPACITY=row.capacity,
+        HAS_VALID=row.has_valid,
+        COLUMNS=columns,
+        BLOCK=block,
+        TURN=turn,
+        SCAN=scan,
+        num_warps=_SELECT_WARPS,
+    )
+    return keep_idx
 
 
 def _tiles(count: Size, tile: int) -> Size:

@@ -83,6 +83,7 @@ def test_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "_RANK_TILE", (64, 512))
     monkeypatch.setattr(triton_launch, "_NORM_TILE", (32, 32))
     monkeypatch.setattr(triton_launch, "_COSINE_TILE", (32, 32, 8))
+    monkeypatch.setattr(triton_launch, "_SHORTLIST_TILE", (1024, 2))
     assert check(plain(S=2929, first=35, N=2880, retain=640), min_gap=1e-8)
 
 

@@ -56,8 +56,7 @@ def test_kernels_fit_without_spilling(
 ) -> None:
     launches = SHAPES[name].launches(monkeypatch)
     used = {one.kernel.__name__: usage(one.compile(target), target) for one in launches}
-    cosines = {"cosines"} if name != "pivots0" else set()
-    assert set(used) == {"key_norms", "rank", "select"} | cosines
+    assert set(used) == {"key_norms", "shortlist", "cosines", "rank", "select"}
     for kernel, what in used.items():
         assert what.spilled == 0, (kernel, what)
         assert 0 < what.registers <= limit.registers, (kernel, what)
