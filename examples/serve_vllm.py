@@ -4,7 +4,6 @@
     python examples/serve_vllm.py checkpoint /tmp/tiny_vlm_for_vllm
     python -m vllm.entrypoints.openai.api_server --model /tmp/tiny_vlm_for_vllm \\
         --additional-config '{"dartfx": {"retain_tokens": 64}}' \\
-        --no-enable-chunked-prefill --no-enable-prefix-caching \\
         --max-model-len 1024 --dtype float32 --enforce-eager
     python examples/serve_vllm.py ask examples/tiny_vlm/heldout/000.png "read row four ?"
 

@@ -16,8 +16,11 @@ WORDS = "what is this red blue a digit ? where one two row of the in on"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
-def tokenizer(special: dict[str, int], size: int) -> Any:
-    """A tokenizer of words: those of WORDS, ``special`` at their ids, fillers."""
+def tokenizer(special: dict[str, int], size: int, **named: str) -> Any:
+    """A tokenizer of words: those of WORDS, ``special`` at their ids, fillers.
+
+    named: special tokens that a processor looks for by an attribute.
+    """
     at = {number: word for word, number in special.items()}
     plain = iter(WORDS.split())
     words = {"<unk>": 0, "<s>": 1, "</s>": 2}
@@ -31,6 +34,7 @@ def tokenizer(special: dict[str, int], size: int) -> Any:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="</s>",
+        **({"extra_special_tokens": named} if named else {}),
     )
     fast.add_special_tokens({"additional_special_tokens": list(special)})
     return fast
@@ -74,7 +78,32 @@ def llava_next() -> tuple[Any, Any, str]:
     return model, processor, "<image>"
 
 
-FAMILIES = {"llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl}
+def internvl() -> tuple[Any, Any, str]:
+    """Tiles and a thumbnail; start and end tokens around each picture."""
+    model = load("internvl", hidden_size=128).model
+    config = model.config
+    names = {
+        "context_image_token": "<IMG_CONTEXT>",
+        "end_image_token": "</img>",
+        "start_image_token": "<img>",
+        "video_token": "<video>",
+    }
+    ids = range(config.image_token_id, 0, -1)
+    processor = hf.InternVLProcessor(
+        hf.GotOcr2ImageProcessor(
+            size={"height": 112, "width": 112}, crop_to_patches=True, min_patches=1, max_patches=4
+        ),
+        tokenizer(
+            dict(zip(names.values(), ids, strict=False)), config.text_config.vocab_size, **names
+        ),
+        hf.InternVLVideoProcessor(size={"height": 112, "width": 112}),
+        image_seq_length=16,
+        chat_template=TEMPLATE,
+    )
+    return model, processor, "<IMG_CONTEXT>"
+
+
+FAMILIES = {"internvl": internvl, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl}
 
 
 def save(name: str, folder: Path) -> tuple[Any, Any, str]:
@@ -84,10 +113,11 @@ def save(name: str, folder: Path) -> tuple[Any, Any, str]:
         for weight in model.get_decoder().parameters():
             weight.mul_(3 if weight.ndim > 1 else 1)
     model.save_pretrained(folder)
-    file, old = folder / "model.safetensors", "vision_tower."
-    weights = load_file(file)
-    # vLLM looks for a CLIP tower where earlier transformers saved it.
-    renamed = {name: name.replace(old, f"{old}vision_model.") for name in weights}
-    save_file({renamed[k]: w for k, w in weights.items()}, file, metadata={"format": "pt"})
+    if model.config.vision_config.model_type.startswith("clip"):
+        # vLLM looks for a CLIP tower where earlier transformers saved it.
+        file, old = folder / "model.safetensors", "vision_tower."
+        weights = load_file(file)
+        renamed = {name: name.replace(old, f"{old}vision_model.") for name in weights}
+        save_file({renamed[k]: w for k, w in weights.items()}, file, metadata={"format": "pt"})
     processor.save_pretrained(folder)
     return model, processor, picture

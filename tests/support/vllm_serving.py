@@ -22,8 +22,6 @@ ENGINE: dict[str, Any] = {
     "max_num_seqs": 8,
     "block_size": 32,
     "gpu_memory_utilization": 0.1,
-    "enable_prefix_caching": False,
-    "enable_chunked_prefill": False,
     "limit_mm_per_prompt": {"image": 2},
 }
 ENVIRONMENT = {
@@ -62,12 +60,15 @@ def watch(llm: Any) -> dict[str, Any]:
         "blocks": [{} for _ in managers],
         "peak": 0,
         "preemptions": 0,
+        "chunks": 0,
         "scheduler": scheduler,
     }
     schedule, preempt = scheduler.schedule, scheduler._preempt_request
 
     def watched(*arguments: Any, **named: Any) -> Any:
         output = schedule(*arguments, **named)
+        running = [scheduler.requests[request] for request in output.num_scheduled_tokens]
+        seen["chunks"] += sum(request.is_prefill_chunk for request in running)
         for manager, blocks in zip(managers, seen["blocks"], strict=True):
             for request, held in manager.req_to_blocks.items():
                 number = request.split("-")[0]
@@ -114,6 +115,7 @@ def main() -> None:
     answered = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "prompts": [len(output.prompt_token_ids) for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
     }
     made.write_text(json.dumps(answered | (figures(llm, seen) if in_process else {})))
 

@@ -1,89 +1,112 @@
-"""What happens to one step's requests at the cut, as arithmetic on lengths and KV blocks."""
+"""What happens to one step's requests at the cut, as arithmetic on lengths and KV blocks.
+
+Layers before the cut take a prompt in the chunks that vLLM makes of it.  Text before the first
+image passes the cut in its chunk; rows from there on are held until the prompt is complete, since
+the selection looks at all of them.  Nothing before the first image is dropped or looked at.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Dropped", "Step", "compact_slots", "plan_step", "starts_of"]
+__all__ = ["Part", "Prompt", "compact_slots", "pieces", "plan_step", "starts_of"]
+
+
+@dataclass
+class Prompt:
+    """A request's prompt of ``tokens`` tokens, of which ``dropped`` are dropped at the cut.
+
+    first: position of its first image.  held: what the cut holds of it while it is incomplete.
+    """
+
+    tokens: int
+    first: int
+    dropped: int
+    held: Any = None
+
+    def behind(self, count: int) -> int:
+        """Tokens behind the cut, once the request's first ``count`` went through the layers."""
+        if not self.dropped:
+            return count
+        return count - self.dropped if count >= self.tokens else min(count, self.first)
 
 
 @dataclass(frozen=True)
-class Step:
-    """The requests of one step.
+class Part:
+    """One request in a step: rows [start, end), of which [seen_from, seen_to) are the selection's.
 
-    starts: where each request's rows begin, and where the last one's end.  is_prefill, prompts (the
-    prompt's length), dropped (vision tokens that a prefill drops): by request.
-    vision: [T] bool on the host, the vision tokens that may be dropped; None where there are none.
+    The other rows pass as they are.  count: its tokens with those of this step.  prompt: None for
+    a request that drops nothing.
     """
 
-    starts: list[int]
-    is_prefill: list[bool]
-    prompts: list[int]
-    dropped: list[int]
-    vision: Tensor | None
+    start: int
+    seen_from: int
+    seen_to: int
+    end: int
+    count: int
+    prompt: Prompt | None
 
     @property
-    def rows_left(self) -> list[int]:
-        """Rows of each request behind the cut."""
-        ends = zip(self.starts, self.starts[1:], self.dropped, strict=False)
-        return [end - start - dropped for start, end, dropped in ends]
+    def sees(self) -> bool:
+        """Whether some of its rows are the selection's, now or once the prompt is complete."""
+        return self.seen_to > self.seen_from
+
+    @property
+    def selects(self) -> bool:
+        """Whether its prompt becomes complete."""
+        return self.sees and self.prompt is not None and self.count >= self.prompt.tokens
+
+    @property
+    def position(self) -> int:
+        """Position in the request of the first row that is the selection's."""
+        return self.count - (self.end - self.seen_from)
+
+    @property
+    def length(self) -> int:
+        """Its tokens behind the cut."""
+        return self.count if self.prompt is None else self.prompt.behind(self.count)
 
 
 def plan_step(
-    starts: list[int],
-    lengths: Sequence[int],
-    prompt_lengths: Mapping[int, int],
-    vision: Tensor | None,
-    dropped: Callable[[int], int],
-) -> Step:
-    """What each request drops: starts [B + 1], lengths [B] (tokens with those of this step).
-
-    A prompt's last token stays, whatever it is: the first answer token is read off it.  Raises
-    RuntimeError for vision tokens of a prompt that does not come whole.
-    """
-    vision = vision.clone() if vision is not None and bool(vision.any()) else None
-    is_prefill, prompts, drops = [], [], []
+    starts: Sequence[int], counts: Sequence[int], prompts: Mapping[int, Prompt]
+) -> list[Part]:
+    """The requests of a step: starts [B + 1] of their rows, counts [B], prompts by row of B."""
+    parts = []
     for row, (start, end) in enumerate(itertools.pairwise(starts)):
-        whole = int(lengths[row]) == end - start
-        prompt = min(prompt_lengths.get(row, end - start), end - start) if whole else 0
-        count = 0
-        if vision is not None and whole:
-            vision[start + prompt - 1] = False
-            count = int(vision[start : start + prompt].sum())
-        elif vision is not None and bool(vision[start:end].any()):
-            raise RuntimeError("dartfx: the vision tokens of a prompt came in several chunks")
-        is_prefill.append(whole)
-        prompts.append(prompt)
-        drops.append(dropped(count))
-    return Step(starts, is_prefill, prompts, drops, vision)
+        count, prompt = int(counts[row]), prompts.get(row)
+        first_row = start - (count - (end - start))  # of the request's token 0, if it were there
+        if prompt is None:
+            bounds = end, end
+        else:
+            bounds = (
+                min(max(first_row + prompt.first, start), end),
+                min(max(first_row + prompt.tokens, start), end),
+            )
+        parts.append(Part(start, *bounds, end, count, prompt))
+    return parts
 
 
-class Dropped:
-    """How many tokens layers behind the cut lack, by the first KV block of a request.
+def pieces(
+    rows: Sequence[int], lengths: Sequence[int], most: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Rows and lengths of each request, in pieces of at most ``most`` rows, in order.
 
-    A block belongs to one request and one KV cache group from prefill to its end or preemption, so
-    nothing has to be removed: the next prefill in the block overwrites.
+    Kept rows of several chunks can be more than the layers behind the cut take at a time.
     """
-
-    def __init__(self) -> None:
-        self._by_block = torch.zeros(0, dtype=torch.int32)
-
-    def of(self, blocks: Tensor, step: Step) -> Tensor:
-        """[B] int32 on the device of blocks [B]; prefills of ``step`` are noted first."""
-        # The blocks' numbers are read on the host: once a step for each KV cache group.
-        at = blocks.cpu().long()
-        if at.numel() and (most := int(at.max())) >= len(self._by_block):
-            more = self._by_block.new_zeros(2 * most + 1 - len(self._by_block))
-            self._by_block = torch.cat([self._by_block, more])
-        prefills = torch.tensor(step.is_prefill, dtype=torch.bool)
-        now = torch.tensor(step.dropped, dtype=torch.int32)
-        self._by_block[at[prefills]] = now[prefills]
-        return self._by_block[at]
+    left = list(rows)
+    while any(left):
+        room, taken = most, []
+        for count in left:
+            taken.append(min(count, room))
+            room -= taken[-1]
+        left = [count - some for count, some in zip(left, taken, strict=True)]
+        yield taken, [length - later for length, later in zip(lengths, left, strict=True)]
 
 
 def starts_of(rows: Sequence[int]) -> Tensor:

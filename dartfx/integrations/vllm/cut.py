@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dartfx.config import DartConfig
-from dartfx.integrations.vllm import vllm_api
-from dartfx.integrations.vllm.batch import Dropped, Step, compact_slots, starts_of
+from dartfx.integrations.vllm import options, vllm_api
+from dartfx.integrations.vllm.batch import Part, compact_slots, starts_of
 from dartfx.selection.registry import uses_key_norms_only
 
-__all__ = ["Layer", "group_by_metadata", "rows_kept", "shorten"]
+__all__ = ["Layer", "Rows", "group_by_metadata", "hold", "rows_kept", "shorten", "with_held"]
 
 
 class Layer:
@@ -41,29 +43,137 @@ class Layer:
         return norms[None, None, :, None]
 
 
-def rows_kept(
-    config: DartConfig, layer: Layer, step: Step, hidden: Tensor, residual: Tensor, keys: Tensor
-) -> Tensor | None:
-    """[T'] int64 rows of the batch that go on, ascending; None where all do."""
-    if not any(step.dropped):
-        return None
-    assert step.vision is not None
-    vision = step.vision.to(hidden.device)
-    hidden, keys = layer.hidden(hidden, residual), layer.keys(keys, config.selector)
-    kept = []
-    for i, (start, end) in enumerate(zip(step.starts, step.starts[1:], strict=False)):
-        if not step.dropped[i]:
-            kept.append(torch.arange(start, end, device=hidden.device))
-            continue
-        stop = start + step.prompts[i]  # behind it: tokens that were generated before a preemption
-        count = int(step.vision[start:stop].sum())
-        chosen = torch.ops.dartfx.select_tokens(
-            *(hidden[None, start:stop], keys[:, :, start:stop], vision[None, start:stop], None),
-            *(count, config.retain_for(count), config.pivot_image_tokens),
-            *(config.pivot_text_tokens, config.selector, config.kernel),
+@dataclass(frozen=True)
+class Rows:
+    """Tokens between the two halves of the decoder.
+
+    positions: [T] or [3, T].  hidden, residual: [T, D].  keys: [1, H, T, Dh].  vision: [T] bool on
+    the host.  begins: position in its request of the first one, for rows of one request.
+    """
+
+    positions: Tensor
+    hidden: Tensor
+    residual: Tensor
+    keys: Tensor
+    vision: Tensor
+    begins: int = 0
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def copied(self, start: int, end: int, begins: int) -> Rows:
+        """Rows of one request in memory of their own."""
+        rows = slice(start, end)
+        return Rows(
+            positions=self.positions[..., rows].clone(),
+            hidden=self.hidden[rows].clone(),
+            residual=self.residual[rows].clone(),
+            keys=self.keys[:, :, rows].clone(),
+            vision=self.vision[rows].clone(),
+            begins=begins,
         )
-        kept += [chosen[0] + start, torch.arange(stop, end, device=hidden.device)]
-    return torch.cat(kept)
+
+    def joined(self, more: Sequence[Rows]) -> Rows:
+        """These, then those."""
+        if not more:
+            return self
+        every = [self, *more]
+        return replace(
+            self,
+            positions=torch.cat([rows.positions for rows in every], -1),
+            hidden=torch.cat([rows.hidden for rows in every]),
+            residual=torch.cat([rows.residual for rows in every]),
+            keys=torch.cat([rows.keys for rows in every], 2),
+            vision=torch.cat([rows.vision for rows in every]),
+        )
+
+
+def _held(part: Part) -> Rows | None:
+    """What is held of the part's prompt, if this chunk follows it.
+
+    A request that was preempted in the middle of its prompt begins again: what was held is dropped.
+    Raises RuntimeError where rows are missing.
+    """
+    assert part.prompt is not None
+    held: Rows | None = part.prompt.held
+    if held is not None and held.begins + len(held) == part.position:
+        return held
+    part.prompt.held = None
+    if part.position != part.prompt.first:
+        raise RuntimeError(
+            f"dartfx: a chunk begins at token {part.position} of a prompt whose first image is at "
+            f"token {part.prompt.first}, and what lies between has not passed"
+        )
+    return None
+
+
+def hold(parts: Iterable[Part], rows: Rows) -> None:
+    """Keep the rows of prompts that are not complete yet."""
+    for part in parts:
+        if part.sees and not part.selects:
+            assert part.prompt is not None
+            held = _held(part)
+            begins = held.begins if held is not None else part.position
+            more = rows.copied(part.seen_from, part.seen_to, begins)
+            part.prompt.held = more if held is None else held.joined([more])
+
+
+def with_held(parts: Iterable[Part], rows: Rows) -> tuple[Rows, list[int]]:
+    """The step's rows, then what was held of prompts that it completes, and how much of each."""
+    held = [_held(part) if part.selects else None for part in parts]
+    for part in parts:
+        if part.prompt is not None and part.selects:
+            part.prompt.held = None
+    counts = [0 if each is None else len(each) for each in held]
+    return rows.joined([each for each in held if each is not None]), counts
+
+
+def rows_kept(
+    config: DartConfig, layer: Layer, parts: Sequence[Part], rows: Rows, held: Sequence[int]
+) -> tuple[Tensor, list[int]]:
+    """[T'] int64 rows that go on, request by request, and how many of each.
+
+    rows, held: from :func:`with_held`.
+    """
+    device = rows.hidden.device
+    more = itertools.accumulate(held, initial=len(rows) - sum(held))
+    kept, counts = [], []
+    for part, before, here in zip(parts, more, held, strict=False):
+        mine = [torch.arange(part.start, part.seen_from, device=device)]
+        if part.selects:
+            ranges = (before, before + here), (part.seen_from, part.seen_to)
+            seen = torch.cat([torch.arange(*each, device=device) for each in ranges])
+            vision = torch.cat([rows.vision[start:end] for start, end in ranges])
+            mine.append(_select(config, layer, part, rows, seen, vision))
+        mine.append(torch.arange(part.seen_to, part.end, device=device))
+        kept += mine
+        counts.append(sum(map(len, mine)))
+    return torch.cat(kept), counts
+
+
+def _select(
+    config: DartConfig, layer: Layer, part: Part, rows: Rows, seen: Tensor, vision: Tensor
+) -> Tensor:
+    """The rows of ``seen``, a complete prompt from its first image on, that are kept.
+
+    vision: [len(seen)] bool on the host.  A prompt's last token stays, whatever it is: the first
+    answer token is read off it.
+    """
+    assert part.prompt is not None
+    vision[-1] = False
+    count = int(vision.sum())
+    if options.dropped(config, count) != part.prompt.dropped:
+        raise RuntimeError(
+            f"dartfx: a prompt has {count} vision tokens, which does not go with the "
+            f"{part.prompt.dropped} that its scheduler counts as dropped"
+        )
+    hidden = layer.hidden(rows.hidden[seen], rows.residual[seen])
+    chosen = torch.ops.dartfx.select_tokens(
+        *(hidden[None], rows.keys[:, :, seen], vision.to(seen.device)[None], None),
+        *(count, config.retain_for(count), config.pivot_image_tokens),
+        *(config.pivot_text_tokens, config.selector, config.kernel),
+    )
+    return seen[chosen[0]]
 
 
 def group_by_metadata(metadata: Any, names: Iterable[str]) -> list[list[str]]:
@@ -74,31 +184,37 @@ def group_by_metadata(metadata: Any, names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def shorten(context: Any, names: list[str], step: Step, dropped: Dropped) -> None:
+def shorten(
+    context: Any, source: Any, names: list[str], rows: Sequence[int], lengths: Sequence[int]
+) -> None:
     """Put metadata and KV slots for the kept rows into vLLM's forward context.
 
-    names: layers behind the cut that share metadata.
+    source: of the metadata of the step.  names: layers behind the cut that share it.  rows: of
+    each request behind the cut.  lengths: each one's tokens there, with those rows.
     """
-    source = context.attn_metadata[names[0]].dartfx_source
-    batch, requests = source.batch, len(step.is_prefill)
-    lost = dropped.of(batch.block_table_tensor[:requests, 0], step)
-    if not bool(lost.any()):
-        return
-    rows = step.rows_left
-    lengths = batch.seq_lens_cpu_upper_bound[:requests] - lost
-    slots = compact_slots(
-        batch.block_table_tensor, rows, lengths, source.builder.kv_cache_spec.block_size
-    )
-    starts, device = starts_of(rows), batch.seq_lens.device
+    batch = source.batch
+    here = [i for i, count in enumerate(rows) if count]  # the others have nothing to compute
+    counts, after = [rows[i] for i in here], torch.tensor([lengths[i] for i in here]).int()
+    at = torch.tensor(here)
+    device = batch.seq_lens.device
+    table = batch.block_table_tensor[at.to(batch.block_table_tensor.device)]
+    slots = compact_slots(table, counts, after, source.builder.kv_cache_spec.block_size)
+    starts = starts_of(counts)
+    lost = batch.seq_lens_cpu_upper_bound[at] - after
+    prefilling = batch.is_prefilling
     shorter = batch.replace(
         query_start_loc=starts.to(device),
         query_start_loc_cpu=starts,
-        seq_lens=batch.seq_lens[:requests] - lost.to(device),
-        seq_lens_cpu_upper_bound=lengths,
-        num_actual_tokens=sum(rows),
-        max_query_len=max(rows),
-        max_seq_len=int(lengths.max()),
+        seq_lens=batch.seq_lens[at.to(device)] - lost.to(device),
+        seq_lens_cpu_upper_bound=after,
+        num_reqs=len(here),
+        num_actual_tokens=sum(counts),
+        max_query_len=max(counts),
+        max_seq_len=int(after.max()),
+        block_table_tensor=table,
         slot_mapping=slots,
+        is_prefilling=None if prefilling is None else prefilling[at.to(prefilling.device)],
+        req_idx=None if batch.req_idx is None else batch.req_idx[at.numpy()],
         positions=None,
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,

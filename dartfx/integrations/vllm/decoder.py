@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import dartfx.ops.registration  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
 from dartfx.config import DartConfig
 from dartfx.errors import ConfigError
-from dartfx.integrations.vllm import attention, cut, options, vllm_api
-from dartfx.integrations.vllm.batch import Dropped, plan_step
-from dartfx.integrations.vllm.prompts import lengths_of
+from dartfx.integrations.vllm import attention, cut, vllm_api
+from dartfx.integrations.vllm.batch import Part, pieces, plan_step
+from dartfx.integrations.vllm.prompts import prompts_of
 
 __all__ = ["PrunedDecoder"]
 
@@ -127,8 +127,9 @@ class PrunedDecoder:
         self.names = [each.layer_name for each in behind]
         ranks = vllm_config.parallel_config.tensor_parallel_size
         self.layer = cut.Layer(decoder.norm, watched, ranks)
-        self.dropped = Dropped()
-        self.prompt_lengths = lengths_of(vllm_config)
+        self.prompts = prompts_of(vllm_config)
+        # The layers behind the cut are compiled, and have buffers, for as many rows at a time.
+        self.most = vllm_config.scheduler_config.max_num_batched_tokens
         self.vision: Tensor | None = None
         self.tokens = self.tokens_behind_cut = 0
 
@@ -150,40 +151,63 @@ class PrunedDecoder:
         decoder.__class__ = type(f"Pruned{original.__name__}", (original,), {"__call__": call})
 
     def run(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """[T, D] hidden states after the final norm; zeros in rows that were dropped."""
+        """[T, D] hidden states after the final norm; zeros in rows that did not pass the cut."""
         vision, self.vision = self.vision, None
         hidden, residual, keys = self.head(positions, hidden)
         context = vllm_api.get_forward_context()
         if context.attn_metadata is None:  # vLLM measures memory or compiles
             return self.tail(positions, hidden, residual)  # type: ignore[no-any-return]
-        keep = self._cut(context, vision, hidden, residual, keys)
-        self.tokens += len(hidden)
-        self.tokens_behind_cut += len(hidden) if keep is None else len(keep)
-        if keep is None:
-            return self.tail(positions, hidden, residual)  # type: ignore[no-any-return]
-        short = self.tail(positions[..., keep].contiguous(), hidden[keep], residual[keep])
-        # Logits are read by row of the whole batch; rows of dropped tokens never are.
-        output: Tensor = short.new_zeros(hidden.shape)
-        output[keep] = short
-        return output
-
-    def _cut(
-        self, context: Any, vision: Tensor | None, hidden: Tensor, residual: Tensor, keys: Tensor
-    ) -> Tensor | None:
-        """The rows that go on; layers behind the cut get metadata for those."""
-        groups = cut.group_by_metadata(context.attn_metadata, self.names)
-        batch = context.attn_metadata[groups[0][0]].dartfx_source.batch
-        step = plan_step(
+        batch = context.attn_metadata[self.names[0]].dartfx_source.batch
+        parts = plan_step(
             batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist(),
             batch.seq_lens_cpu_upper_bound[: batch.num_reqs].tolist(),
-            self.prompt_lengths,
-            vision,
-            functools.partial(options.dropped, self.config),
+            self.prompts,
         )
-        keep = cut.rows_kept(self.config, self.layer, step, hidden, residual, keys)
-        for names in groups:
-            cut.shorten(context, names, step, self.dropped)
-        return keep
+        total = len(hidden)
+        self.tokens += total
+        counts = [part.end - part.start for part in parts]
+        if not any(part.sees for part in parts):
+            self.tokens_behind_cut += total
+            return self._behind(context, parts, counts, positions, hidden, residual)
+        if vision is None:
+            vision = torch.zeros(total, dtype=torch.bool)
+        keys = self.layer.keys(keys, self.config.selector)
+        rows = cut.Rows(positions, hidden, residual, keys, vision)
+        cut.hold(parts, rows)
+        rows, held = cut.with_held(parts, rows)
+        keep, counts = cut.rows_kept(self.config, self.layer, parts, rows, held)
+        self.tokens_behind_cut += len(keep)
+        positions = rows.positions[..., keep]
+        passed = self._behind(
+            context, parts, counts, positions, rows.hidden[keep], rows.residual[keep]
+        )
+        # Logits are read by row of the whole batch; rows that did not pass never are.
+        output: Tensor = passed.new_zeros(len(rows), passed.shape[1])
+        output[keep] = passed
+        return output[:total]
+
+    def _behind(
+        self,
+        context: Any,
+        parts: list[Part],
+        counts: list[int],
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor,
+    ) -> Tensor:
+        """The layers behind the cut, with ``counts`` rows of each request."""
+        if all(part.prompt is None for part in parts):
+            return self.tail(positions, hidden, residual)  # type: ignore[no-any-return]
+        groups = cut.group_by_metadata(context.attn_metadata, self.names)
+        sources = [context.attn_metadata[names[0]].dartfx_source for names in groups]
+        made, start = [hidden[:0]], 0
+        for rows, lengths in pieces(counts, [part.length for part in parts], self.most):
+            for names, source in zip(groups, sources, strict=True):
+                cut.shorten(context, source, names, rows, lengths)
+            now = slice(start, start + sum(rows))
+            made.append(self.tail(positions[..., now].contiguous(), hidden[now], residual[now]))
+            start = now.stop
+        return torch.cat(made)
 
     @torch.inference_mode()
     def _verify(self, original: Any, decoder: Any, device: torch.device) -> None:

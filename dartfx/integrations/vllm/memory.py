@@ -17,6 +17,8 @@ from typing import Any
 from prometheus_client import Counter
 
 from dartfx.integrations.vllm import options, vllm_api
+from dartfx.integrations.vllm.batch import Prompt
+from dartfx.integrations.vllm.prompts import write
 
 __all__ = [
     "BeforeCutSpec",
@@ -32,8 +34,13 @@ logger = logging.getLogger("vllm.dartfx")
 
 _SECONDS_BETWEEN_LINES = 10.0  # as vLLM's own lines of statistics
 
-# Tokens that layers behind the cut do not hold, by request; only in the scheduler's process.
-_DROPPED: dict[str, int] = {}
+# Prompts with images, by request; only in the scheduler's process.
+_PROMPTS: dict[str, Prompt] = {}
+
+
+def _behind(request_id: str, num_tokens: int) -> int:
+    prompt = _PROMPTS.get(request_id)
+    return num_tokens if prompt is None else prompt.behind(num_tokens)
 
 
 class _Apart:
@@ -45,8 +52,7 @@ class _Apart:
         if any(type(spec) is not cls for spec in specs):
             # vLLM takes this error for: they need groups of their own.
             raise AssertionError(
-                "dartfx: layers before and behind the cut need KV cache groups of their own; leave "
-                "out --disable-hybrid-kv-cache-manager, or give a --scheduler-cls of your own"
+                "dartfx: layers before and behind the cut need KV cache groups of their own"
             )
         return super().merge(specs)  # type: ignore[misc]
 
@@ -70,20 +76,30 @@ def respecify(spec_class: Any, backend: Any, spec: Any) -> Any:
 
 
 class BehindCutManager(vllm_api.FullAttentionManager):  # type: ignore[misc]
-    """Counts a request's tokens without the dropped ones."""
+    """Counts a request's tokens without those that are dropped or not there yet.
+
+    Blocks are shared up to the first image: KV behind it depends on what is dropped, by the whole
+    prompt.  Where nothing is dropped they are not shared either, since the next turn may drop.
+    """
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *more: Any, **named: Any
     ) -> int:
         """Blocks that the request still needs."""
-        left = num_tokens - _DROPPED.get(request_id, 0)
+        left = _behind(request_id, num_tokens)
         needed: int = super().get_num_blocks_to_allocate(request_id, left, *more, **named)
         return needed
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, main_model: int) -> Any:
         """Those blocks."""
-        lost = _DROPPED.get(request_id, 0)
-        return super().allocate_new_blocks(request_id, num_tokens - lost, main_model - lost)
+        left = _behind(request_id, num_tokens), _behind(request_id, main_model)
+        return super().allocate_new_blocks(request_id, *left)
+
+    def cache_blocks(self, request: Any, num_tokens: int, *more: Any, **named: Any) -> None:
+        """Let other requests find the blocks that they may share."""
+        prompt = _PROMPTS.get(request.request_id)
+        shared = num_tokens if prompt is None else min(num_tokens, prompt.first)
+        super().cache_blocks(request, shared, *more, **named)
 
 
 def vision_tokens(request: Any) -> int:
@@ -143,19 +159,24 @@ class PrunedScheduler(vllm_api.AsyncScheduler):  # type: ignore[misc]
 
     def add_request(self, request: Any) -> None:
         """Take in a request."""
+        prompt = None
         if self._config is not None and request.mm_features:
             vision = vision_tokens(request)
             lost = options.dropped(self._config, vision)
-            _DROPPED[request.request_id] = lost
+            first = min(feature.mm_position.offset for feature in request.mm_features)
+            prompt = Prompt(request.num_prompt_tokens, first, lost)
+            _PROMPTS[request.request_id] = prompt
             self.counters.add(vision - lost, lost)
             logger.debug(
                 "request %s: %d of %d vision tokens kept", request.request_id, vision - lost, vision
             )
+        drops = prompt if prompt is not None and prompt.dropped else None
+        request.sampling_params = write(request.sampling_params, drops)
         super().add_request(request)
 
     def _free_request(self, request: Any, *more: Any, **named: Any) -> Any:
         freed = super()._free_request(request, *more, **named)
-        _DROPPED.pop(request.request_id, None)
+        _PROMPTS.pop(request.request_id, None)
         return freed
 
 

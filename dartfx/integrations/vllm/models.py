@@ -99,13 +99,13 @@ def attach(model: Any, vllm_config: Any, config: DartConfig) -> PrunedDecoder:
     options.check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
     decoder = find_decoder(model)
     attentions = attentions_of(model, decoder, config.layers[0])
-    own_blocks = vllm_config.scheduler_config.scheduler_cls == options.SCHEDULER
+    own_blocks = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     pruned = PrunedDecoder(decoder, attentions, vllm_config, config, own_blocks)
     pruned.install(decoder)
     blocks = (
         "KV blocks for the kept tokens only"
         if own_blocks
-        else "KV blocks for all tokens, since the KV cache manager or scheduler was chosen by flag"
+        else "KV blocks for all tokens, since the hybrid KV cache manager is off"
     )
     logger.info(
         "dartfx keeps %s from decoder layer %d of %d on in %s; layers behind the cut have %s",

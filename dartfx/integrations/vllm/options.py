@@ -24,7 +24,7 @@ KEY = "dartfx"
 
 # As vLLM's options name classes.
 SCHEDULER = "dartfx.integrations.vllm.memory.PrunedScheduler"
-LOGITS_PROCESSOR = "dartfx.integrations.vllm.prompts:PromptLengths"
+LOGITS_PROCESSOR = "dartfx.integrations.vllm.prompts:PromptRows"
 
 # The others are about graphs that dartfx compiles; here vLLM compiles.
 OPTIONS = (

@@ -40,9 +40,7 @@ def prepare(vllm_config: Any) -> None:
         )
     refusals.check(vllm_config)
     options.check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
-    scheduler = vllm_config.scheduler_config
-    if scheduler.scheduler_cls is None and not scheduler.disable_hybrid_kv_cache_manager:
-        scheduler.scheduler_cls = options.SCHEDULER
+    vllm_config.scheduler_config.scheduler_cls = options.SCHEDULER
     processors = list(vllm_config.model_config.logits_processors or [])
     if options.LOGITS_PROCESSOR not in processors:
         vllm_config.model_config.logits_processors = [*processors, options.LOGITS_PROCESSOR]

@@ -1,29 +1,61 @@
-"""How long the prompt of each request in the running batch is.
+"""Which row of the running batch belongs to which request, and what is known of its prompt.
 
-A preempted request is prefilled once more, with the tokens that it generated behind its prompt.
-Those are no text of the prompt, so they must not become pivots: the second selection has to be the
-first.  Attention metadata does not say where the prompt ends; vLLM says it to logits processors, by
-row of the batch and before each forward pass.  This one changes no logits.
+Attention metadata does not say whose rows it is about.  The scheduler knows a request's images and
+writes what is dropped into its sampling parameters; vLLM shows these to logits processors, by row
+of the batch and before each forward pass.  This one changes no logits.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-from dartfx.integrations.vllm import vllm_api
+from dartfx.integrations.vllm import options, vllm_api
+from dartfx.integrations.vllm.batch import Prompt
 
-__all__ = ["PromptLengths", "lengths_of"]
+__all__ = ["PromptRows", "prompts_of", "write"]
 
-_LENGTHS: dict[str, dict[int, int]] = {}
-
-
-def lengths_of(vllm_config: Any) -> dict[int, int]:
-    """Prompt lengths by row of the batch, of the engine that ``vllm_config`` configures."""
-    return _LENGTHS.setdefault(vllm_config.instance_id, {})
+_ROWS: dict[str, dict[int, Prompt]] = {}
 
 
-class PromptLengths(vllm_api.LogitsProcessor):  # type: ignore[misc]
-    """Keeps ``lengths_of(vllm_config)`` in step with the batch."""
+def prompts_of(vllm_config: Any) -> dict[int, Prompt]:
+    """Prompts that drop tokens, by row of the batch, of the engine that is configured so."""
+    return _ROWS.setdefault(vllm_config.instance_id, {})
+
+
+def write(params: Any, prompt: Prompt | None) -> Any:
+    """Sampling parameters that bring ``prompt`` to the workers; not what a client wrote there."""
+    given = {k: v for k, v in (params.extra_args or {}).items() if k != options.KEY}
+    if prompt is None and len(given) == len(params.extra_args or {}):
+        return params
+    params = copy.copy(params)  # several requests of one process may share them
+    if prompt is not None:
+        given[options.KEY] = {
+            "tokens": prompt.tokens,
+            "first": prompt.first,
+            "dropped": prompt.dropped,
+        }
+    params.extra_args = given
+    return params
+
+
+def _read(params: Any) -> Prompt | None:
+    """The prompt that :func:`write` put there: the same object as long as the request lives.
+
+    A request that leaves the batch and comes back, since it was not scheduled in a step, finds
+    what is held of its prompt; when it ends, that goes with its parameters.
+    """
+    given = (getattr(params, "extra_args", None) or {}).get(options.KEY)
+    if given is None:
+        return None
+    if "prompt" not in given:
+        given["prompt"] = Prompt(given["tokens"], given["first"], given["dropped"])
+    prompt: Prompt = given["prompt"]
+    return prompt
+
+
+class PromptRows(vllm_api.LogitsProcessor):  # type: ignore[misc]
+    """Keeps ``prompts_of(vllm_config)`` in step with the batch."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -35,8 +67,8 @@ class PromptLengths(vllm_api.LogitsProcessor):  # type: ignore[misc]
             )
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
-        self.lengths = lengths_of(vllm_config)
-        self.lengths.clear()
+        self.rows = prompts_of(vllm_config)
+        self.rows.clear()
 
     def is_argmax_invariant(self) -> bool:
         """Greedy requests need not call :meth:`apply`."""
@@ -51,12 +83,17 @@ class PromptLengths(vllm_api.LogitsProcessor):  # type: ignore[misc]
         if batch_update is None:
             return
         for row in batch_update.removed:
-            self.lengths.pop(row, None)
-        for row, _, prompt, _ in batch_update.added:
-            self.lengths[row] = len(prompt)
+            self.rows.pop(row, None)
+        for row, params, _, _ in batch_update.added:
+            self._put(row, _read(params))
         for source, target, direction in batch_update.moved:
-            moved, replaced = self.lengths.pop(source, None), self.lengths.pop(target, None)
-            if moved is not None:
-                self.lengths[target] = moved
-            if replaced is not None and direction == vllm_api.MoveDirectionality.SWAP:
-                self.lengths[source] = replaced
+            moved, replaced = self.rows.get(source), self.rows.get(target)
+            self._put(target, moved)
+            swap = direction == vllm_api.MoveDirectionality.SWAP
+            self._put(source, replaced if swap else None)
+
+    def _put(self, row: int, prompt: Prompt | None) -> None:
+        if prompt is None:
+            self.rows.pop(row, None)
+        else:
+            self.rows[row] = prompt

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dartfx.errors import ConfigError
+from dartfx.integrations.vllm import options
 
 __all__ = ["REFUSALS", "Refusal", "check", "found_in"]
 
@@ -31,12 +32,16 @@ def _graphs(config: Any) -> bool:
     return getattr(mode, "name", mode) not in (None, "NONE")
 
 
+def _other_scheduler(config: Any) -> bool:
+    return config.scheduler_config.scheduler_cls not in (None, options.SCHEDULER)
+
+
 def _video_pruning(config: Any) -> object:
     return getattr(config.model_config.multimodal_config, "video_pruning_rate", None)
 
 
 _BOTH_WAYS = "image tokens attend to each other in both directions, which kept tokens cannot"
-_SHARED = "KV behind the cut depends on the whole prompt, so requests cannot share its blocks"
+_SHARED = "blocks that hold dropped and kept tokens of one prompt cannot be shared"
 
 REFUSALS = (
     Refusal(
@@ -46,16 +51,19 @@ REFUSALS = (
         "set VLLM_USE_V2_MODEL_RUNNER=0 in the environment",
     ),
     Refusal(
-        "chunked prefill",
-        lambda c: c.scheduler_config.enable_chunked_prefill,
-        "tokens are selected when the whole prompt is there",
-        "--no-enable-chunked-prefill (and --max-num-batched-tokens of at least --max-model-len)",
+        "a scheduler of your own",
+        _other_scheduler,
+        "dartfx's scheduler says which tokens a request drops",
+        "leave out --scheduler-cls",
     ),
     Refusal(
-        "prefix caching",
-        lambda c: c.cache_config.enable_prefix_caching,
+        "prefix caching without the hybrid KV cache manager",
+        lambda c: (
+            c.cache_config.enable_prefix_caching
+            and c.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
         _SHARED,
-        "--no-enable-prefix-caching",
+        "--no-enable-prefix-caching, or leave out --disable-hybrid-kv-cache-manager",
     ),
     Refusal(
         "CUDA graphs",

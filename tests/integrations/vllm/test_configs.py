@@ -59,8 +59,8 @@ def test_the_config_gets_what_pruning_needs(checkpoint: Path) -> None:
     ("given", "engine", "message"),
     [
         ({"retain_token": 64}, {}, "did you mean 'retain_tokens'"),
-        ({}, {"enable_chunked_prefill": True}, "--no-enable-chunked-prefill"),
-        ({}, {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+        ({}, {"disable_hybrid_kv_cache_manager": True}, "--no-enable-prefix-caching"),
+        ({}, {"scheduler_cls": "of.the_user"}, "leave out --scheduler-cls"),
         ({}, {"enable_lora": True}, "leave out --enable-lora"),
     ],
 )

@@ -22,6 +22,7 @@ pytestmark = [
 PRUNED = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
 VISION = 576
 PIVOTS = 16
+BUDGET = 200
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +76,59 @@ def test_preempted_requests_keep_the_same_tokens(
 ) -> None:
     """More text pivots than a prompt has text: generated tokens must not become some."""
     long = [[asked[0], asked[1], 40] for asked in requests if len(asked[1]) == 1]
-    few = {"max_model_len": 700, "num_gpu_blocks_override": 90}
+    few = {"max_model_len": 700, "num_gpu_blocks_override": 90, "max_num_batched_tokens": BUDGET}
     given = {"retain_tokens": RETAIN, "pivot_text_tokens": PIVOTS}
     made = serve(tmp_path, long, model=str(checkpoint), additional_config={"dartfx": given}, **few)
     assert made["preemptions"] > 0
     assert made["tokens"] == [oracle(asked, RETAIN, PIVOTS) for asked in long]
+
+
+def test_prompts_in_chunks_give_the_same_tokens(
+    checkpoint: Path, requests: list[Any], wanted: list[list[int]], tmp_path: Path
+) -> None:
+    """A third of a prompt in a step, so that pictures are cut, and rows wait for several steps."""
+    made = serve(
+        tmp_path, requests, model=str(checkpoint), max_model_len=2048,
+        max_num_batched_tokens=BUDGET, **PRUNED,
+    )  # fmt: skip
+    assert made["chunks"] >= sum(VISION * len(asked[1]) // BUDGET for asked in requests)
+    assert made["tokens"] == wanted
+    before, behind = made["rows"]
+    dropped = sum(VISION * len(asked[1]) - RETAIN for asked in requests if asked[1])
+    assert before - behind == dropped
+
+
+def test_more_kept_rows_than_the_layers_take_at_a_time(
+    checkpoint: Path, requests: list[Any], tmp_path: Path
+) -> None:
+    some = [asked for asked in requests if asked[1]][:3]
+    many = {"additional_config": {"dartfx": {"retain_tokens": 2 * BUDGET}}}
+    made = serve(
+        tmp_path, some, model=str(checkpoint), max_model_len=2048, max_num_batched_tokens=BUDGET,
+        **many,
+    )  # fmt: skip
+    assert made["tokens"] == [oracle(asked, 2 * BUDGET) for asked in some]
+
+
+@pytest.mark.parametrize("budget", [4096, BUDGET])
+def test_text_before_the_first_picture_is_computed_once(
+    budget: int, checkpoint: Path, requests: list[Any], tmp_path: Path
+) -> None:
+    words = next(asked[0] for asked in requests if not asked[1])
+    prefix = " ".join([words] * 12)
+    pictures = [asked for asked in requests if len(asked[1]) == 1][:3]
+    asked = [[f"{prefix} {text}", images, 6] for text, images, _ in pictures]
+    asked += [asked[0], [prefix, [], 5], [f"{prefix} {words} {words}", [], 6]]
+    made = serve(
+        tmp_path, asked, model=str(checkpoint), max_model_len=2048, max_num_seqs=1,
+        max_num_batched_tokens=budget, **PRUNED,
+    )  # fmt: skip
+    assert made["tokens"] == [oracle(each, RETAIN) for each in asked]
+    shared = made["prompts"][4] // ENGINE["block_size"] * ENGINE["block_size"]
+    assert shared >= ENGINE["block_size"]
+    # Of layers with windows vLLM keeps a prefix once two requests had it.  The fourth request is
+    # the first once more: its picture and what follows are not shared.
+    assert made["cached"] == [0, 0, shared, shared, shared, shared]
 
 
 def test_without_the_key_nothing_changes(
@@ -104,9 +153,11 @@ def test_a_budget_larger_than_the_picture_drops_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("budget", [4096, BUDGET])
 @pytest.mark.parametrize("how", [{"enforce_eager": False}, {"tensor_parallel_size": 2}])
 def test_compiled_and_on_two_ranks(
     how: dict[str, Any],
+    budget: int,
     checkpoint: Path,
     requests: list[Any],
     wanted: list[list[int]],
@@ -114,6 +165,6 @@ def test_compiled_and_on_two_ranks(
 ) -> None:
     made = serve(
         tmp_path, requests, in_process=False, model=str(checkpoint), max_model_len=2048,
-        **PRUNED, **how,
+        max_num_batched_tokens=budget, **PRUNED, **how,
     )  # fmt: skip
     assert made["tokens"] == wanted

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from dartfx.config import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.integrations import vllm as integration
 from dartfx.integrations.vllm import options, plugin, refusals, vllm_api
-from dartfx.integrations.vllm.batch import Dropped, compact_slots, plan_step
 from dartfx.selection import registry
 
 
@@ -69,11 +66,11 @@ def served(**changes: Any) -> Any:
     """The parts of a VllmConfig that are looked at; ``group__name`` sets one."""
     groups: dict[str, Any] = {
         "scheduler_config": {
-            "enable_chunked_prefill": False,
+            "enable_chunked_prefill": True,
             "scheduler_cls": None,
             "disable_hybrid_kv_cache_manager": None,
         },
-        "cache_config": {"enable_prefix_caching": False},
+        "cache_config": {"enable_prefix_caching": True},
         "compilation_config": {"cudagraph_mode": None},
         "parallel_config": {"pipeline_parallel_size": 1, "tensor_parallel_size": 1},
         "model_config": {
@@ -100,10 +97,10 @@ def served(**changes: Any) -> Any:
 
 ON: dict[str, tuple[dict[str, Any], str]] = {
     "Model Runner V2": ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
-    "chunked prefill": (
-        {"scheduler_config__enable_chunked_prefill": True}, "--no-enable-chunked-prefill"),
-    "prefix caching": (
-        {"cache_config__enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+    "a scheduler of your own": (
+        {"scheduler_config__scheduler_cls": "of.the_user"}, "--scheduler-cls"),
+    "prefix caching without the hybrid KV cache manager": (
+        {"scheduler_config__disable_hybrid_kv_cache_manager": True}, "--no-enable-prefix-caching"),
     "CUDA graphs": (
         {"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL")}, "cudagraph_mode"),
     "speculative decoding": ({"speculative_config": object()}, "--speculative-config"),
@@ -151,8 +148,8 @@ def test_a_refusal_names_the_feature_and_the_flag(feature: str) -> None:
 
 
 def test_all_refusals_come_at_once() -> None:
-    config = served(lora_config=object(), cache_config__enable_prefix_caching=True)
-    with pytest.raises(ConfigError, match=r"(?s)prefix caching.*LoRA"):
+    config = served(lora_config=object(), speculative_config=object())
+    with pytest.raises(ConfigError, match=r"(?s)speculative decoding.*LoRA"):
         refusals.check(config)
 
 
@@ -175,24 +172,14 @@ def test_what_pruning_needs_is_added_once() -> None:
         )
         assert config.model_config.logits_processors == [
             "of:the_user",
-            "dartfx.integrations.vllm.prompts:PromptLengths",
+            "dartfx.integrations.vllm.prompts:PromptRows",
         ]
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_scheduler_or_block_manager_chosen_by_flag_stays() -> None:
-    config = wanted(scheduler_config__scheduler_cls="of.the_user")
-    plugin.prepare(config)
-    assert config.scheduler_config.scheduler_cls == "of.the_user"
-    config = wanted(scheduler_config__disable_hybrid_kv_cache_manager=True)
-    plugin.prepare(config)
-    assert config.scheduler_config.scheduler_cls is None
-
-
-@pytest.mark.usefixtures("installed")
 def test_refusals_come_while_the_config_is_put_together() -> None:
-    with pytest.raises(ConfigError, match="--no-enable-chunked-prefill"):
-        plugin.prepare(wanted(scheduler_config__enable_chunked_prefill=True))
+    with pytest.raises(ConfigError, match="leave out --enable-lora"):
+        plugin.prepare(wanted(lora_config=object()))
 
 
 def test_without_the_key_a_config_stays_as_it_is() -> None:
@@ -226,58 +213,3 @@ def test_a_vllm_that_lacks_a_name_gets_a_line_in_the_log(caplog: pytest.LogCaptu
     (line,) = caplog.messages
     assert "dartfx prunes nothing in this vLLM" in line
     assert "vllm.model_executor.models.ModelRegistry (seen in vLLM 0.32.0) is missing" in line
-
-
-def dropped(count: int) -> int:
-    return max(count - 2, 0)
-
-
-def test_a_step_of_prefills_and_decodes() -> None:
-    # A prompt of 6 with 4 vision tokens, a decode step, a text prompt, and a prompt that comes
-    # with two generated tokens behind it, after a preemption.
-    starts, lengths = [0, 6, 7, 9, 16], [6, 30, 2, 7]
-    vision = torch.zeros(16, dtype=torch.bool)
-    vision[[1, 2, 3, 4, 10, 11, 12]] = True
-    step = plan_step(starts, lengths, {0: 6, 1: 25, 2: 2, 3: 5}, vision, dropped)
-    assert step.is_prefill == [True, False, True, True]
-    assert step.dropped == [2, 0, 0, 1]
-    assert step.prompts == [6, 0, 2, 5]
-    assert step.rows_left == [4, 1, 2, 6]
-
-
-def test_the_last_token_of_a_prompt_stays() -> None:
-    vision = torch.ones(4, dtype=torch.bool)
-    step = plan_step([0, 4], [4], {0: 4}, vision, dropped)
-    assert step.dropped == [1]
-    assert step.vision is not None
-    assert step.vision.tolist() == [True, True, True, False]
-    assert bool(vision.all()), "the caller's mask is left alone"
-
-
-def test_vision_tokens_in_chunks_are_an_error() -> None:
-    with pytest.raises(RuntimeError, match="in several chunks"):
-        plan_step([0, 4], [9], {0: 9}, torch.ones(4, dtype=torch.bool), dropped)
-
-
-def test_what_a_request_dropped_is_found_by_its_first_block() -> None:
-    table = Dropped()
-    prefill = plan_step([0, 6], [6], {0: 6}, torch.tensor([1] * 5 + [0]).bool(), dropped)
-    assert table.of(torch.tensor([7]), prefill).tolist() == [3]
-    decode = plan_step([0, 1, 2], [9, 7], {}, None, dropped)
-    assert table.of(torch.tensor([40, 7]), decode).tolist() == [0, 3]
-    text = plan_step([0, 2], [2], {0: 2}, None, dropped)
-    assert table.of(torch.tensor([7]), text).tolist() == [0], "another request has the block now"
-
-
-@pytest.mark.parametrize("block", [1, 2, 16])
-def test_slots_are_those_of_the_last_tokens_in_a_row_of_blocks(block: int) -> None:
-    rows, lengths = [4, 1, 3], [4, 10, 5]
-    blocks = torch.randperm(3 * 10).view(3, 10)
-    made = compact_slots(blocks, rows, torch.tensor(lengths), block).tolist()
-    wanted = [
-        int(blocks[i, p // block]) * block + p % block
-        for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
-        for p in range(length - row, length)
-    ]
-    assert made == wanted
-    assert len(set(itertools.chain(made))) == sum(rows)

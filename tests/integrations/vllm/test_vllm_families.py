@@ -1,4 +1,7 @@
-"""Other families inside vLLM's engine: M-RoPE, pictures of several sizes, tiles."""
+"""Other families inside vLLM's engine: M-RoPE, pictures of several sizes, tiles.
+
+A step takes less than a prompt, and prompts begin with the same text.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ pytestmark = [
 ]
 
 RETAIN = 6
+PREFIX = "what is this red blue digit one two " * 5
+BLOCK = 32
 SIZES = [(224, 168), (140, 224), (224, 224)]
 
 
@@ -56,9 +61,15 @@ def test_tokens_are_those_of_the_oracle(name: str, tmp_path: Path) -> None:
         ["what is red", [], 5],
         [f"a {picture} or {picture} row two", paths[1:], 7],
     ]
+    asked = [[PREFIX + text, pictures, tokens] for text, pictures, tokens in asked]
     pruned = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
-    run = serve(tmp_path, asked, model=str(tmp_path), max_model_len=512, **pruned)
+    run = serve(
+        tmp_path, asked, model=str(tmp_path), max_model_len=512, block_size=BLOCK,
+        max_num_batched_tokens=64, **pruned,
+    )  # fmt: skip
     wanted = [oracle(model, processor, each, RETAIN) for each in asked]
     assert run["tokens"] == wanted
     assert wanted != [oracle(model, processor, each, None) for each in asked]
+    assert run["chunks"] > 0
+    assert run["cached"] == [0, BLOCK, BLOCK, BLOCK]
     assert run["groups"] == ["BeforeCutSpec", "BehindCutSpec"]
