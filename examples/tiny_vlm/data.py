@@ -16,53 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
-
-SIDE, PATCH = 96, 4  # pixels
-GRID = SIDE // PATCH  # patches along a side: 24, so 576 vision tokens
-CELLS = 4  # places along a side that can hold a digit
-CELL = SIDE // CELLS  # pixels
-SIZES = (10, 12, 14, 16, 18)  # pixels along a digit's side
-EMPTY_DIGIT, EMPTY_COLOUR = 10, 7  # labels of patches without a digit
-
-COLOURS = {
-    "red": (1, 0.12, 0.12),
-    "green": (0.1, 0.9, 0.15),
-    "blue": (0.2, 0.35, 1),
-    "yellow": (1, 0.95, 0.1),
-    "magenta": (1, 0.2, 1),
-    "cyan": (0.1, 0.95, 1),
-    "white": (1, 1, 1),
-}
-NAMES = list(COLOURS)
-NUMBERS = ("one", "two", "three", "four")
-CODES = [column + row for column in "abcd" for row in "1234"]  # one word for each cell
-WORDS = [
-    *("<pad>", "<bos>", "<eos>", "<image>", "?"),
-    *map(str, range(10)),
-    *NAMES,
-    *NUMBERS,
-    *[
-        "what",
-        "digit",
-        "is",
-        "at",
-        "row",
-        "column",
-        "top",
-        "bottom",
-        "left",
-        "right",
-        "how",
-        "many",
-        "digits",
-        "which",
-        "colour",
-    ],
-    *("the", "read", "largest"),
-    *CODES,
-]
-VOCABULARY = {word: i for i, word in enumerate(WORDS)}
-PAD, BOS, EOS, IMAGE = range(4)
+from world import COARSE, COLOURS, EMPTY_COLOUR, EMPTY_DIGIT, NAMES, NUMBERS, PATCH, World
 
 # Questions of each type in one training sequence; a scene that has fewer gives what it has.
 QUESTIONS = {
@@ -84,11 +38,12 @@ TYPES = list(QUESTIONS)
 class Scene:
     """One picture and all that is known of it.
 
-    image: [96, 96, 3] uint8.  digits, colours, sizes: [4, 4] int64, -1 in empty cells; sizes in
-    pixels.  patch_digit, patch_colour: [24, 24] int64.  anchor: [24, 24] int64, 1 at the patch
-    that holds a digit's centre of mass.
+    image: [side, side, 3] uint8.  digits, colours, sizes: [cells, cells] int64, -1 in empty cells;
+    sizes in pixels.  patch_digit, patch_colour: [grid, grid] int64.  anchor: [grid, grid] int64, 1
+    at the patch that holds a digit's centre of mass.
     """
 
+    world: World
     image: NDArray[np.uint8]
     digits: NDArray[np.int64]
     colours: NDArray[np.int64]
@@ -101,79 +56,105 @@ class Scene:
 class Scenes:
     """An endless supply of scenes from one split, "train", "validation" or "test"."""
 
-    def __init__(self, split: str, seed: int | list[int], fewest: int = 1, most: int = 9) -> None:
+    def __init__(
+        self,
+        split: str,
+        seed: int | list[int],
+        fewest: int = 1,
+        most: int | None = None,
+        world: World = COARSE,
+    ) -> None:
         self.rng = np.random.default_rng(seed)
-        self.fewest, self.most = fewest, most
+        self.world = world
+        self.fewest, self.most = fewest, world.most if most is None else most
         self.plain = 0.0  # share of scenes on one colour in place of a photograph
         self._train = split == "train"
         china, flower = map(Image.fromarray, load_sample_images().images)
         self._photograph = flower if split == "test" else china
         scans, values = _digits(split)
-        self._drawn = {size: _draw(scans, size, 8 if self._train else 1) for size in SIZES}
+        self._drawn = {size: _draw(scans, size, 8 if self._train else 1) for size in world.sizes}
         values = np.repeat(values, 8 if self._train else 1)
         self._of = [np.flatnonzero(values == digit) for digit in range(10)]
 
     def scene(self) -> Scene:
         """A new scene."""
-        canvas = self._background()
-        shape = (CELLS, CELLS)
+        canvas, world = self._background(), self.world
+        shape, patches = (world.cells,) * 2, (world.grid,) * 2
         digits, colours, sizes = (np.full(shape, -1) for _ in range(3))
-        patch_digit = np.full((GRID, GRID), EMPTY_DIGIT)
-        patch_colour = np.full((GRID, GRID), EMPTY_COLOUR)
-        anchor = np.zeros((GRID, GRID), np.int64)
+        patch_digit = np.full(patches, EMPTY_DIGIT)
+        patch_colour = np.full(patches, EMPTY_COLOUR)
+        anchor = np.zeros(patches, np.int64)
         cells = self._cells()
+        drawn = self._sizes(len(cells))
         # Few digits and few colours in some scenes, so that both repeat.
         some_digits = self.rng.permutation(10)[: self.rng.integers(2, 11)]
         some_colours = self.rng.permutation(len(NAMES))[: self.rng.integers(2, 8)]
-        for row, column in cells:
+        for number, (row, column) in enumerate(cells):
             digit, colour = self.rng.choice(some_digits), self.rng.choice(some_colours)
-            size = SIZES[self.rng.integers(len(SIZES))]
+            size = drawn[number] if drawn else self._size()
             ink = self._paint(canvas, row, column, digit, colour, size)
             digits[row, column], colours[row, column], sizes[row, column] = digit, colour, size
-            at = _patches(row, column)
-            inked = ink.reshape(6, PATCH, 6, PATCH).sum((1, 3)) > 1.5
+            at = _patches(world, row, column)
+            inked = ink.reshape(world.cell, PATCH, world.cell, PATCH).sum((1, 3)) > 1.5
             patch_digit[at][inked], patch_colour[at][inked] = digit, colour
-            centre = [int((ink.sum(1 - a) @ np.arange(CELL)) / ink.sum()) // PATCH for a in (0, 1)]
+            along = np.arange(world.cell * PATCH)
+            centre = [int((ink.sum(1 - a) @ along) / ink.sum()) // PATCH for a in (0, 1)]
             anchor[at][tuple(centre)] = 1
         image = (canvas * 255).round().astype(np.uint8)
-        return Scene(image, digits, colours, sizes, patch_digit, patch_colour, anchor)
+        return Scene(world, image, digits, colours, sizes, patch_digit, patch_colour, anchor)
+
+    def _size(self, most: int | None = None) -> int:
+        """Pixels along a digit's side."""
+        return self.world.sizes[self.rng.integers(len(self.world.sizes) if most is None else most)]
+
+    def _sizes(self, count: int) -> list[int]:
+        """Sizes of all digits of a scene with an outstanding one, or none."""
+        if not self.world.outstanding or self.rng.random() >= self.world.outstanding:
+            return []
+        largest = int(self.rng.integers(2, len(self.world.sizes)))
+        sizes = [self._size(largest - 1) for _ in range(count)]
+        sizes[self.rng.integers(count)] = self.world.sizes[largest]
+        return sizes
 
     def _background(self) -> NDArray[np.float32]:
-        """[96, 96, 3] float32 in [0, 0.55]: a dimmed crop, or one dark colour."""
-        rng = self.rng
+        """[side, side, 3] float32 in [0, 0.55]: a dimmed crop, or one dark colour."""
+        rng, all_pixels = self.rng, self.world.side
         if rng.random() < self.plain:
-            return np.full((SIDE, SIDE, 3), rng.random(3) * rng.uniform(0, 0.25), np.float32)
+            return np.full(
+                (all_pixels, all_pixels, 3), rng.random(3) * rng.uniform(0, 0.25), np.float32
+            )
         width, height = self._photograph.size
-        side = int(rng.integers(SIDE, 320))
+        side = int(rng.integers(all_pixels, 320))
         left, top = rng.integers(width - side), rng.integers(height - side)
         box = (left, top, left + side, top + side)
-        crop = self._photograph.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
+        crop = self._photograph.resize((all_pixels, all_pixels), Image.Resampling.BILINEAR, box=box)
         pixels = np.asarray(crop)[:, :: rng.choice([-1, 1])]
         if self._train:  # one photograph is little to learn from
             pixels = pixels[:: rng.choice([-1, 1]), :, rng.permutation(3)]
         return pixels.astype(np.float32) * (rng.uniform(0.15, 0.55) / 255)
 
     def _cells(self) -> list[tuple[int, int]]:
-        """Occupied cells; in most scenes one row holds three or four, and is worth reading."""
-        rng = self.rng
+        """Occupied cells; in most scenes one row holds three or more, and is worth reading."""
+        rng, side = self.rng, self.world.cells
         count = int(rng.integers(self.fewest, self.most + 1))
-        cells = rng.permutation(CELLS * CELLS)
+        cells = rng.permutation(side * side)
         if count >= 3 and rng.random() < 0.6:
-            row = rng.integers(CELLS) * CELLS + rng.permutation(CELLS)[: rng.integers(3, 5)]
+            row = rng.integers(side) * side + rng.permutation(side)[: rng.integers(3, side + 1)]
             cells = np.concatenate([row, cells[~np.isin(cells, row)]])
-        return [divmod(int(cell), CELLS) for cell in cells[:count]]
+        return [divmod(int(cell), side) for cell in cells[:count]]
 
     def _paint(
         self, canvas: NDArray[np.float32], row: int, column: int, digit: int, colour: int, size: int
     ) -> NDArray[np.float32]:
-        """Paints a digit somewhere in its cell; returns its ink, [24, 24] in [0, 1]."""
-        rng = self.rng
-        ink = np.zeros((CELL, CELL), np.float32)
-        top, left = rng.integers(CELL - size + 1, size=2)
+        """Paints a digit somewhere in its cell; returns its ink there, in [0, 1]."""
+        rng, side = self.rng, self.world.cell * PATCH
+        ink = np.zeros((side, side), np.float32)
+        top, left = rng.integers(side - size + 1, size=2)
         drawn = self._drawn[size][rng.choice(self._of[digit])]
         ink[top : top + size, left : left + size] = drawn / np.float32(255)
         tint = np.array(COLOURS[NAMES[colour]]) * rng.uniform(0.75, 1) + rng.uniform(-0.06, 0.06, 3)
-        cell = canvas[row * CELL :, column * CELL :][:CELL, :CELL]
+        first = self.world.margin * PATCH
+        cell = canvas[first + row * side :, first + column * side :][:side, :side]
         cell += ink[..., None] * (tint.clip(0, 1).astype(np.float32) - cell)
         return ink
 
@@ -204,26 +185,27 @@ def _draw(scans: NDArray[np.float32], size: int, variants: int) -> NDArray[np.ui
     return (drawn.clamp(0, 1) * 255).byte().numpy()
 
 
-def _patches(row: int, column: int) -> tuple[slice, slice]:
+def _patches(world: World, row: int, column: int) -> tuple[slice, slice]:
     """The patches of a cell."""
-    side = CELL // PATCH
-    return slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side)
+    top, left = (world.margin + world.cell * number for number in (row, column))
+    return slice(top, top + world.cell), slice(left, left + world.cell)
 
 
 def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
     """All questions with one right answer, by type, as (question, answer) of words."""
     asked: dict[str, list[tuple[str, str]]] = {kind: [] for kind in TYPES}
+    last = scene.world.cells - 1
     places = [(int(row), int(column)) for row, column in np.argwhere(scene.digits >= 0)]
     digits = [str(scene.digits[place]) for place in places]
     colours = [NAMES[scene.colours[place]] for place in places]
     for (row, column), digit, colour in zip(places, digits, colours, strict=True):
         words = f"at row {NUMBERS[row]} column {NUMBERS[column]} ?"
-        code = CODES[column * CELLS + row]
+        code = scene.world.code(row, column)
         asked["cell"].append((f"digit {words}", digit))
         asked["colour"].append((f"colour {words}", colour))
         asked["code"].append((f"what digit at {code}", digit))
         asked["colour_code"].append((f"what colour at {code}", colour))
-        if row in (0, CELLS - 1) and column in (0, CELLS - 1):
+        if row in (0, last) and column in (0, last):
             side = f"{'bottom' if row else 'top'} {'right' if column else 'left'}"
             asked["corner"].append((f"digit at {side} ?", digit))
         if digits.count(digit) == 1:
@@ -234,7 +216,7 @@ def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
     order = sorted(places, key=lambda place: scene.sizes[place])
     if len(order) == 1 or scene.sizes[order[-1]] >= scene.sizes[order[-2]] + 4:
         asked["largest"].append(("which digit is largest ?", str(scene.digits[order[-1]])))
-    for row in range(CELLS):
+    for row in range(scene.world.cells):
         found = [str(digit) for digit in scene.digits[row] if digit >= 0]
         if len(found) > 1:
             asked["read"].append((f"read row {NUMBERS[row]} ?", " ".join(found)))

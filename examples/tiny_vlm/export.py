@@ -3,7 +3,8 @@
     python examples/tiny_vlm/export.py FOLDER       # where train_decoder.py left its checkpoint
 
 writes examples/tiny_vlm/model (weights in float16, tokenizer, processor, logs of the training) and
-examples/tiny_vlm/heldout (pictures of test digits on the test photograph, and questions.jsonl).
+examples/tiny_vlm/heldout (pictures of test digits on the test photograph, and questions.jsonl); of
+another --variant the folders that variants.py names.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ import shutil
 from pathlib import Path
 
 import torch
-from data import PATCH, SIDE, VOCABULARY, Scenes, questions
+from data import Scenes, questions
 from model import MEAN, STD, build
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessorPil,
     GenerationConfig,
+    LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from variants import VARIANTS, WINDOW, WINDOWED, Variant
+from world import PATCH
 
 HERE = Path(__file__).parent
-SCENES, SEED = 128, 20_000  # of the held-out pictures
+SEED = 20_000  # of the held-out pictures
 # What a held-out question is counted as. The one-word cells ("c2") only help to learn.
 HELD_OUT = {
     "cell": "location",
@@ -45,12 +49,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(variant: Variant = VARIANTS["coarse"]) -> LlavaProcessor:
     """One token a word, ``<bos>`` in front; pixels as in training.  An unknown word is an error."""
-    words = Tokenizer(models.WordLevel(VOCABULARY))
+    vocabulary = variant.world.vocabulary
+    words = Tokenizer(models.WordLevel(vocabulary))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", VOCABULARY["<bos>"])]
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -60,7 +65,7 @@ def build_processor() -> LlavaProcessor:
         additional_special_tokens=["<image>"],
         padding_side="left",
     )
-    side = {"height": SIDE, "width": SIDE}
+    side = {"height": variant.world.side, "width": variant.world.side}
     pictures = CLIPImageProcessorPil(
         size=side, crop_size=side, do_center_crop=False, image_mean=[MEAN] * 3, image_std=[STD] * 3
     )
@@ -68,29 +73,71 @@ def build_processor() -> LlavaProcessor:
         pictures,
         tokenizer,
         patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which "default" takes off again
+        vision_feature_select_strategy="default" if variant.class_tokens else "full",
+        num_additional_image_tokens=variant.class_tokens,  # which "default" takes off again
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def export_model(trained: Path, folder: Path) -> None:
+def export_model(variant: Variant, trained: Path, folder: Path) -> None:
     """Writes weights, tokenizer, processor and the logs of the training."""
-    model = build()
-    model.load_state_dict(torch.load(trained / "decoder.pt")["module"])
+    model = build(variant)
+    model.load_state_dict(torch.load(trained / "decoder.pt", map_location="cpu")["module"])
+    model = as_lfm3(model) if variant.decoder == "lfm2" else model
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.half().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    for name in ("vision", "decoder"):
-        shutil.copy(trained / f"{name}.json", folder / f"training_{name}.json")
+    build_processor(variant).save_pretrained(folder)
+    for log in trained.glob("*.json"):
+        shutil.copy(log, folder / f"training_{log.name}")
 
 
-def export_questions(folder: Path) -> None:
+def as_lfm3(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """The same with LFM3 as decoder, whose layer 1 has the window that it was trained with.
+
+    LFM2 has no layers with a window, and LFM3 is not in every transformers that can train.
+    """
+    from transformers import Lfm3Config
+
+    config, text = model.config, model.config.text_config
+    layers = [
+        "sliding_attention" if kind != "conv" and number < WINDOWED else kind
+        for number, kind in enumerate(text.layer_types)
+    ]
+    rope = dict.fromkeys(("sliding_attention", "full_attention"), text.rope_parameters)
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "norm_eps")
+    shared += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    shared += ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+    config.text_config = Lfm3Config(
+        **{name: getattr(text, name) for name in (*shared, "conv_L_cache", "conv_bias")},
+        head_dim=text.hidden_size // text.num_attention_heads,
+        layer_types=layers,
+        rope_parameters=rope,
+        sliding_window=WINDOW,
+        use_sandwich_norm=False,
+        use_attention_gate=False,
+    )
+    other = LlavaForConditionalGeneration(config)
+    names = {
+        "q_layernorm": "q_norm",
+        "k_layernorm": "k_norm",
+        "self_attn.out_proj": "self_attn.o_proj",
+    }
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if "language_model" in name:
+            for old, new in names.items():
+                name = name.replace(old, new)
+        weights[name] = weight
+    other.load_state_dict(weights)
+    return other
+
+
+def export_questions(folder: Path, variant: Variant = VARIANTS["coarse"]) -> None:
     """Writes pictures and one question of each type on each, where a scene has one."""
     folder.mkdir(parents=True, exist_ok=True)
-    supply = Scenes("test", SEED)
+    supply = Scenes("test", SEED, world=variant.world)
     lines = []
-    for number in range(SCENES):
+    for number in range(variant.pictures):
         scene = supply.scene()
         picture = f"{number:03}.png"
         Image.fromarray(scene.image).save(folder / picture, optimize=True)
@@ -106,10 +153,12 @@ def main() -> None:
     """Export both."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="with the checkpoints and logs of the training")
+    parser.add_argument("--variant", choices=VARIANTS, default="coarse")
     parser.add_argument("--to", type=Path, default=HERE)
     args = parser.parse_args()
-    export_model(args.folder, args.to / "model")
-    export_questions(args.to / "heldout")
+    variant = VARIANTS[args.variant]
+    export_model(variant, args.folder, args.to / variant.folder)
+    export_questions(args.to / variant.questions, variant)
 
 
 if __name__ == "__main__":

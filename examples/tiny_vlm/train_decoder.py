@@ -9,158 +9,105 @@ digits and some of the background, in one of three a random quarter.  Then with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import BOS, EMPTY_DIGIT, EOS, GRID, TYPES, VOCABULARY, Scene, Scenes, sample
-from model import WINDOW, build, patch_features
+from data import TYPES, Scenes
+from loading import Batch, Order, batches, make
+from model import build, patch_features
+from packing import Text, answer_logits
 from torch import Tensor
 from train_vision import pixels
-from training import Run, arguments
+from training import DEVICE, Run, arguments, autocast
 from transformers import LlavaForConditionalGeneration
+from variants import VARIANTS, Variant
 
-TOKENS = GRID * GRID
-SPARSE = TOKENS // 4
-SCENES = 8  # per step and process
 REPLAYS = 3  # uses of a scene, each with new questions: the tower costs as much as the rest
-POOL = 1500  # scenes
+POOL = 8  # batches that are mixed
 SPARSE_TEXT, FULL_TEXT = 128, 256  # words in a sequence
+COPIED = 12, 24  # questions in them, roughly: what copies of vision tokens are added for
+HERE = Path(__file__).parent
+
+Piece = tuple[Tensor, Tensor | None, Text]  # features, kept tokens, questions
 
 
-class Supply:
-    """Scenes with the tower's features, each used about REPLAYS times."""
-
-    def __init__(self, model: LlavaForConditionalGeneration, scenes: Scenes) -> None:
-        self.model, self.scenes = model, scenes
-        self._pool: list[tuple[Scene, Tensor]] = []
-        self._made = self._used = 0
-
-    def make(self, count: int) -> list[tuple[Scene, Tensor]]:
-        """New scenes with their features, [576, 128] bfloat16."""
-        made = [self.scenes.scene() for _ in range(count)]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return list(zip(made, patch_features(self.model, pixels(made)).bfloat16(), strict=True))
-
-    def batch(self) -> list[tuple[Scene, Tensor]]:
-        """Scenes for one step."""
-        if len(self._pool) < 64 or self._made * REPLAYS <= self._used:
-            self._pool = (self._pool + self.make(16))[-POOL:]
-            self._made += 16
-        self._used += SCENES
-        return [self._pool[i] for i in self.scenes.rng.integers(len(self._pool), size=SCENES)]
+def order(variant: Variant, split: str, seed: list[int], scenes: int, sparse: bool) -> Order:
+    """What the sparse or the full part of the training wants."""
+    length, questions = (SPARSE_TEXT, COPIED[0]) if sparse else (FULL_TEXT, COPIED[1])
+    length += questions * 2 * variant.convolutions
+    training = split == "train"
+    return Order(
+        *(variant, split, seed, scenes),
+        text=length,
+        times=1 if sparse or not training else 2,
+        packs=REPLAYS if training else 1,
+        sparse=sparse,
+        smaller=0.0 if sparse or not training else 0.15,
+    )
 
 
-@dataclass(frozen=True)
-class Text:
-    """Several questions a scene, one after the other in one sequence; all [B, T] int64.
-
-    target: the next word where it is part of an answer, else -100.  block: the question's number,
-    -1 at pads.  position: within the question.  kind: index into TYPES.
-    """
-
-    words: Tensor
-    target: Tensor
-    block: Tensor
-    position: Tensor
-    kind: Tensor
+def pieces(model: LlavaForConditionalGeneration, batch: Batch) -> list[Piece]:
+    """The batch's questions with the tower's features, [B, tokens, width] bfloat16."""
+    with torch.no_grad(), autocast():
+        features = patch_features(model, pixels(batch.images)).bfloat16()
+    return [
+        (features, None if kept is None else torch.from_numpy(kept).to(DEVICE), text.to(DEVICE))
+        for kept, text in batch.texts
+    ]
 
 
-def pack(scenes: list[Scene], rng: np.random.Generator, length: int, times: int) -> Text:
-    """Questions on each scene, as many as fit."""
-    shape = (len(scenes), length)
-    words, position = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    target, block, kind = np.full(shape, -100), np.full(shape, -1), np.full(shape, -1)
-    for row, scene in enumerate(scenes):
-        start = 0
-        for number, (name, question, answer) in enumerate(sample(scene, rng, times)):
-            asked = [VOCABULARY[word] for word in question.split()]
-            wanted = [*(VOCABULARY[word] for word in answer.split()), EOS]
-            size = len(asked) + len(wanted) - 1  # <eos> is only predicted
-            if start + size > length:
-                continue
-            at = slice(start, start + size)
-            words[row, at] = (asked + wanted)[:-1]
-            target[row, start + len(asked) - 1 : start + size] = wanted
-            block[row, at], kind[row, at] = number, TYPES.index(name)
-            position[row, at] = np.arange(size)
-            start += size
-    return Text(*map(torch.from_numpy, (words, target, block, position, kind)))
-
-
-def keep(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
-    """Vision tokens of the sparse part, [B, SPARSE] int64 ascending."""
-    score = torch.from_numpy(rng.random((len(scenes), TOKENS)))
-    if rng.random() < 2 / 3:
-        inked = np.stack([scene.patch_digit != EMPTY_DIGIT for scene in scenes])
-        score += torch.from_numpy(inked).flatten(1)
-    return score.topk(SPARSE).indices.sort().values
-
-
-def answer_logits(
-    model: LlavaForConditionalGeneration, features: Tensor, kept: Tensor | None, text: Text
-) -> Tensor:
-    """Logits wherever ``text.target`` has a word, [words, vocabulary].
-
-    features: [B, 576, 128].  kept: [B, K] int64, or None for all.  Each question sees the image
-    and itself, at the positions it would have alone, so this is what a prompt of one question is.
-    """
-    decoder, projector = model.model.language_model, model.model.multi_modal_projector
-    batch = len(features)
-    if kept is None:
-        kept = torch.arange(TOKENS).expand(batch, -1)
-    picked = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
-    image = projector(picked).float()  # so that autocast leaves what layers add up in float32
-    first = torch.full((batch, 1), BOS)
-    word = decoder.embed_tokens(torch.cat([first, text.words], 1))
-    hidden = torch.cat([word[:, :1], image, word[:, 1:]], 1)
-    place = torch.cat([first * 0, kept + 1, text.position + TOKENS + 1], 1)
-    prefix = 1 + kept.shape[1]
-    sees = torch.ones(batch, hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
-    sees[:, prefix:, prefix:] &= text.block[:, :, None] == text.block[:, None]
-    near = sees & (place[:, :, None] - place[:, None] < WINDOW)
-    mask = {
-        name: torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None]
-        for name, seen in (("full_attention", sees), ("sliding_attention", near))
-    }
-    output = decoder(inputs_embeds=hidden, attention_mask=mask, position_ids=place, use_cache=False)
-    return model.lm_head(output.last_hidden_state[:, prefix:][text.target >= 0]).float()
+def mixed(
+    model: LlavaForConditionalGeneration, supply: Iterator[Batch], rng: np.random.Generator
+) -> Iterator[Piece]:
+    """All pieces of all batches, those of several in random order."""
+    pool: list[list[Piece]] = []
+    while True:
+        while len(pool) < POOL:
+            pool.append(pieces(model, next(supply)))
+        chosen = int(rng.integers(len(pool)))
+        yield pool[chosen].pop()
+        if not pool[chosen]:
+            pool.pop(chosen)
 
 
 @torch.no_grad()
-def accuracy(
-    model: LlavaForConditionalGeneration, scenes: list[tuple[Scene, Tensor]], sparse: bool
-) -> dict[str, float]:
+def accuracy(model: LlavaForConditionalGeneration, asked: list[Piece]) -> dict[str, float]:
     """Share of answers that are right in every word, by type of question."""
-    rng = np.random.default_rng(1)  # the same questions every time
     right: dict[str, list[bool]] = {kind: [] for kind in TYPES}
-    for i in range(0, len(scenes), 8):
-        some, features = zip(*scenes[i : i + 8], strict=True)
-        text = pack(list(some), rng, FULL_TEXT, 1)
-        kept = keep(list(some), rng) if sparse else None
-        logits = answer_logits(model, torch.stack(features).float(), kept, text)
-        wrong = torch.zeros_like(text.target, dtype=torch.bool)
-        wrong[text.target >= 0] = logits.argmax(-1) != text.target[text.target >= 0]
-        for row in range(len(some)):
+    for features, kept, given in asked:
+        with autocast():
+            said = answer_logits(model, features.float(), kept, given).argmax(-1).cpu()
+        text = given.to("cpu")
+        wrong = torch.zeros_like(text.words, dtype=torch.bool)
+        wrong.view(-1)[text.at] = said != text.target
+        for row in range(len(wrong)):
             for number in text.block[row].unique():
                 if number >= 0:
                     at = text.block[row] == number
-                    kind = TYPES[text.kind[row][at][0]]
-                    right[kind].append(not wrong[row][at].any())
-    return {kind: round(float(np.mean(answers)), 3) for kind, answers in right.items()}
+                    right[TYPES[text.kind[row][at][-1]]].append(not wrong[row][at].any())
+    return {kind: round(float(np.mean(answers)), 3) for kind, answers in right.items() if answers}
 
 
-def prepare(folder: Path, seed: int) -> LlavaForConditionalGeneration:
+def prepare(variant: Variant, folder: Path, seed: int) -> LlavaForConditionalGeneration:
     """The model with the trained tower, frozen, and a projector scaled to what the tower gives."""
     torch.manual_seed(seed)
-    model = build()
-    trained = torch.load(folder / "vision.pt")["module"]
-    tower = {k.removeprefix("tower."): v for k, v in trained.items() if k.startswith("tower.")}
+    model = build(variant).to(DEVICE)
+    model.model.language_model.set_attn_implementation("packed")
+    tower: dict[str, Any]
+    if variant.tower_of:
+        trained = LlavaForConditionalGeneration.from_pretrained(HERE / variant.tower_of)
+        tower = trained.model.vision_tower.float().state_dict()
+    else:
+        saved = torch.load(folder / "vision.pt", map_location=DEVICE)["module"]
+        tower = {k.removeprefix("tower."): v for k, v in saved.items() if k.startswith("tower.")}
     model.model.vision_tower.load_state_dict(tower)
     model.model.vision_tower.requires_grad_(False)
-    features = torch.stack([f for _, f in Supply(model, Scenes("train", 2)).make(8)]).float()
+    scenes = Scenes("train", 2, world=variant.world)
+    features = pieces(model, make(order(variant, "train", [2], 8, True), scenes))[0][0].float()
     projector = model.model.multi_modal_projector
     with torch.no_grad():
         projector.linear_1.weight /= features.square().mean().sqrt()
@@ -170,23 +117,29 @@ def prepare(folder: Path, seed: int) -> LlavaForConditionalGeneration:
 
 def main() -> None:
     """Train, in the time given."""
-    args = arguments(__doc__, sparse=35, full=34)
-    model = prepare(args.folder, args.seed)
-    run = Run("decoder", args.folder, model, args.sparse + args.full, rate=1.5e-3)
-    supply = Supply(model, Scenes("train", [args.seed, 1, run.rank, run.steps]))
-    validation = Supply(model, Scenes("validation", 2)).make(64)
+    args = arguments(__doc__, rate=1.5e-3, sparse=35, full=34)
+    variant = VARIANTS[args.variant]
+    model = prepare(variant, args.folder, args.seed)
+    run = Run("decoder", args, model, args.sparse + args.full)
+    rng = np.random.default_rng([args.seed, 2, run.rank, run.steps])
+    supplies, validation = {}, {}
+    for sparse in (True, False):
+        seed = [args.seed, 1, run.rank, run.steps, int(sparse)]
+        supply = batches(order(variant, "train", seed, args.scenes, sparse), args.workers)
+        supplies[sparse] = mixed(model, supply, rng)
+        held_out = Scenes("validation", 2, world=variant.world)
+        wanted = order(variant, "validation", [2], 8, sparse)
+        some = (make(wanted, held_out) for _ in range(args.validation // 8))
+        validation[sparse] = [piece for batch in some for piece in pieces(model, batch)]
     while run.share < 1:
         sparse = run.elapsed < 60 * args.sparse
-        scenes, features = zip(*supply.batch(), strict=True)
-        length, times = (SPARSE_TEXT, 1) if sparse else (FULL_TEXT, 2)
-        text = pack(list(scenes), supply.scenes.rng, length, times)
-        kept = keep(list(scenes), supply.scenes.rng) if sparse else None
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = answer_logits(model, torch.stack(features).float(), kept, text)
-        run.step(F.cross_entropy(logits, text.target[text.target >= 0]))
-        if run.due(120):
-            run.record(sparse=sparse, **accuracy(model, validation, sparse))
-    run.record(sparse=False, **accuracy(model, validation, False))
+        features, kept, text = next(supplies[sparse])
+        with autocast():
+            logits = answer_logits(model, features.float(), kept, text)
+        run.step(F.cross_entropy(logits, text.target))
+        if run.due():
+            run.record(sparse=sparse, **accuracy(model, validation[sparse]))
+    run.record(sparse=False, **accuracy(model, validation[False]))
     run.close()
 
 

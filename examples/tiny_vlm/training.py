@@ -13,17 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+from variants import VARIANTS
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def arguments(description: str, **phases: float) -> argparse.Namespace:
-    """The command line of a phase: where to write, minutes for each of its parts, a seed."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(description: str, rate: float, **phases: float) -> argparse.Namespace:
+    """The command line of a phase: where to write, minutes for each of its parts, and so on."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument(
         "folder", type=Path, help="checkpoints and logs; resumes from what is there"
     )
     for name, minutes in phases.items():
         parser.add_argument(f"--{name}", type=float, default=minutes, help="minutes (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--variant", choices=VARIANTS, default="coarse", help="(default: %(default)s)")
+    add("--scenes", type=int, default=8, help="in a step of each process (%(default)s)")
+    add("--workers", type=int, default=0, help="processes that make scenes (%(default)s)")
+    add("--rate", type=float, default=rate, help="of learning (%(default)s)")
+    add("--every", type=float, default=60, help="seconds between two checkpoints (%(default)s)")
+    add("--validation", type=int, default=96, help="scenes to measure with (%(default)s)")
+    add("--weights", type=Path, help="also write weights in float16 and the log to this folder")
+    add("--seed", type=int, default=0)
     return parser.parse_args()
 
 
@@ -34,31 +45,41 @@ def join() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def autocast() -> torch.autocast:
+    """Products of matrices in bfloat16."""
+    return torch.autocast(DEVICE.type, torch.bfloat16)
+
+
 class Run:
     """AdamW on what is trainable, with a cosine learning rate over the share of time used.
 
     folder/name.pt is the checkpoint, from which a run continues; folder/name.json the log.  Under
-    torchrun gradients and clocks are averaged, so all processes stop at the same step.
+    torchrun gradients and clocks are averaged, so all processes stop at the same step.  The clock
+    starts with the end of the first step: what comes before it is preparation.
     """
 
     def __init__(
-        self, name: str, folder: Path, module: nn.Module, minutes: float, rate: float
+        self, name: str, args: argparse.Namespace, module: nn.Module, minutes: float
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoint, self.path = folder / f"{name}.pt", folder / f"{name}.json"
-        self.module, self.seconds, self.rate = module, 60 * minutes, rate
+        args.folder.mkdir(parents=True, exist_ok=True)
+        self.name, self.checkpoint = name, args.folder / f"{name}.pt"
+        self.logs = [folder for folder in (args.folder, args.weights) if folder]
+        self.module, self.seconds = module, 60 * minutes
+        self.rate, self.every = args.rate, args.every
         self.rank = join()
-        self.elapsed, self.steps, self.loss, self.log = 0.0, 0, math.nan, []
+        self.elapsed, self.steps, self.loss, self.log = 0.0, 0, 0.0, []
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in self.parameters if p.dim() >= 2]
         vectors = [p for p in self.parameters if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors}]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0, betas=(0.9, 0.98))
+        fused = self.parameters[0].is_cuda
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0, betas=(0.9, 0.98), fused=fused)
         if self.checkpoint.exists():
             self._resume()
         self._before = self.elapsed
-        self._start = time.monotonic()
-        hidden = self.rank > 0
+        self._start: float | None = None
+        # Without a terminal only the records are printed.
+        hidden = True if self.rank > 0 else None
         shape = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"
         self._bar = tqdm(total=self.seconds, desc=name, disable=hidden, bar_format=shape)
 
@@ -71,36 +92,46 @@ class Run:
         """One optimiser step."""
         self.optimizer.zero_grad()
         loss.backward()
-        elapsed = self._before + time.monotonic() - self._start
-        value, self.elapsed = self._average(loss.item(), elapsed)
+        now = time.monotonic()
+        self._start = now if self._start is None else self._start
+        value, self.elapsed = self._average(loss.detach(), self._before + now - self._start)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         cosine = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1, self.share)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * cosine * min(1, (self.steps + 1) / 150)
         self.optimizer.step()
+        self.loss = 0.98 * self.loss + 0.02 * value if self.steps else value
         self.steps += 1
-        self.loss = value if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * value
-        self._bar.n = min(self.elapsed, self.seconds)
-        self._bar.set_postfix(step=self.steps, loss=f"{self.loss:.3f}")
+        if self.steps % 20 == 0 and not self._bar.disable:
+            self._bar.n = min(self.elapsed, self.seconds)
+            self._bar.set_postfix(step=self.steps, loss=f"{float(self.loss):.3f}")
 
-    def due(self, seconds: float) -> bool:
-        """Whether so much time has passed since the last record, and this process keeps them."""
+    def due(self) -> bool:
+        """Whether a record is due, and this process keeps them."""
         last = self.log[-1]["seconds"] if self.log else 0
-        return self.rank == 0 and self.elapsed - last >= seconds
+        return self.rank == 0 and self.elapsed - last >= self.every
 
     def record(self, **values: object) -> None:
-        """Adds a line to the log and writes log and checkpoint."""
+        """Adds a line to the log and writes log, checkpoint and weights."""
         if self.rank:
             return
+        self.loss = float(self.loss)
         line = {"seconds": round(self.elapsed), "steps": self.steps, "loss": round(self.loss, 4)}
         self.log.append(line | values)
-        self._bar.write(json.dumps(self.log[-1]))
-        self.path.write_text("[\n" + ",\n".join(map(json.dumps, self.log)) + "\n]\n")
+        self._bar.write(f"{self.name} {json.dumps(self.log[-1])}")
+        for folder in self.logs:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = "[\n" + ",\n".join(map(json.dumps, self.log)) + "\n]\n"
+            (folder / f"{self.name}.json").write_text(text)
         state = {name: getattr(self, name) for name in ("elapsed", "steps", "loss", "log")}
         weights = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state | weights, partial)
         partial.replace(self.checkpoint)  # so that an interruption leaves the last one whole
+        half = {name: tensor.half() for name, tensor in self.module.state_dict().items()}
+        for folder in self.logs[1:]:
+            torch.save({"module": half}, folder / f"{self.name}.partial")
+            (folder / f"{self.name}.partial").replace(folder / f"{self.name}.pt")
 
     def close(self) -> None:
         """Ends the progress bar and leaves the other processes."""
@@ -109,20 +140,20 @@ class Run:
             dist.destroy_process_group()
 
     def _resume(self) -> None:
-        saved = torch.load(self.checkpoint)
+        saved = torch.load(self.checkpoint, map_location=DEVICE)
         self.module.load_state_dict(saved.pop("module"))
         self.optimizer.load_state_dict(saved.pop("optimizer"))
         self.__dict__.update(saved)
 
-    def _average(self, *values: float) -> list[float]:
+    def _average(self, loss: Tensor, elapsed: float) -> tuple[Tensor, float]:
         """Averages gradients and these values over all processes."""
         if not dist.is_initialized():
-            return list(values)
+            return loss, elapsed
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = torch.cat([torch.tensor(values), *(g.flatten() for g in gradients)])
+        flat = torch.cat([torch.tensor([loss, elapsed]), *(g.flatten() for g in gradients)])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        parts = flat[len(values) :].split([g.numel() for g in gradients])
+        parts = flat[2:].split([g.numel() for g in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
-        return flat[: len(values)].tolist()
+        return flat[0], float(flat[1])
