@@ -18,7 +18,6 @@ TRITON_KERNELS = "dartfx/ops/triton_kernels.py"  # a kernel is one function, how
 
 LARGE_FILES = {
     "tests/backend/test_backend.py",
-    "tests/backend/test_shapes.py",
     "tests/export/test_export.py",
     "tests/model/test_generate.py",
     "tests/selection/test_selectors.py",

@@ -6,8 +6,9 @@ import pytest
 
 # By the seconds that `make test-all` prints; all others take less than half a minute.
 LONGEST = [
-    "backend/test_shapes.py",
     "tools/test_families.py",
+    "backend/test_shapes.py",
+    "families/test_inputs_and_outputs.py",
     "distributed/test_ranks.py",
     "passes/test_stages.py",
     "properties/test_properties.py",
