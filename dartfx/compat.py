@@ -59,6 +59,7 @@ def _names(module: str, attributes: str, use: str, seen: str = TORCH) -> dict[st
 
 _SIZES = "error texts that show a size do not fix that size"
 _PICKED_ROWS = "rows of hidden states that a mask picks (DeepStack) do not break the graph"
+_BRANCHES = "branches on token ids do not break the graph"
 _EXPORT = "exported programs are pruned"
 _TIMES = "reports say what compiling took"
 
@@ -93,6 +94,8 @@ NAMES: dict[str, PrivateName] = {
     **_names("torch._dynamo.variables.misc", "StringFormatVariable", _SIZES),
     **_names("torch._dynamo.variables.lists", "TupleVariable", _PICKED_ROWS),
     **_names("torch._dynamo.variables.tensor", "TensorVariable", _PICKED_ROWS),
+    **_names("torch._dynamo.variables.constant", "ConstantVariable", _BRANCHES),
+    **_names("torch._dynamo.guards", "install_guard", _BRANCHES),
     **_names(
         "torch._dynamo.source", "ConstantSource", "graphs with sizes of their own are re-traced"
     ),

@@ -13,6 +13,11 @@ with ``fullgraph=True``.  DeepStack adds features to such rows between decoder l
 that breaks the graph every layer is one of its own.  ``capture_dynamic_output_shape_ops`` would
 capture them as well, but in all frames, of which some must break for their numbers to be known.
 
+*Branches on token ids*, ``if (input_ids == image_token).any():``, do not break the graph either
+where one input of the frame decides them: the branch that this call takes is traced, and a guard
+holds the answer.  Without, the break stands between the merge and the decoder, or in every layer
+that routes tokens by their type.  The model waits for the answer in any case.
+
 Dynamo traces a frame before it calls the backend, so the first compilation is too late to install
 this.  It is installed when the backend is looked up (``dartfx.backend.dart``, which is what
 ``torch.compile(backend="dart")`` resolves) and by ``dartfx.compile``; never by an import alone.
@@ -24,17 +29,21 @@ import dataclasses
 import dis
 import inspect
 import logging
+import operator
+import re
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from dartfx import compat
 from dartfx.compat import Unavailable
 
-__all__ = ["install", "uninstall"]
+__all__ = ["CHANGES", "install", "uninstall"]
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +67,12 @@ def install(ours: Ours) -> bool:
     with _LOCK:
         if not _attempted:
             _attempted = True
-            for name, (handling, without) in _CHANGES.items():
+            for name, (handling, without) in CHANGES.items():
                 try:
                     _replace(name, handling, ours)
                 except Unavailable as error:
                     log.warning("%s: %s", without, error)
-        return len({opcode for _, opcode, _ in _replaced}) == len(_CHANGES)
+        return len({opcode for _, opcode, _ in _replaced}) == len(CHANGES)
 
 
 def uninstall() -> None:
@@ -189,8 +198,101 @@ def _allow_dynamic_shapes(shape_env: Any) -> None:
     shape_env.settings = dataclasses.replace(settings, allow_dynamic_output_shape_ops=True)
 
 
+# --- branches that an input decides -------------------------------------------------------------
+
+# What may stand between an input and the answer: it is computed once more for each guard.
+_TESTS: frozenset[object] = frozenset(
+    {
+        *(operator.eq, operator.ne, operator.gt, operator.lt, operator.ge, operator.le),
+        *(operator.invert, torch.any, torch.all, torch.eq, torch.ne),
+    }
+)
+_TEST_METHODS = frozenset({"any", "all", "bool", "eq", "ne", "to", "unsqueeze", "view", "reshape"})
+
+
+class _Question(NamedTuple):
+    """Calls that take an input [B, S] of the frame to a bool, first to last."""
+
+    steps: tuple[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], ...]
+
+    def __call__(self, value: Any) -> bool:
+        for function, args, kwargs in self.steps:
+            filled = [value if argument is Tensor else argument for argument in args]
+            value = function(*filled, **kwargs)
+        return bool(value)
+
+
+def _asked(node: Node) -> tuple[Node, _Question] | None:
+    """The one input that a bool is computed from, and how; None where it is not as simple."""
+    steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    while node.op != "placeholder":
+        method = node.op == "call_method" and node.target in _TEST_METHODS
+        if not (method or (node.op == "call_function" and node.target in _TESTS)):
+            return None
+        if len(node.all_input_nodes) != 1 or any(isinstance(v, Node) for v in node.kwargs.values()):
+            return None
+        function = getattr(Tensor, str(node.target)) if method else node.target
+        args = tuple(Tensor if isinstance(argument, Node) else argument for argument in node.args)
+        steps.append((function, args, dict(node.kwargs)))
+        node = node.all_input_nodes[0]
+    return node, _Question(tuple(reversed(steps)))
+
+
+def _decided_branches(ours: Ours) -> Wrap:
+    tensor, constant = compat.TensorVariable, compat.ConstantVariable
+    install_guard, fake = compat.install_guard, compat.FakeTensor
+
+    def answer(variable: Any) -> bool | None:
+        asked = _asked(variable.as_proxy().node)
+        given = asked and asked[0].meta.get("grapharg")
+        if not asked or given is None or given.source is None or _written(asked[0]):
+            return None
+        value = given.example
+        if not isinstance(value, Tensor) or isinstance(value, fake) or value.is_floating_point():
+            return None
+        found = asked[1](value)
+        guard = partial(_guard_answer, question=asked[1], answer=found)
+        install_guard(given.source.make_guard(guard))
+        return found
+
+    def wrap(jump: Handler) -> Handler:
+        def jump_if(translator: Any, instruction: Any) -> None:
+            value = translator.stack[-1]
+            if isinstance(value, tensor) and ours(translator.output.compiler_fn):
+                found = answer(value)
+                if found is not None:
+                    translator.stack[-1] = constant.create(found)
+            jump(translator, instruction)
+
+        return jump_if
+
+    return wrap
+
+
+def _written(placeholder: Node) -> bool:
+    """Whether a frame writes into its input, so that the answer may be another one inside."""
+    writes = (u for u in placeholder.users if u.op == "call_method" and str(u.target)[-1] == "_")
+    return any(writes) or any(u.target is operator.setitem for u in placeholder.users)
+
+
+def _guard_answer(builder: Any, guard: Any, question: _Question, answer: bool) -> None:
+    def same(value: Any) -> bool:
+        return isinstance(value, Tensor) and question(value) == answer
+
+    add = builder.get_guard_manager(guard).add_lambda_guard
+    parts = [f"a branch on {guard.name} is {answer}"]
+    try:
+        add(same, parts, guard.user_stack)
+    except TypeError:  # a torch that keeps no stack with it
+        add(same, parts)
+
+
+# As Python 3.11 and as later ones call them.
+_JUMPS = [n for n in dis.opmap if re.fullmatch("POP_JUMP_(FORWARD_)?IF_(TRUE|FALSE)", n)]
+
 # By instruction: what wraps its handler, and what it is like without.
-_CHANGES: dict[str, tuple[Callable[[Ours], Wrap], str]] = {
+CHANGES: dict[str, tuple[Callable[[Ours], Wrap], str]] = {
     "BUILD_STRING": (_delayed_texts, "images of different sizes may be compiled one by one"),
     "BINARY_SUBSCR": (_captured_rows, "forwards with DeepStack may stay unpruned"),
+    **dict.fromkeys(_JUMPS, (_decided_branches, "branches on token ids break the graph")),
 }

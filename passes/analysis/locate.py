@@ -44,9 +44,11 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
 
     Covers ``masked_scatter`` and ``index_put`` with one bool mask, in place or not, into [B, S, D]
     or into its rows [B * S, D].  spread: those that spread rows over zeros (canonicalise.py), which
-    are added to embeddings rather than replacing them; omitted otherwise.
+    are added to embeddings rather than replacing them; omitted otherwise.  One row [D] may be an
+    image of one token, but beside other merges it is a marker of images (Ovis 2).
     """
-    merges = []
+    merges: list[Merge] = []
+    rest: list[Merge] = []
     for node in graph.nodes:
         kind = packet(node)
         if kind in MASKED_SCATTER:
@@ -68,8 +70,8 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
         embeds = _as_embeddings(node)
         onto_zeros = packet(argument(node, "self")) is aten.new_zeros
         if embeds is not None and onto_zeros == spread and (whole or kind in MASKED_SCATTER):
-            merges.append(Merge(embeds, mask, features))
-    return merges
+            (merges if rows.ndim > 1 else rest).append(Merge(embeds, mask, features))
+    return merges or rest
 
 
 def _float_inputs(node: Node) -> set[Node]:

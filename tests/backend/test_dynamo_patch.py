@@ -18,13 +18,17 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from dartfx import compat
 from dartfx.backend import dynamo_patch, graph_compiler
 
-OPCODES = {name: dis.opmap[name] for name in ("BUILD_STRING", "BINARY_SUBSCR")}
+OPCODES = {name: dis.opmap[name] for name in dynamo_patch.CHANGES}
+JUMPS = [name for name in OPCODES if "JUMP" in name]
 OPCODE = OPCODES["BUILD_STRING"]
 CHANGED_BY = {
+    "ConstantVariable": JUMPS,
     "LazySymNodeFormatString": ["BUILD_STRING"],
+    "LazyVariableTracker": ["BUILD_STRING", "BINARY_SUBSCR"],
     "StringFormatVariable": ["BUILD_STRING"],
-    "TensorVariable": ["BINARY_SUBSCR"],
+    "TensorVariable": ["BINARY_SUBSCR", *JUMPS],
     "TupleVariable": ["BINARY_SUBSCR"],
+    "install_guard": JUMPS,
 }
 
 PROGRAM = """
@@ -67,12 +71,14 @@ def test_it_is_installed_once_and_can_be_undone() -> None:
 @pytest.mark.parametrize(
     "key",
     [
+        "ConstantVariable",
         "InstructionTranslatorBase",
         "LazySymNodeFormatString",
         "LazyVariableTracker",
         "StringFormatVariable",
         "TensorVariable",
         "TupleVariable",
+        "install_guard",
     ],
 )
 def test_without_a_private_name_the_backend_works_and_a_line_for_each_change_names_it(
@@ -131,3 +137,52 @@ def test_rows_of_hidden_states_break_no_graph_of_ours(
     assert torch.equal(result, function(given, mask, rows))
     in_graph = any(n.target is operator.getitem for m in made for n in m.graph.nodes)
     assert (in_graph and len(made) == 1) == picked
+
+
+def doubled_at_seven(ids: Tensor, x: Tensor) -> Tensor:
+    mask = (ids == 7).to("cpu")
+    return x * 2 if mask.any() else x + 1
+
+
+def doubled_when_all_are_set(types: Tensor, x: Tensor) -> Tensor:
+    if not types.bool().all():
+        x = x + 1
+    return x * 2
+
+
+def changed_before(ids: Tensor, x: Tensor) -> Tensor:
+    ids.add_(1)
+    return x * 2 if (ids == 7).any() else x + 1
+
+
+def by_two_inputs(ids: Tensor, x: Tensor) -> Tensor:
+    return x * 2 if (ids == x).any() else x + 1
+
+
+BRANCHES: list[tuple[Callable[..., Tensor], bool, int]] = [
+    (doubled_at_seven, True, 2),
+    (doubled_at_seven, False, 3),
+    (doubled_when_all_are_set, True, 2),
+    (changed_before, True, 3),
+    (by_two_inputs, True, 3),
+]
+
+
+@pytest.mark.parametrize(("function", "ours", "graphs"), BRANCHES)
+def test_branches_that_one_input_decides_break_no_graph_of_ours(
+    function: Callable[..., Tensor], ours: bool, graphs: int
+) -> None:
+    """Each answer has a graph of its own, and a guard picks it; other branches break theirs."""
+    made: list[torch.fx.GraphModule] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        made.append(module)
+        return module.forward
+
+    dynamo_patch.install(lambda called: ours)
+    torch.compiler.reset()
+    compiled, x = torch.compile(function, backend=backend), torch.ones(2)
+    for ids in [[7, 1], [0, 2], [5, 7], [3, 0], [6, 6]]:
+        given = torch.tensor([ids])
+        assert torch.equal(compiled(given.clone(), x), function(given.clone(), x))
+    assert len(made) == graphs

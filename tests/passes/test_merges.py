@@ -117,3 +117,18 @@ def test_one_row_computed_from_the_embeddings_is_no_feature() -> None:
     inputs = prompt(SMALL)
     inputs["ids"][0, -3] = LEARNED
     assert_pruned(MeanPads(SMALL), inputs)
+
+
+def test_one_row_for_several_positions_is_no_feature() -> None:
+    """As markers around an image, which come with its features (Ovis 2)."""
+
+    class Markers(Decoder):
+        def merge(self, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+            vision = ids == IMAGE
+            x = self.embed(ids).masked_scatter(vision.unsqueeze(-1), features)
+            x[ids == LEARNED] = features[0] * 2
+            return x, vision
+
+    inputs = prompt(SMALL)
+    inputs["ids"][0, -3:-1] = LEARNED
+    assert_pruned(Markers(SMALL), inputs)
