@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dartfx.errors import SelectionError
 from dartfx.model.arguments import Arguments, brings_media
 from dartfx.model.caches.kv_cache import is_cache
+from dartfx.model.caches.static_cache import note_most_tokens
 from dartfx.model.compiled_model import Call, CompiledModel
 from dartfx.model.target import replaced_call
 from dartfx.passes.refusal import Declined
@@ -43,6 +44,8 @@ def attach(
     if hasattr(type(model), "generate"):
         vars(model)["generate"] = _Generate(model, compiled, static, dynamic)
         vars(model)[_PREPARE] = _PrepareInputs(model, compiled, _PREPARE)
+    if hasattr(type(model), _STATIC):
+        vars(model)[_STATIC] = _PrepareStatic(model, compiled, _STATIC)
 
 
 def detach(model: nn.Module) -> None:
@@ -51,7 +54,7 @@ def detach(model: nn.Module) -> None:
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _through_call:
             del model._forward_pre_hooks[key]
-    for name in ("generate", _PREPARE, _REPLICATE):
+    for name in ("generate", _PREPARE, _STATIC, _REPLICATE):
         if isinstance(vars(model).get(name), _Attached):
             del vars(model)[name]
 
@@ -228,6 +231,19 @@ class _PrepareInputs(_Attached):
 
 
 _NEW = "next_sequence_length"
+
+
+_STATIC = "_prepare_static_cache"  # what ``generate`` calls for a new one
+
+
+class _PrepareStatic(_Attached):
+    """Notes on a static cache how many tokens this ``generate`` may come to."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache: Any = self._own(self.__self__, *args, **kwargs)
+        if is_cache(cache) and "max_cache_len" in kwargs:
+            note_most_tokens(cache, kwargs["max_cache_len"])
+        return cache
 
 
 class _Replicate(_Attached):

@@ -92,7 +92,7 @@ class CompiledModel:
     ) -> None:
         self.config, self.prefills = config, prefills
         self.full_logits = False  # whether calls return logits at the prompt's length
-        self.calls, self.history = 0, History()
+        self.calls, self.history, self._slots = 0, History(), 0  # of the longest static cache
         self._model = self.budgeted = model  # the one that dartfx.budget is given
         self._eager: Call = model._call_impl
         self._one_graph, self._with_breaks = one_graph, with_breaks
@@ -142,10 +142,11 @@ class CompiledModel:
                     self.refuse(declined)
             return self._eager(*args, **kwargs)
         caches = [*call.caches, *filter(kv_cache.is_cache, vars(self._model).values())]
+        image = bool(call.media) or vision_mask.given() is not None
+        static = static_cache.static_to_fill(caches, call.tokens, image)
+        if static is not None and self.config.kv_layout != "layered":
+            return self._fill_static(static, call)
         kv_cache.require_fitting(caches, call.tokens, self._model)
-        empty = list(filter(static_cache.is_empty_static, caches))
-        if empty and self.config.kv_layout != "layered":
-            return self._prefill_static(empty[0], call)
         run, pads = self._prepared(call)
         before = {id(kv): kv_cache.held_before(kv) for kv in caches if call.tokens != 1}
         with keep_idx.collect_keep_idx() as collected, kv_cache.fitting_masks(caches):
@@ -164,15 +165,14 @@ class CompiledModel:
         self.history.add_kept(collected)
         return restore_length(result, call.tokens) if self.full_logits else result
 
-    def _prefill_static(self, static: Any, call: Arguments) -> Any:
-        """The call with a dynamic cache instead of an empty static one, which gets its tokens."""
-        swaps: dict[int, Any] = {id(static): (dynamic := static_cache.new_dynamic_cache())}
-        for name, value in call.named.items():
-            if name == "attention_mask":
-                swaps[id(value)] = static_cache.strip_static_slots(value)
+    def _fill_static(self, static: Any, call: Arguments) -> Any:
+        """The call with a dynamic cache instead of a static one, which gets its new tokens."""
+        swaps: dict[int, Any] = {id(static): (dynamic := static_cache.growing_copy(static))}
+        if (mask := call.named.get("attention_mask")) is not None:
+            swaps[id(mask)] = static_cache.strip_free_slots(static, mask, call.tokens)
         given = call.with_swaps(swaps)
         result = self(*given.args, **given.kwargs)
-        static_cache.copy_into_static(static, dynamic)
+        self._slots = static_cache.copy_new_tokens(static, dynamic, self._slots)
         return swapped(result, {id(dynamic): static})
 
     def _prepared(self, call: Arguments) -> tuple[Arguments, int]:

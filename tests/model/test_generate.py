@@ -258,12 +258,6 @@ def test_decode_is_checked(options: dict[str, Any], said: str) -> None:
         fast(family("llava"), **options)
 
 
-def test_static_sliding_windows_are_refused() -> None:
-    built = family("gemma3")
-    with pytest.raises(dartfx.UnsupportedGraphError, match="static"):
-        fast(built).generate(**built.make_inputs(), **told({"cache_implementation": "static"}))
-
-
 # --- compilations, memory, wrappers ---------------------------------------------------------
 
 

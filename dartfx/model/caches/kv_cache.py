@@ -24,12 +24,15 @@ __all__ = [
     "fit_mask",
     "fitting_masks",
     "held_before",
+    "held_in_slots",
     "held_tokens",
     "is_cache",
     "is_sliding",
+    "is_static",
     "mark_pruned",
     "pruned_length",
     "require_fitting",
+    "slots_of",
     "with_traced_mask",
 ]
 
@@ -47,6 +50,24 @@ def pruned_layers(cache: Any) -> list[PrunedLayer]:
 def pruned_length(cache: Any) -> int:
     """How many tokens pruning removed from every row of a transformers cache's shortest layer."""
     return max((layer.dropped for layer in pruned_layers(cache)), default=0)
+
+
+def is_static(cache: Any) -> bool:
+    """Whether a transformers cache is static in all layers."""
+    layers = cache.layers
+    return bool(layers) and all(hasattr(layer, "max_cache_len") for layer in layers)
+
+
+def slots_of(static: Any) -> int | None:
+    """How many tokens a static cache can hold; None where all its layers are sliding windows."""
+    full = (layer.max_cache_len for layer in static.layers if not is_sliding(layer))
+    return min(full, default=None)
+
+
+def held_in_slots(static: Any) -> int:
+    """How many tokens each layer of a static cache holds.  On a GPU it waits for the device."""
+    layer = static.layers[0]
+    return int(layer.get_seq_length()) - getattr(layer, "dropped", 0)
 
 
 def require_fitting(caches: Sequence[Any], tokens: int, model: Any) -> None:
@@ -69,6 +90,17 @@ def require_fitting(caches: Sequence[Any], tokens: int, model: Any) -> None:
                 'pruned prompt (kv_layout="layered"), which no one mask fits. Compile with the '
                 "default kv_layout, or decode one token at a time"
             )
+        if tokens > 1 and is_static(cache):
+            _require_room(cache, tokens)
+
+
+def _require_room(static: Any, tokens: int) -> None:
+    held, slots = held_in_slots(static), slots_of(static)
+    if slots is not None and held + tokens > slots:
+        raise SelectionError(
+            f"{tokens} more tokens do not fit a static KV cache of {slots} slots that holds {held} "
+            "of a pruned conversation; give generate a max_cache_len for all turns"
+        )
 
 
 def _columns_differ(layer: PrunedLayer) -> bool:
@@ -87,7 +119,9 @@ EMPTY = Held({}, {}, None)
 
 
 def held_before(cache: Any) -> Held:
-    """What a cache holds now."""
+    """What a cache holds now; nothing of static ones, which are filled by another."""
+    if is_static(cache):
+        return EMPTY
     columns = _columns_by_layer(cache)
     seen = {n: int(cache.layers[n].get_seq_length()) for n in columns}
     return Held(columns, seen, next((each.kept for each in pruned_layers(cache)), None))
@@ -180,7 +214,9 @@ def fit_mask(cache: Any, mask: Tensor, tokens: int) -> Tensor:
         return mask
     kept, keep_idx, dropped = layer.kept, layer.kept.keep_idx.to(mask.device), layer.dropped
     if hasattr(layer, "max_cache_len") and mask.ndim == 4:
-        return _without_pads(mask, kept)
+        sizes = [each.get_mask_sizes(tokens) for each in pruned_layers(cache)]
+        first = [start - dropped for columns, start in sizes if columns == mask.shape[-1]]
+        return _without_pads(mask, kept, first[0] if first else 0)
     length = mask.shape[-1]
     seen = layer.get_seq_length() + tokens
     if length not in (seen, seen - dropped):
@@ -218,11 +254,16 @@ def with_traced_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs | {"attention_mask": fitted(given)}
 
 
-def _without_pads(mask: Tensor, kept: KeptColumns) -> Tensor:
-    """A static cache's mask [B, 1, t, slots], as ``generate`` makes it, with pads hidden."""
+def _without_pads(mask: Tensor, kept: KeptColumns, first: int) -> Tensor:
+    """A static cache's mask [B, 1, t, slots], as ``generate`` makes it, with pads hidden.
+
+    first: the column of the cache's tokens that stands in the first slot.
+    """
     if kept.valid is None:
         return mask
-    hidden = torch.zeros(len(mask), 1, 1, mask.shape[-1], dtype=torch.bool, device=mask.device)
-    hidden[..., : kept.valid.shape[1]] = ~kept.valid.to(mask.device)[:, None, None]
+    pads = ~kept.valid.to(mask.device)
+    columns = torch.arange(mask.shape[-1], device=mask.device) + first
+    known = columns < pads.shape[1]
+    hidden = pads[:, columns.clamp(max=pads.shape[1] - 1)] & known
     lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return mask.masked_fill(hidden, lowest)
+    return mask.masked_fill(hidden[:, None, None], lowest)

@@ -206,12 +206,36 @@ class _PrunedSliding(PrunedLayer):
 
 
 class _PrunedStatic(PrunedLayer):
-    """A static layer has all its columns from the start; those not yet written come last."""
+    """A static layer has all its columns from the start; those not yet written come last.
+
+    A static sliding window counts its tokens as those with all columns do, from the first one that
+    was kept, and moves on from its first slot once it is full.
+    """
 
     max_cache_len: int
+    is_initialized: bool
+    unpruned_len: int | None = None  # its slots, before it was shortened
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.max_cache_len, self.dropped
+        columns, first = super(PrunedLayer, self).get_mask_sizes(query_length)  # type: ignore[misc]
+        return columns, first + self.dropped
+
+    def get_max_length(self) -> int:
+        """How many tokens it can have seen, or its window."""
+        most: int = super().get_max_length()  # type: ignore[misc]
+        return most if getattr(self, "is_sliding", False) else most + self.dropped
+
+    def shorten(self, slots: int) -> None:
+        """Allocate no more slots than these."""
+        if not self.is_initialized and slots < self.max_cache_len:
+            self.unpruned_len, self.max_cache_len = self.max_cache_len, slots
+
+    def reset(self) -> None:
+        super().reset()
+        if self.unpruned_len is not None:  # another prompt may need them all
+            self.max_cache_len, self.unpruned_len = self.unpruned_len, None
+            self.keys = self.values = None
+            self.is_initialized = False
 
 
 @cache
