@@ -14,6 +14,11 @@ ONE_GRAPH = (
     "model's graph"
 )
 
+SDPA_ADVICE = (
+    'attn_implementation="sdpa", or that for the decoder alone (docs/limits.md, flash attention): '
+    "the vision tower may keep its own"
+)
+
 
 @dataclass(frozen=True)
 class Declined:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
-from dartfx.passes.refusal import ONE_GRAPH, Declined
+from dartfx.passes.refusal import ONE_GRAPH, SDPA_ADVICE, Declined
 
 __all__ = ["GraphBreak", "broken_by", "with_graph_break"]
 
@@ -45,6 +45,9 @@ def broken_by(graph_break: GraphBreak | None) -> Iterator[None]:
 
 _GENERATE = "model.generate in place of a plain call: it computes image features before the graph"
 
+# In the names of files in which attention counts and removes pads, on the host in every layer.
+_FLASH = "flash_attention"
+
 
 def with_graph_break(declined: Declined) -> Declined:
     """The refusal of a graph or call of a model that :func:`dartfx.compile` compiled.
@@ -53,6 +56,8 @@ def with_graph_break(declined: Declined) -> Declined:
     """
     found = _current.get()
     instead = _GENERATE if found is None else f"what breaks the graph taken out; or {_GENERATE}"
+    if found is not None and _FLASH in found.where:
+        instead = SDPA_ADVICE
     declined = replace(declined, advice=declined.advice.replace(ONE_GRAPH, instead))
     if found is None:
         return declined

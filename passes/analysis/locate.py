@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch.fx import Graph, Node
@@ -33,7 +34,7 @@ from dartfx.passes.graph import (
     written_after,
 )
 from dartfx.passes.op_sets import INDEX_PUT, MASKED_SCATTER, REGROUPS, named
-from dartfx.passes.refusal import ONE_GRAPH, Refusal
+from dartfx.passes.refusal import ONE_GRAPH, SDPA_ADVICE, Refusal
 from dartfx.passes.site import Merge, Site, Stack, Vision
 
 _ROW_VIEWS = REGROUPS | named("view_as")
@@ -168,18 +169,27 @@ def _refuse_unknown_layers(graph: Graph, stacks: Sequence[Stack], embeds: Node) 
     Returning their mask would be in vain: the decoder is here.
     """
     known = {s.path for s in stacks}
-    runs: dict[str, set[int]] = defaultdict(set)
+    runs: dict[str, dict[int, list[Node]]] = defaultdict(lambda: defaultdict(list))
     for node in downstream(graph, [embeds]):
         for container, index in filter(None, map(split_index, module_paths(node))):
-            runs[container].add(index)
+            runs[container][index].append(node)
     for path, layers in runs.items():
         if len(layers) > 1 and not any(path.startswith(k) for k in known):
+            opaque = next(filter(_is_opaque_attention, chain(*layers.values())), None)
+            seen = "" if opaque is None else f"; into {opaque.target} no pass can look"
             raise Refusal(
-                f"vision tokens enter {path}, whose modules hold no attention that is "
-                "recognised (scaled_dot_product_attention, or a softmax of query-key products)",
-                embeds,
-                advice='attn_implementation="sdpa"',
+                f"vision tokens enter {path}, whose modules hold no attention that is recognised "
+                f"(scaled_dot_product_attention, or a softmax of query-key products){seen}",
+                opaque or embeds,
+                advice=SDPA_ADVICE,
             )
+
+
+def _is_opaque_attention(node: Node) -> bool:
+    """Whether a call may be attention in an operator of a library's own: of q, k and v."""
+    library = getattr(node.target, "namespace", "aten")
+    tensors = [n for n in node.all_input_nodes if tensor(n) is not None and len(sizes(n)) > 2]
+    return library not in ("aten", "prims", "dartfx") and len(tensors) > 2
 
 
 def entered_stack(graph: Graph, stacks: Sequence[Stack], embeds: Node) -> Stack:
