@@ -66,6 +66,7 @@ ARGUMENTS = {
     "bench kernel": "--backend --device --dtype --json --quick --repeat --selectors --shape "
     "--threads",
     "bench ranks": "--repeat",
+    "bench serve": "--concurrency --repeat --requests --size --text --tokens servers",
     "diff": "--html dumps",
     "doctor": "--lowering --quick",
     "eval": "--batch --from --jobs --json --layers --max-new-tokens --model --pictures --plot "

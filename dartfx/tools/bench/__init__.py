@@ -13,6 +13,7 @@ BENCHMARKS = {
     "generate": "dartfx.tools.bench.generate.command",
     "kernel": "dartfx.tools.bench.kernel",
     "ranks": "dartfx.tools.bench.ranks",
+    "serve": "dartfx.tools.bench.serve",
 }
 
 
