@@ -17,7 +17,6 @@ LARGEST_FILE, LARGEST_FUNCTION, LARGEST_FOLDER = 300, 40, 12
 TRITON_KERNELS = "dartfx/ops/triton_kernels.py"  # a kernel is one function, however long
 
 LARGE_FILES = {
-    "tests/backend/test_backend.py",
     "tests/export/test_export.py",
     "tests/model/test_generate.py",
     "tests/selection/test_selectors.py",

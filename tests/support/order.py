@@ -7,7 +7,7 @@ import pytest
 # By the seconds that `make test-all` prints; all others take less than half a minute.
 LONGEST = [
     "tools/test_families.py",
-    "backend/test_shapes.py",
+    "families/test_shapes.py",
     "families/test_inputs_and_outputs.py",
     "distributed/test_ranks.py",
     "passes/test_stages.py",
