@@ -195,8 +195,8 @@ class GraphCompiler:
         """Compile a graph that the passes are done with."""
         compilation = self.reported[-1].compilation if self.reported else None
         lowered = lower(self.config, module, inputs, self.dump.note_output_code, compilation)
-        alone = not self.ranks.group  # several ranks wait for each other on the host
-        return Recorded(lowered) if alone and self.caller.replays_prefills else lowered
+        wanted = self.caller.replays_prefills and not self.ranks.group
+        return Recorded(lowered, module.graph) if wanted else lowered
 
     def dispatcher(self, request: Request) -> MaskDispatcher:
         """What runs this graph where its vision mask comes from outside of it."""

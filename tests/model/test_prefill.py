@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dartfx
+from dartfx.runtime.prefill.checks import on_host
 from dartfx.runtime.prefill.recorded import Recorded, Recordings, replaying
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
@@ -22,10 +23,11 @@ from tests.support.tolerances import CLOSE, RETAIN
 class Again:
     """Stands for CUDA graphs: replaying computes into the same outputs again."""
 
-    device = "cpu"
+    def here(self) -> torch.device:
+        return torch.device("cpu")
 
     def queue(self) -> object:
-        return None
+        return "the only one"
 
     def record(self, run: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
         outputs = run(*args)
@@ -126,6 +128,63 @@ def test_expanded_inputs_and_gradients() -> None:
     with replaying(model.recordings), torch.enable_grad():
         model.recorded(model.weight, torch.ones(1, 3).expand(4, 3).requires_grad_())[0].sum()
     assert model.recordings.made == 1
+
+
+class Frozen(Again):
+    """A recording that took a number of the host for a constant: it never changes."""
+
+    def record(self, run: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        outputs = run(*args)
+        return lambda: None, outputs
+
+
+def test_a_replay_that_ignores_its_inputs_is_found() -> None:
+    model = Double(lambda weight, x: (x * weight,))
+    model.recordings.recorder = Frozen()
+    for time in (1, 1, 2, 3):  # right while the inputs are those that it was recorded with
+        assert torch.equal(model(row(time))[0], row(2.0 * time))
+    assert "something else" in model.recorded.refused
+
+
+def test_random_numbers_are_not_replayed() -> None:
+    model = Double(lambda weight, x: (x * weight + torch.rand(()),))
+    torch.manual_seed(3)
+    wanted = [torch.rand(()) + 2 for _ in range(3)]
+    torch.manual_seed(3)
+    for number in wanted:
+        assert torch.equal(model(row(1))[0], torch.full((3, 3), float(number)))
+    assert "random" in model.recorded.refused
+
+
+def test_other_streams_autocast_and_inference_mode() -> None:
+    model = Double(lambda weight, x: (x * weight,))
+    for _ in range(2):
+        model(row(1))
+    with torch.inference_mode():
+        assert torch.equal(model(row(3))[0], row(6.0))
+    calls: list[str] = []
+    recording = next(iter(model.recorded._by_shape.values()))
+    assert recording is not None
+    recording.replay = lambda: calls.append("replay")
+    with torch.autocast("cpu"):
+        assert torch.equal(model(row(4))[0], row(8.0))
+    model.recordings.recorder.queue = lambda: "another"  # type: ignore[method-assign]
+    assert torch.equal(model(row(5))[0], row(10.0))
+    assert calls == []
+
+
+def test_what_is_done_on_the_host_is_seen_before() -> None:
+    def body(x: Tensor) -> Tensor:
+        return x.cpu() + torch.ones(3)
+
+    x = torch.empty(3, device="meta")
+    graph = torch.fx.symbolic_trace(body).graph
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(3, device="meta" if node.op == "placeholder" else "cpu")
+    assert "on the host" in on_host(graph)
+    for node in graph.nodes:
+        node.meta["val"] = x
+    assert on_host(graph) == ""
 
 
 # --- whole models ----------------------------------------------------------------------------

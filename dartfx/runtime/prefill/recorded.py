@@ -21,8 +21,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 
-__all__ = ["CudaGraphs", "Recorded", "Recorder", "Recordings", "Unrecordable", "replaying"]
+from dartfx.runtime.prefill.checks import Unrecordable, alike, on_host, require_here
+
+__all__ = [
+    "CudaGraphs",
+    "Recorded",
+    "Recorder",
+    "Recordings",
+    "replaying",
+]
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +39,11 @@ Compiled = Callable[..., Any]
 Replay = Callable[[], object]
 
 
-class Unrecordable(Exception):
-    """Code that cannot be replayed: what it reads or returns is not what a recording holds."""
-
-
 class Recorder(Protocol):
     """What records launches on one kind of device."""
 
-    device: str
+    def here(self) -> torch.device:
+        """The device that launches go to now."""
 
     def queue(self) -> object:
         """What launches are queued in now; a recording serves one such queue."""
@@ -49,11 +55,12 @@ class Recorder(Protocol):
 class CudaGraphs:
     """Records CUDA graphs, which share memory since no two of them run at once."""
 
-    device = "cuda"
-
     def __init__(self) -> None:
         self._pool: Any = None
         self.bytes = 0  # of the device's memory that recordings took
+
+    def here(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
 
     def queue(self) -> object:
         return torch.cuda.current_stream()
@@ -82,8 +89,17 @@ class Recordings:
     limit: int = 8
 
     def __post_init__(self) -> None:
-        self.lock = threading.RLock()  # recordings share memory
+        self.lock = threading.RLock()
         self.made = 0
+        self._queue: object = None
+
+    def may_replay(self) -> bool:
+        """Whether launches of now go where all recordings do, which share memory, as they are."""
+        if torch.is_autocast_enabled(self.recorder.here().type):
+            return False  # its casts of weights are kept outside of recordings
+        queue = self.recorder.queue()
+        self._queue = queue if self._queue is None else self._queue
+        return self._queue == queue
 
     def state(self) -> set[int]:
         """The addresses of parameters and buffers, which a recording reads where they are."""
@@ -104,13 +120,13 @@ def replaying(recordings: Recordings | None) -> Iterator[None]:
         _active.reset(token)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Recording:
     buffers: dict[int, Tensor]  # by place among the inputs
     replay: Replay
     outputs: Sequence[Any]
     state: set[int]
-    queue: object
+    unchecked: int = 2  # replays that are still to be compared
 
     def run(self, args: Sequence[Any]) -> list[Any]:
         for place, buffer in self.buffers.items():
@@ -120,41 +136,62 @@ class _Recording:
 
 
 class Recorded:
-    """Runs compiled code; inside :func:`replaying` a recording of it once a shape came before."""
+    """Runs compiled code; inside :func:`replaying` a recording of it once a shape came before.
 
-    def __init__(self, compiled: Compiled) -> None:
+    graph: what was compiled, in which some things show that keep it from being recorded.
+    """
+
+    def __init__(self, compiled: Compiled, graph: Graph | None = None) -> None:
         self._compiled = compiled
         self._state: tuple[int, ...] | None = None  # places of parameters and buffers
         self._by_shape: OrderedDict[object, _Recording | None] = OrderedDict()
         self.refused = ""
+        if graph is not None and (found := on_host(graph)):
+            self._refuse(found)
 
     def __call__(self, *args: Any) -> Any:
         recordings = _active.get()
         if recordings is None or self.refused or torch.is_grad_enabled():
             return self._compiled(*args)
         with recordings.lock:
-            recording = self._recording(recordings, args)
-            if recording is not None and recording.queue == recordings.recorder.queue():
-                return recording.run(args)
-        return self._compiled(*args)
+            try:
+                replayed = self._replayed(recordings, args)
+            except Exception as error:
+                # The code itself says below what is wrong with it, if anything is.
+                self._refuse(str(error))
+                replayed = None
+        return self._compiled(*args) if replayed is None else replayed
+
+    def _replayed(self, recordings: Recordings, args: Sequence[Any]) -> list[Any] | None:
+        """What a replay returns; None while there is no recording for these inputs."""
+        if not recordings.may_replay():
+            return None
+        recording = self._recording(recordings, args)
+        if recording is None:
+            return None
+        outputs = recording.run(args)
+        if recording.unchecked:
+            recording.unchecked -= 1
+            if not alike(outputs, self._compiled(*args)):
+                raise Unrecordable("its replay returned something else")
+        return outputs
+
+    def _refuse(self, because: str) -> None:
+        self.refused = because
+        self._by_shape.clear()
+        log.warning("a prefill is launched kernel by kernel, not as a recording: %s", because)
 
     def _recording(self, recordings: Recordings, args: Sequence[Any]) -> _Recording | None:
-        """The recording for these inputs; None while there is none."""
+        """The recording for these inputs; None where they come for the first time."""
         if self._state is None:
             known = recordings.state()
             tensors = [(n, a) for n, a in enumerate(args) if isinstance(a, Tensor)]
             self._state = tuple(n for n, a in tensors if a.data_ptr() in known)
-        try:
-            key = _shapes(args, self._state)
-            if key not in self._by_shape:  # this call runs as it is, and sets up what it uses
-                self._by_shape[key] = None
-            elif self._by_shape[key] is None:
-                self._by_shape[key] = _record(recordings, self._compiled, args, self._state)
-        except (Unrecordable, RuntimeError) as error:
-            self.refused = str(error)
-            self._by_shape.clear()
-            log.warning("a prefill is launched kernel by kernel, not as a recording: %s", error)
-            return None
+        key = _shapes(args, self._state)
+        if key not in self._by_shape:  # the call runs as it is, and sets up what it uses
+            self._by_shape[key] = None
+        elif self._by_shape[key] is None:
+            self._by_shape[key] = _record(recordings, self._compiled, args, self._state)
         self._by_shape.move_to_end(key)
         while len(self._by_shape) > recordings.limit:
             self._by_shape.popitem(last=False)
@@ -182,23 +219,23 @@ def _record(
     """A recording of ``run(*args)``, tried once.  Raises Unrecordable, and what recording does."""
     recorder = recordings.recorder
     tensors = {place: value for place, value in enumerate(args) if isinstance(value, Tensor)}
-    for value in tensors.values():
-        if type(value) not in (Tensor, nn.Parameter):
-            raise Unrecordable(f"it takes a {type(value).__name__}")
-        if value.device.type != recorder.device:
-            raise Unrecordable(f"it takes a tensor on {value.device}")
+    require_here(tensors.values(), recorder.here())
     with torch.inference_mode(False):
         varying = {place: value for place, value in tensors.items() if place not in state}
         buffers = {place: _buffer(value) for place, value in varying.items()}
     given = [buffers.get(place, value) for place, value in enumerate(args)]
     versions = [buffer._version for buffer in buffers.values()]
+    drawn = torch.random.get_rng_state()
     replay, outputs = recorder.record(run, given)
+    if not torch.equal(drawn, torch.random.get_rng_state()):
+        torch.random.set_rng_state(drawn)
+        raise Unrecordable("it draws random numbers on the host")
     taken = {buffer.untyped_storage().data_ptr() for buffer in buffers.values()}
     returned = {t.untyped_storage().data_ptr() for t in outputs if isinstance(t, Tensor)}
     if taken & returned:
         raise Unrecordable("it returns one of its inputs")
     of_state = {args[place].untyped_storage().data_ptr() for place in state}
-    made = _Recording(buffers, replay, outputs, of_state, recorder.queue())
+    made = _Recording(buffers, replay, outputs, of_state)
     made.run(args)
     unchanged = all(torch.equal(buffer, varying[place]) for place, buffer in buffers.items())
     if not unchanged or versions != [buffer._version - 1 for buffer in buffers.values()]:
