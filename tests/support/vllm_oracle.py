@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dartfx.tools.zoo.hooked import SelectionInputs, pruned_generate, unpruned_generate
 from dartfx.tools.zoo.oracle import select_batch
@@ -33,12 +34,45 @@ def make_requests() -> list[Any]:
     return made
 
 
+RANK, SCALE = 4, 2.0
+
+
+def write_adapter(folder: Path, seed: int) -> Path:
+    """A random LoRA adapter of the decoder, as PEFT saves one."""
+    folder.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": int(RANK * SCALE),
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    made, weights = torch.Generator().manual_seed(seed), {}
+    for name, weight in _loaded()[0].get_decoder().named_parameters():
+        if name.removesuffix(".weight").endswith(tuple(config["target_modules"])):  # type: ignore[arg-type]
+            path = f"base_model.model.model.language_model.{name.removesuffix('.weight')}"
+            rows, columns = weight.shape
+            weights[f"{path}.lora_A.weight"] = torch.randn(RANK, columns, generator=made) * 0.1
+            weights[f"{path}.lora_B.weight"] = torch.randn(rows, RANK, generator=made) * 0.1
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
 @functools.cache
-def _loaded() -> tuple[Any, Any]:
+def _loaded(adapter: str | None = None) -> tuple[Any, Any]:
+    """The model, with an adapter merged into its weights, and the processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
+    if adapter is not None:
+        weights = load_file(Path(adapter) / "adapter_model.safetensors")
+        for name, up in weights.items():
+            if ".lora_B." in name:
+                path = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+                down = weights[name.replace("lora_B", "lora_A")]
+                with torch.no_grad():
+                    model.get_submodule(path).weight += SCALE * up @ down
     return model, AutoProcessor.from_pretrained(MODEL)
 
 
@@ -52,8 +86,8 @@ def oracle(asked: Any, retain: int | None, text_pivots: int = 4) -> list[int]:
             select_batch(seen.hidden, seen.keys, *masks, p_txt=text_pivots).keep_idx
         )
 
-    model, processor = _loaded()
-    prompt, pictures, tokens = asked
+    prompt, pictures, tokens, *adapter = asked
+    model, processor = _loaded(*adapter)
     images = [Image.open(picture).convert("RGB") for picture in pictures]
     if not images:
         inputs = processor.tokenizer(prompt, return_tensors="pt")

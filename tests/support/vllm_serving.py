@@ -1,7 +1,8 @@
 """One run of vLLM in a process of its own: ``python -m tests.support.vllm_serving IN OUT``.
 
 IN and OUT are files of JSON.  IN: engine (arguments of vLLM's LLM), requests ([prompt, [picture],
-tokens]), and nothing else.  OUT: tokens of each request, and what the engine did meanwhile.
+tokens], then the folder of a LoRA adapter where there is one).  OUT: tokens of each request, and
+what the engine did meanwhile.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def figures(llm: Any, seen: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     from PIL import Image
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     given, made = map(Path, sys.argv[1:])
     asked = json.loads(given.read_text())
@@ -104,14 +106,17 @@ def main() -> None:
     in_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     seen = watch(llm) if in_process else {}
     prompts: list[Any] = []
-    for prompt, pictures, _ in asked["requests"]:
+    for prompt, pictures, *_ in asked["requests"]:
         images = [Image.open(picture).convert("RGB") for picture in pictures]
         prompts.append({"prompt": prompt, "multi_modal_data": {"image": images}})
     how = [
         SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        for _, _, tokens in asked["requests"]
+        for _, _, tokens, *_ in asked["requests"]
     ]
-    outputs = llm.generate(prompts, how, use_tqdm=False)
+    folders = sorted({folder for request in asked["requests"] for folder in request[3:]})
+    adapters = {folder: LoRARequest(folder, i + 1, folder) for i, folder in enumerate(folders)}
+    chosen = [adapters[r[3]] if r[3:] else None for r in asked["requests"]]
+    outputs = llm.generate(prompts, how, use_tqdm=False, lora_request=chosen if folders else None)
     answered = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "prompts": [len(output.prompt_token_ids) for output in outputs],

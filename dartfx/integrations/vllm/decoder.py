@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -89,6 +89,24 @@ def _without_attention(decoder: Any) -> Iterator[None]:
             del layer.forward
 
 
+@contextlib.contextmanager
+def _adapters(tables: list[Any], gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Give the rows of the layers that run inside their LoRA adapters.
+
+    gather: from the adapters of the step's rows.
+    """
+    before = [vllm_api.put_adapters(table, gather(table.token_lora_indices)) for table in tables]
+    yield
+    for table, adapters in zip(tables, before, strict=True):
+        if adapters is not None:
+            vllm_api.put_adapters(table, adapters)
+
+
+def _of_requests(first: Tensor, rows: Tensor, adapters: Tensor) -> Tensor:
+    """Adapters of ``rows`` rows of each request, whose rows in the step begin at ``first``."""
+    return adapters[first].repeat_interleave(rows)
+
+
 class PrunedDecoder:
     """Runs one decoder instance with a cut before layer ``config.layer``.
 
@@ -130,6 +148,7 @@ class PrunedDecoder:
         self.prompts = prompts_of(vllm_config)
         # The layers behind the cut are compiled, and have buffers, for as many rows at a time.
         self.most = vllm_config.scheduler_config.max_num_batched_tokens
+        self.adapter_tables: list[Any] = []
         self.vision: Tensor | None = None
         self.tokens = self.tokens_behind_cut = 0
 
@@ -200,12 +219,17 @@ class PrunedDecoder:
             return self.tail(positions, hidden, residual)  # type: ignore[no-any-return]
         groups = cut.group_by_metadata(context.attn_metadata, self.names)
         sources = [context.attn_metadata[names[0]].dartfx_source for names in groups]
+        first = torch.tensor([part.start for part in parts], device=hidden.device)
         made, start = [hidden[:0]], 0
         for rows, lengths in pieces(counts, [part.length for part in parts], self.most):
             for names, source in zip(groups, sources, strict=True):
                 cut.shorten(context, source, names, rows, lengths)
             now = slice(start, start + sum(rows))
-            made.append(self.tail(positions[..., now].contiguous(), hidden[now], residual[now]))
+            gather = functools.partial(
+                _of_requests, first, torch.tensor(rows, device=hidden.device)
+            )
+            with _adapters(self.adapter_tables, gather):
+                made.append(self.tail(positions[..., now].contiguous(), hidden[now], residual[now]))
             start = now.stop
         return torch.cat(made)
 
@@ -222,8 +246,10 @@ class PrunedDecoder:
         rows = rows.to(device, model.dtype)
         axes = (3,) if model.uses_mrope else ()
         at = torch.zeros((*axes, _TRIAL_ROWS), dtype=torch.int64, device=device)
+        self.adapter_tables = vllm_api.adapter_tables(self.tail.modules())
+        none = torch.full((_TRIAL_ROWS,), -1, device=device)
         context = vllm_api.set_forward_context(None, self.vllm_config, num_tokens=_TRIAL_ROWS)
-        with context, _without_attention(decoder):
+        with context, _without_attention(decoder), _adapters(self.adapter_tables, lambda _: none):
             wanted = original.forward(decoder, None, at, None, rows.clone())
             middle, residual, _ = type(self.head).forward(self.head, at, rows.clone())
             made = type(self.tail).forward(self.tail, at, middle, residual)

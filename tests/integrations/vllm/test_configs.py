@@ -61,7 +61,7 @@ def test_the_config_gets_what_pruning_needs(checkpoint: Path) -> None:
         ({"retain_token": 64}, {}, "did you mean 'retain_tokens'"),
         ({}, {"disable_hybrid_kv_cache_manager": True}, "--no-enable-prefix-caching"),
         ({}, {"scheduler_cls": "of.the_user"}, "leave out --scheduler-cls"),
-        ({}, {"enable_lora": True}, "leave out --enable-lora"),
+        ({}, {"enable_prompt_embeds": True}, "leave out --enable-prompt-embeds"),
     ],
 )
 def test_a_start_that_cannot_prune_ends_with_the_reason(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dartfx.integrations.vllm import vllm_api
-from tests.support.vllm_oracle import RETAIN, oracle
+from tests.support.vllm_oracle import RETAIN, oracle, write_adapter
 from tests.support.vllm_serving import ENGINE, serve
 
 pytestmark = [
@@ -129,6 +129,25 @@ def test_text_before_the_first_picture_is_computed_once(
     # Of layers with windows vLLM keeps a prefix once two requests had it.  The fourth request is
     # the first once more: its picture and what follows are not shared.
     assert made["cached"] == [0, 0, shared, shared, shared, shared]
+
+
+def test_each_request_has_its_lora_adapter_behind_the_cut(
+    checkpoint: Path, requests: list[Any], tmp_path: Path
+) -> None:
+    """Two adapters and none in a step, prompts in chunks: kept rows take their request's along.
+
+    vLLM's operators for the CPU give rows without an adapter the last slot, so that stays empty.
+    """
+    folders = [[str(write_adapter(tmp_path / f"adapter{i}", i))] for i in range(2)]
+    given = [*folders, [], *folders, []]
+    asked = [[*each, *given[i]] for i, each in enumerate(requests[: len(given)])]
+    made = serve(
+        tmp_path, asked, model=str(checkpoint), max_model_len=2048, max_num_batched_tokens=BUDGET,
+        enable_lora=True, max_loras=3, **PRUNED,
+    )  # fmt: skip
+    wanted = [oracle(each, RETAIN) for each in asked]
+    assert made["tokens"] == wanted
+    assert wanted != [oracle(each[:3], RETAIN) for each in asked]
 
 
 def test_without_the_key_nothing_changes(

@@ -82,7 +82,6 @@ def served(**changes: Any) -> Any:
     plain: dict[str, Any] = {
         "use_v2_model_runner": False,
         "speculative_config": None,
-        "lora_config": None,
         "kv_transfer_config": None,
     }
     groups["model_config"]["multimodal_config"] = SimpleNamespace(video_pruning_rate=None)
@@ -112,7 +111,6 @@ ON: dict[str, tuple[dict[str, Any], str]] = {
     "prefill context parallelism": (
         {"parallel_config__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 1"),
     "dual batch overlap": ({"parallel_config__enable_dbo": True}, "--enable-dbo"),
-    "LoRA": ({"lora_config": object()}, "--enable-lora"),
     "KV transfer": ({"kv_transfer_config": object()}, "--kv-transfer-config"),
     "KV offloading": ({"cache_config__kv_offloading_size": 4.0}, "--kv-offloading-size"),
     "fast prefill with shared KV": (
@@ -148,8 +146,8 @@ def test_a_refusal_names_the_feature_and_the_flag(feature: str) -> None:
 
 
 def test_all_refusals_come_at_once() -> None:
-    config = served(lora_config=object(), speculative_config=object())
-    with pytest.raises(ConfigError, match=r"(?s)speculative decoding.*LoRA"):
+    config = served(kv_transfer_config=object(), speculative_config=object())
+    with pytest.raises(ConfigError, match=r"(?s)speculative decoding.*KV transfer"):
         refusals.check(config)
 
 
@@ -178,12 +176,12 @@ def test_what_pruning_needs_is_added_once() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_refusals_come_while_the_config_is_put_together() -> None:
-    with pytest.raises(ConfigError, match="leave out --enable-lora"):
-        plugin.prepare(wanted(lora_config=object()))
+    with pytest.raises(ConfigError, match="leave out --speculative-config"):
+        plugin.prepare(wanted(speculative_config=object()))
 
 
 def test_without_the_key_a_config_stays_as_it_is() -> None:
-    config = served(additional_config={}, lora_config=object())
+    config = served(additional_config={}, speculative_config=object())
     plugin.prepare(config)
     assert config.scheduler_config.scheduler_cls is None
     assert config.model_config.logits_processors is None
