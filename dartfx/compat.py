@@ -78,7 +78,7 @@ NAMES: dict[str, PrivateName] = {
     **_names(
         "torch._dynamo.symbolic_convert",
         "InstructionTranslator",
-        "scans along the tokens (gated delta rule) are one operator of the graph",
+        "scans along the tokens (gated delta rule, Mamba-2) are one operator of the graph",
     ),
     **_names(
         "torch._dynamo.callback",

@@ -73,7 +73,9 @@ ASSERTIONS = named(
 MULTI_OUTPUT = named(
     "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "topk", "max", "min",
     "sort", "cummax", "native_layer_norm",
-) | {"torchao::choose_qparams_affine", "dartfx::chunk_gated_delta_rule"}  # fmt: skip
+) | {
+    "torchao::choose_qparams_affine", "dartfx::chunk_gated_delta_rule", "dartfx::mamba2_chunk_scan",
+}  # fmt: skip
 
 # Operators whose size argument lists the output's dims one by one, by that argument's name.
 SIZED = {

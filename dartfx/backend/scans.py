@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dartfx.ops.gated_delta  # noqa: F401  registers torch.ops.dartfx.chunk_gated_delta_rule
+import dartfx.ops.scans  # noqa: F401  registers them in torch.ops.dartfx
 from dartfx import compat
 
 __all__ = ["install"]
@@ -118,8 +118,45 @@ def _chunk_gated_delta_rule(path: str, function: Function, ours: Callable[[], bo
     return chunk_gated_delta_rule
 
 
+def _mamba2_chunk_scan(path: str, function: Function, ours: Callable[[], bool]) -> Function:
+    plain = _copied(function)
+
+    def mamba2_chunk_scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        **more: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        # Packed sequences are several scans; a gate (z) comes with kernels only.
+        other = any(more.get(name) is not None for name in ("cu_seqlens", "seq_idx", "z"))
+        if other or not ours() or torch.is_autocast_enabled(hidden_states.device.type):
+            given = hidden_states, dt, A, B, C, chunk_size, D, dt_bias, initial_states, dt_softplus
+            result: Tensor | tuple[Tensor, Tensor] = plain(
+                *given, dt_limit, return_final_states, **more
+            )
+            return result
+        operands = hidden_states, dt, A, B, C, D, dt_bias, initial_states
+        limits = [float(limit) for limit in dt_limit]
+        outputs, state = torch.ops.dartfx.mamba2_chunk_scan(
+            *operands, chunk_size, dt_softplus, limits, path
+        )
+        return (outputs, state) if return_final_states else outputs
+
+    return mamba2_chunk_scan
+
+
 # What transformers calls them: (its module and name, itself, whether a trace is ours) -> what is
 # traced instead.
 SCANS: dict[str, Callable[[str, Function, Callable[[], bool]], Function]] = {
+    "mamba2_chunk_scan": _mamba2_chunk_scan,
     "torch_chunk_gated_delta_rule": _chunk_gated_delta_rule,
 }

@@ -14,7 +14,7 @@ from dartfx.passes.graph import (
     sizes,
 )
 from dartfx.passes.op_sets import COUNTS, KEEPS_ORDER, named
-from dartfx.passes.rules.table import rule
+from dartfx.passes.rules.table import qualified_name, rule
 
 # Along their sequence each entry depends on the entries before it, in their order: what they give
 # for the kept tokens is what they give for a prompt of those tokens, closed up.  By operator, the
@@ -22,6 +22,12 @@ from dartfx.passes.rules.table import rule
 CAUSAL = {
     "dartfx::causal_conv1d": "conv1d",
     "dartfx::chunk_gated_delta_rule": "chunk_gated_delta_rule",
+    "dartfx::mamba2_chunk_scan": "mamba2_chunk_scan",
+}
+# Scans: the state that may come with a call, and the operands [B, S, ..] that they run along.
+_SCANS = {
+    "dartfx::chunk_gated_delta_rule": ("initial_state", ("query", "key", "value", "g", "beta")),
+    "dartfx::mamba2_chunk_scan": ("initial_states", ("hidden_states", "dt", "b", "c")),
 }
 
 
@@ -88,16 +94,17 @@ def causal_window(axes: Axes, node: Node, out: Node) -> None:
         axes.preserve(node, (first, dim), (out, dim))
 
 
-@rule("dartfx::chunk_gated_delta_rule")
+@rule(*_SCANS)
 def causal_scan(axes: Axes, node: Node, out: Node) -> None:
     """Operands [B, S, H, ..]: outputs [B, S, H, D] and the state [B, H, ..] behind the last token.
 
     Opaque where a state comes with the call: it stands for tokens that were dropped, too.
     """
-    if argument(node, "initial_state") is not None:
+    initial, along_tokens = _SCANS[qualified_name(node)]
+    if argument(node, initial) is not None:
         return
     is_state = out.args[1] == 1
-    for name in ("query", "key", "value", "g", "beta"):
+    for name in along_tokens:
         operand = argument(node, name)
         axes.preserve(node, (operand, 0), (out, 0))
         if is_state:

@@ -15,7 +15,13 @@ STEPS = 4
 RETAIN = 6
 
 
-@pytest.mark.parametrize("name", ["lfm2_vl", pytest.param("qwen3_5", marks=pytest.mark.slow)])
+FAMILIES = [
+    "lfm2_vl",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("nemotron_h_omni", "qwen3_5")),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_generate_of_a_padded_pair(name: str) -> None:
     family = load(name)
     inputs = family.make_inputs("pad2")
@@ -39,6 +45,7 @@ def test_generate_of_a_padded_pair(name: str) -> None:
         retain=RETAIN,
         kv_layout="uniform",
         image_token_id=family.image_token_id,
+        decoder=family.decoder,
         **length,
     )
     logits = torch.stack(output.logits, 1)

@@ -1,4 +1,4 @@
-"""The gated delta rule as one operator: its values, its gradients, and behind a cut."""
+"""Scans as one operator each: their values, their gradients, and behind a cut."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 from dartfx.backend.graph_compiler import prepare_dynamo
@@ -27,6 +28,27 @@ from tests.support.refusals import assert_declined
 LONG = Sizes(layers=2, batch=2, seq=150, vision=110)  # three chunks of 64; one when pruned
 RETAIN = 9
 PATH = f"{qwen.__name__}:torch_chunk_gated_delta_rule"
+MAMBA = f"{nemotron.__name__}:mamba2_chunk_scan"
+CHUNK, LIMITS = 16, (0.01, float("inf"))
+
+
+def of_mamba(length: int, rows: int = 2) -> list[Tensor]:
+    """hidden_states [B, S, 4, 3]; dt [B, S, 4]; a [4]; b, c [B, S, 2, 5]; d, dt_bias [4]."""
+    hidden, dt = torch.randn(rows, length, 4, 3), torch.randn(rows, length, 4)
+    b, c = torch.randn(2, rows, length, 2, 5)
+    return [hidden, dt, -torch.rand(4), b, c, torch.randn(4), torch.randn(4)]
+
+
+def mamba_operator(*given: Tensor | None) -> Any:
+    return torch.ops.dartfx.mamba2_chunk_scan(*given, CHUNK, True, LIMITS, MAMBA)
+
+
+def mamba_plain(*given: Tensor | None) -> Any:
+    hidden, dt, a, b, c, d, bias, state = given
+    more = {"D": d, "dt_bias": bias, "initial_states": state, "dt_limit": LIMITS}
+    return nemotron.mamba2_chunk_scan(
+        hidden, dt, a, b, c, CHUNK, **more, dt_softplus=True, return_final_states=True
+    )
 
 
 def operands(length: int, rows: int = 2) -> list[Tensor]:
@@ -48,23 +70,43 @@ def plain(*given: Tensor | None) -> Any:
     )
 
 
-def test_the_operator_is_registered_right() -> None:
-    given = [x.requires_grad_() for x in operands(70)]
+mamba2_only = pytest.mark.skipif(
+    not hasattr(nemotron, "mamba2_chunk_scan"), reason="this transformers has no function for it"
+)
+MAMBA2 = pytest.param("mamba2_chunk_scan", marks=mamba2_only)
+
+REGISTERED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "chunk_gated_delta_rule": (operands, (None, 64, True, PATH)),
+    "mamba2_chunk_scan": (of_mamba, (None, CHUNK, True, list(LIMITS), MAMBA)),
+}
+
+
+@pytest.mark.parametrize("name", ["chunk_gated_delta_rule", MAMBA2])
+def test_the_operator_is_registered_right(name: str) -> None:
+    make, rest = REGISTERED[name]
     torch.library.opcheck(
-        torch.ops.dartfx.chunk_gated_delta_rule.default,
-        (*given, None, 64, True, PATH),
+        getattr(torch.ops.dartfx, name).default,
+        (*(x.requires_grad_() for x in make(70)), *rest),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 
-def test_values_and_gradients_are_those_of_the_function() -> None:
-    state = torch.randn(2, 4, 4, 3)
+BOTH: dict[str, tuple[Any, Any, Any]] = {
+    "chunk_gated_delta_rule": (plain, through_the_operator, operands),
+    "mamba2_chunk_scan": (mamba_plain, mamba_operator, of_mamba),
+}
+
+
+@pytest.mark.parametrize("name", ["chunk_gated_delta_rule", MAMBA2])
+def test_values_and_gradients_are_those_of_the_function(name: str) -> None:
+    function, operator, make = BOTH[name]
+    state = torch.randn(2, 4, 3, 5) if make is of_mamba else torch.randn(2, 4, 4, 3)
     found = []
-    for function in (plain, through_the_operator):
+    for scanned in (function, operator):
         torch.manual_seed(1)
-        given = [x.requires_grad_() for x in (*operands(70), state.clone())]
+        given = [x.requires_grad_() for x in (*make(70), state.clone())]
         given[3] = given[3].detach()  # one that needs no gradient
-        outputs, last = function(*given)
+        outputs, last = scanned(*given)
         (outputs.square().sum() + last.sum()).backward()
         found.append((outputs, last, *(x.grad for x in given if x.requires_grad)))
     for one, other in zip(*found, strict=True):
@@ -87,12 +129,25 @@ def scan(layer: Layer, x: Tensor) -> Tensor:
     return x + rows.reshape(*x.shape[:2], -1)
 
 
+def mamba(layer: Layer, x: Tensor) -> Tensor:
+    heads, few = x.unflatten(-1, (2, -1)), x[..., :2]
+    decay = -layer.table[0, :2].exp()
+    outputs = nemotron.mamba2_chunk_scan(
+        heads, few, decay, heads, heads, CHUNK, D=decay, dt_softplus=True, z=None
+    )
+    return x + F.layer_norm(outputs.flatten(2), [x.shape[-1]])
+
+
+BEHIND = {"chunk_gated_delta_rule": scan, "mamba2_chunk_scan": mamba}
+
+
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_behind_the_cut(dynamic: bool) -> None:
-    model, inputs = Decoder(LONG, layer=changed(scan)).eval(), prompt(LONG)
+@pytest.mark.parametrize("name", ["chunk_gated_delta_rule", MAMBA2])
+def test_behind_the_cut(name: str, dynamic: bool) -> None:
+    model, inputs = Decoder(LONG, layer=changed(BEHIND[name])).eval(), prompt(LONG)
     outputs, outcome = run(model, inputs, dynamic=dynamic, retain_tokens=RETAIN, layer=1)
     assert isinstance(outcome, Pruned), outcome
-    assert outcome.order_mixing == OrderMixing(1, ("chunk_gated_delta_rule",))
+    assert outcome.order_mixing == OrderMixing(1, (name,))
     with torch.no_grad():
         assert_same(outputs, pruned_by_hand(model, inputs, RETAIN, 1, uniform=True))
 
@@ -106,10 +161,24 @@ def continued(layer: Layer, x: Tensor) -> Tensor:
     return x + outputs.flatten(2)
 
 
-def test_a_state_that_comes_with_the_call_is_refused() -> None:
-    text = "dartfx.chunk_gated_delta_rule.default reads the token axis"
-    declined = assert_declined(Decoder(LONG, layer=changed(continued)), prompt(LONG), text)
-    assert "torch_chunk_gated_delta_rule(" in declined.where
+def mamba_continued(layer: Layer, x: Tensor) -> Tensor:
+    heads, width = x.unflatten(-1, (2, -1)), x.shape[-1] // 2
+    state = layer.table[:width, :width].expand(x.shape[0], 2, -1, -1)
+    few, decay = x[..., :2].sigmoid(), -layer.table[0, :2].exp()
+    outputs = nemotron.mamba2_chunk_scan(
+        heads, few, decay, heads, heads, CHUNK, initial_states=state
+    )
+    return x + outputs.flatten(2)
+
+
+CONTINUED = {"chunk_gated_delta_rule": continued, "mamba2_chunk_scan": mamba_continued}
+
+
+@pytest.mark.parametrize("name", ["chunk_gated_delta_rule", MAMBA2])
+def test_a_state_that_comes_with_the_call_is_refused(name: str) -> None:
+    text = f"dartfx.{name}.default reads the token axis"
+    declined = assert_declined(Decoder(LONG, layer=changed(CONTINUED[name])), prompt(LONG), text)
+    assert f"{name}(" in declined.where
 
 
 def test_other_backends_trace_the_function() -> None:

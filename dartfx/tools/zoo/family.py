@@ -265,7 +265,7 @@ def build(
     for path in structure.eager_parts:
         part = model.get_submodule(path)
         part.forward = torch.compiler.disable(part.forward)  # type: ignore[no-untyped-call]
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() or model.language_model.get_output_embeddings()
     with torch.no_grad():
         # Their logits are then zero, so greedy decoding never writes a placeholder token.
         head.weight[vocabulary(structure.config) - SPECIAL_IDS :] = 0.0

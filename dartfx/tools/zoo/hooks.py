@@ -252,7 +252,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _final_norm(decoder: Any) -> Any:
-    for name in ("norm", "final_layernorm", "final_layer_norm", "embedding_norm"):
+    for name in ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "norm_f"):
         if hasattr(decoder, name):
             return getattr(decoder, name)
     raise TypeError(f"no final norm known for {type(decoder).__name__}; add it to _final_norm")

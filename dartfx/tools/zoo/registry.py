@@ -5,7 +5,16 @@ from __future__ import annotations
 import contextlib
 
 from dartfx import compat
-from dartfx.tools.zoo.families import gemma, grids, llava, others, projected, qwen, tokenised
+from dartfx.tools.zoo.families import (
+    gemma,
+    grids,
+    hybrids,
+    llava,
+    others,
+    projected,
+    qwen,
+    tokenised,
+)
 from dartfx.tools.zoo.family import Builder, Family, build
 
 BUILDERS: tuple[Builder, ...] = (
@@ -29,6 +38,7 @@ BUILDERS: tuple[Builder, ...] = (
     qwen.qwen3_vl_moe,
     qwen.qwen3_5,
     qwen.qwen3_5_moe,
+    hybrids.nemotron_h_omni,
     qwen.glm4v,
     qwen.glm46v,
     qwen.glm4v_moe,
