@@ -33,6 +33,7 @@ from dartfx.model.arguments import (
     with_decode_masks,
 )
 from dartfx.model.caches import kv_cache, static_cache
+from dartfx.model.caches.weights import Weights
 from dartfx.model.device_hooks import hooks_in_decoder
 from dartfx.model.failures import (
     failure_after_cut,
@@ -58,7 +59,6 @@ from dartfx.runtime.prefill.recorded import replaying
 __all__ = ["CompiledModel"]
 
 log = logging.getLogger(__name__)
-
 Call = Callable[..., Any]
 
 
@@ -92,7 +92,7 @@ class CompiledModel:
     ) -> None:
         self.config, self.prefills = config, prefills
         self.full_logits = False  # whether calls return logits at the prompt's length
-        self.calls, self.history, self._slots = 0, History(), 0  # of the longest static cache
+        self.calls, self._slots, self.history, self._weights = 0, 0, History(), Weights(model)
         self._model = self.budgeted = model  # the one that dartfx.budget is given
         self._eager: Call = model._call_impl
         self._one_graph, self._with_breaks = one_graph, with_breaks
@@ -146,7 +146,7 @@ class CompiledModel:
         static = static_cache.static_to_fill(caches, call.tokens, image)
         if static is not None and self.config.kv_layout != "layered":
             return self._fill_static(static, call)
-        kv_cache.require_fitting(caches, call.tokens, self._model)
+        kv_cache.require_fitting(caches, call.tokens, self._weights)
         run, pads = self._prepared(call)
         before = {id(kv): kv_cache.held_before(kv) for kv in caches if call.tokens != 1}
         with keep_idx.collect_keep_idx() as collected, kv_cache.fitting_masks(caches):
@@ -161,7 +161,7 @@ class CompiledModel:
             mark(leaves, kept[-1])
         masks = [value for name, value in call.leaves if may_be_mask(name, value)]
         for key, kv in filled.items():
-            kv_cache.mark_pruned(kv, call.tokens, kept, masks, before.get(key, kv_cache.EMPTY))
+            kv_cache.mark_pruned(kv, call.tokens, kept, masks, before.get(key), self._weights)
         self.history.add_kept(collected)
         return restore_length(result, call.tokens) if self.full_logits else result
 

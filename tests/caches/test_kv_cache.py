@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 import dartfx
 from dartfx.errors import SelectionError
 from dartfx.model.caches import kv_cache
+from dartfx.model.caches.weights import Weights
 from dartfx.tools.zoo.family import Inputs
 from tests.support.tolerances import CLOSE, RETAIN
 from tests.support.turns import Conversation, compiled, first_turn, greedy, llava, one, words
@@ -163,11 +165,32 @@ def test_a_cache_that_was_pruned_with_other_options_is_continued() -> None:
     torch.testing.assert_close(ours, right, **CLOSE)
 
 
-def test_a_cache_of_a_deeper_model_is_refused() -> None:
-    cache = first_turn(one())
-    cache.layers.append(copy.deepcopy(cache.layers[0]))
-    with pytest.raises(dartfx.SelectionError, match="cache of 4 layers came with a model of 3"):
-        compiled()(input_ids=words(1, 1), past_key_values=cache)
+def test_a_cache_that_other_weights_filled_is_refused(tmp_path: Path) -> None:
+    """Not one of the same weights, however they came into memory."""
+    cache, settings = first_turn(one()), {"retain_tokens": RETAIN, "lowering": "eager"}
+    torch.save(cache, tmp_path / "cache.pt")
+    llava().model.save_pretrained(tmp_path)
+    loaded = dartfx.compile(type(llava().model).from_pretrained(tmp_path), **settings)
+    other = copy.deepcopy(llava().model)
+    with torch.no_grad():
+        right = compiled()(input_ids=words(1, 1), past_key_values=copy.deepcopy(cache)).logits
+        saved = torch.load(tmp_path / "cache.pt", weights_only=False)
+        ours = loaded(input_ids=words(1, 1), past_key_values=saved).logits
+        torch.testing.assert_close(ours, right, **CLOSE)
+        # As of another checkpoint, or after a step of training.
+        other.get_decoder().layers[-1].self_attn.v_proj.weight.mul_(1.1)
+        for tokens in (1, 3):
+            with pytest.raises(dartfx.SelectionError, match="filled with other weights than"):
+                dartfx.compile(other, **settings)(
+                    input_ids=words(1, tokens), past_key_values=copy.deepcopy(cache)
+                )
+
+
+def test_decode_steps_do_not_look_at_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, own = [], Weights.digest
+    monkeypatch.setattr(Weights, "digest", lambda self: looked.append(1) or own(self))
+    greedy(compiled(), **one(), max_new_tokens=6)
+    assert len(looked) == 2, "once to mark the cache, once in the first step"
 
 
 def test_a_cache_is_cropped_into_its_image() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from dartfx.errors import SelectionError
 from dartfx.model.caches.pruned_layers import KeptColumns, PrunedLayer, extended, make_pruned
+from dartfx.model.caches.weights import Weights
 
 __all__ = [
-    "EMPTY",
     "Held",
     "fit_mask",
     "fitting_masks",
@@ -70,20 +71,14 @@ def held_in_slots(static: Any) -> int:
     return int(layer.get_seq_length()) - getattr(layer, "dropped", 0)
 
 
-def require_fitting(caches: Sequence[Any], tokens: int, model: Any) -> None:
+def require_fitting(caches: Sequence[Any], tokens: int, weights: Weights) -> None:
     """Raise SelectionError where so many tokens cannot continue a pruned cache with this model.
 
     Of the layout "layered" only one can: transformers makes one mask for all layers, and their
     columns are not the same tokens.
     """
     for cache in filter(pruned_layers, caches):
-        get_decoder = getattr(model, "get_decoder", None)
-        depth = len(getattr(get_decoder(), "layers", ())) if callable(get_decoder) else 0
-        if 0 < depth < len(cache.layers):
-            raise SelectionError(
-                f"a pruned KV cache of {len(cache.layers)} layers came with a model of {depth} "
-                "layers; give each model the caches that it filled"
-            )
+        weights.require_own(pruned_layers(cache)[0].kept)
         if tokens > 1 and any(map(_columns_differ, pruned_layers(cache))):
             raise SelectionError(
                 f"{tokens} tokens continue a KV cache whose layers hold different tokens of a "
@@ -136,14 +131,15 @@ def mark_pruned(
     tokens: int,
     keep_idx: Sequence[Tensor],
     masks: Sequence[Tensor] = (),
-    before: Held = EMPTY,
+    before: Held | None = None,
+    weights: Weights | None = None,
 ) -> None:
     """Let the layers of a cache that this call filled know which tokens they lack.
 
     tokens: S; keep_idx: [B, S'] of each graph that returned it; masks: those of the call that may
-    say which tokens are no pads, [B, columns] or [B, 1, S, columns].
+    say which tokens are no pads, [B, columns] or [B, 1, S, columns]; weights: the model's.
     """
-    columns = _columns_by_layer(cache)
+    before, columns = before or EMPTY, _columns_by_layer(cache)
     new = {n: held - before.columns.get(n, 0) for n, held in columns.items()}
     new = {n: held for n, held in new.items() if held > 0}
     if not keep_idx or not new:
@@ -157,6 +153,7 @@ def mark_pruned(
     kept = KeptColumns(total, None)
     if all(held == left for n, held in new.items() if not is_sliding(cache.layers[n])):
         kept = extended(before.kept, seen, past, keep_idx[-1], tokens, masks)
+    kept = replace(kept, weights=None if weights is None else weights.digest())
     for n, held in new.items():
         layer = cache.layers[n]
         missing = tokens - (left if is_sliding(layer) else held)

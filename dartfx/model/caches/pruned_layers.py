@@ -8,7 +8,7 @@ Its sliding windows answer the two differently, and so do these.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -26,12 +26,14 @@ class KeptColumns:
 
     tokens: how many tokens they stand for, all until the last image that was pruned; keep_idx:
     [B, columns] int64, positions among them, ascending, None where layers hold different ones;
-    valid: [B, columns] bool, false at pads, None where all calls came without a mask.
+    valid: [B, columns] bool, false at pads, None where all calls came without a mask; weights: what
+    tells apart those that computed them, None where nothing does.
     """
 
     tokens: int
     keep_idx: Tensor | None
     valid: Tensor | None = None
+    weights: str | None = None
 
     @property
     def columns(self) -> int:
@@ -44,7 +46,7 @@ class KeptColumns:
             return self
         index = index.to(self.keep_idx.device)
         valid = None if self.valid is None else self.valid[index]
-        return KeptColumns(self.tokens, self.keep_idx[index], valid)
+        return replace(self, keep_idx=self.keep_idx[index], valid=valid)
 
     def first(self, tokens: int) -> KeptColumns:
         """The same for the first tokens only.
@@ -62,7 +64,7 @@ class KeptColumns:
                 "compute the prompt again"
             )
         valid = None if self.valid is None else self.valid[:, :left]
-        return KeptColumns(tokens, keep_idx[:, :left], valid)
+        return replace(self, tokens=tokens, keep_idx=keep_idx[:, :left], valid=valid)
 
 
 def extended(
