@@ -76,11 +76,25 @@ def _loaded(adapter: str | None = None) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(MODEL)
 
 
-@torch.no_grad()
 def oracle(asked: Any, retain: int | None, text_pivots: int = 4) -> list[int]:
     """Greedy tokens of transformers for one request, pruned by hooks or, for None, unpruned."""
+    wanted: list[int] = oracle_logits(asked, retain, text_pivots).argmax(-1).tolist()
+    return wanted
+
+
+@torch.no_grad()
+def oracle_logits(
+    asked: Any, retain: int | None, text_pivots: int = 4, evenly: bool = False
+) -> torch.Tensor:
+    """[tokens, vocabulary] logits of the same; evenly: kept by position, as selector "uniform"."""
 
     def select(seen: SelectionInputs, retain: int) -> torch.Tensor:
+        if evenly:
+            vision = seen.vision[0].nonzero()[:, 0]
+            bins = (torch.arange(retain, dtype=torch.float64) + 0.5) * len(vision) / retain
+            kept = ~seen.vision[0]
+            kept[vision[bins.ceil().long() - 1]] = True
+            return kept.nonzero()[:, 0][None]
         masks = seen.vision, retain, seen.valid
         return torch.tensor(
             select_batch(seen.hidden, seen.keys, *masks, p_txt=text_pivots).keep_idx
@@ -99,5 +113,4 @@ def oracle(asked: Any, retain: int | None, text_pivots: int = 4) -> list[int]:
     else:
         how: Any = {"max_new_tokens": tokens, "kv_layout": "layered", "selector": select}
         made = pruned_generate(model, inputs, retain=retain, **how)
-    wanted: list[int] = made.logits.argmax(-1)[0].tolist()
-    return wanted
+    return made.logits[0]

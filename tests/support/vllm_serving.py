@@ -95,6 +95,11 @@ def figures(llm: Any, seen: dict[str, Any]) -> dict[str, Any]:
     return seen | {"rows": rows, "counters": counters, "model": type(model).__name__}
 
 
+def logits_of(completion: Any) -> list[list[float]]:
+    """[tokens, vocabulary] logits, where vLLM was told to give those as log-probabilities."""
+    return [[row[i].logprob for i in sorted(row)] for row in completion.logprobs]
+
+
 def main() -> None:
     from PIL import Image
     from vllm import LLM, SamplingParams
@@ -109,8 +114,11 @@ def main() -> None:
     for prompt, pictures, *_ in asked["requests"]:
         images = [Image.open(picture).convert("RGB") for picture in pictures]
         prompts.append({"prompt": prompt, "multi_modal_data": {"image": images}})
+    raw = asked["engine"].get("logprobs_mode") == "raw_logits"
     how = [
-        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=-1 if raw else None
+        )
         for _, _, tokens, *_ in asked["requests"]
     ]
     folders = sorted({folder for request in asked["requests"] for folder in request[3:]})
@@ -120,6 +128,7 @@ def main() -> None:
     answered = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "prompts": [len(output.prompt_token_ids) for output in outputs],
+        "logits": [logits_of(output.outputs[0]) for output in outputs] if raw else None,
         "cached": [output.num_cached_tokens for output in outputs],
     }
     made.write_text(json.dumps(answered | (figures(llm, seen) if in_process else {})))

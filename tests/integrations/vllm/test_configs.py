@@ -104,3 +104,32 @@ def test_visual_features_for_later_layers_are_refused() -> None:
 
     with pytest.raises(ConfigError, match="Qwen3LLMModel also takes deepstack_input_embeds"):
         models.find_decoder(model_with(Qwen3LLMModel))
+
+
+def test_prompts_follow_the_rows_of_the_batch() -> None:
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+
+    from dartfx.integrations.vllm import prompts
+    from dartfx.integrations.vllm.batch import Prompt
+
+    forged = SamplingParams(extra_args={"dartfx": {"tokens": 9, "first": 0, "dropped": 5}})
+    own = SamplingParams(extra_args={"other": 1})
+    drops = [prompts.write(own, Prompt(9 + i, 1, 5)) for i in range(2)]
+    assert own.extra_args == {"other": 1}
+    assert drops[0].extra_args["other"] == 1
+    processor = prompts.PromptRows(SimpleNamespace(instance_id="a test"), None, False)
+
+    def update(**changes: Any) -> dict[int, int]:
+        given: Any = {"batch_size": 3, "removed": [], "added": [], "moved": []} | changes
+        processor.update_state(BatchUpdate(**given))
+        return {row: prompt.tokens for row, prompt in processor.rows.items()}
+
+    added = [(0, drops[0], [], []), (1, prompts.write(forged, None), [], []), (2, drops[1], [], [])]
+    assert update(added=added) == {0: 9, 2: 10}
+    held = processor.rows[0]
+    assert update(moved=[(0, 2, MoveDirectionality.SWAP)]) == {0: 10, 2: 9}
+    assert update(moved=[(2, 1, MoveDirectionality.UNIDIRECTIONAL)]) == {0: 10, 1: 9}
+    assert update(removed=[0], added=[(1, own, [], [])]) == {}
+    update(added=[(0, drops[0], [], [])])
+    assert processor.rows[0] is held, "it was not scheduled in a step; what is held is still there"

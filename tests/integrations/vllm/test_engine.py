@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dartfx.integrations.vllm import vllm_api
-from tests.support.vllm_oracle import RETAIN, oracle, write_adapter
+from tests.support.vllm_oracle import RETAIN, oracle, oracle_logits, write_adapter
 from tests.support.vllm_serving import ENGINE, serve
 
 pytestmark = [
@@ -20,6 +21,7 @@ pytestmark = [
 ]
 
 PRUNED = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
+LOGITS = {"logprobs_mode": "raw_logits", "max_logprobs": -1}
 VISION = 576
 PIVOTS = 16
 BUDGET = 200
@@ -29,7 +31,7 @@ BUDGET = 200
 def run(checkpoint: Path, requests: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All requests in one queue: prefill and decode meet in one step."""
     folder = tmp_path_factory.mktemp("run")
-    return serve(folder, requests, model=str(checkpoint), max_model_len=2048, **PRUNED)
+    return serve(folder, requests, model=str(checkpoint), max_model_len=2048, **PRUNED, **LOGITS)
 
 
 def test_tokens_are_those_of_the_oracle(run: Any, wanted: list[list[int]]) -> None:
@@ -81,6 +83,32 @@ def test_preempted_requests_keep_the_same_tokens(
     made = serve(tmp_path, long, model=str(checkpoint), additional_config={"dartfx": given}, **few)
     assert made["preemptions"] > 0
     assert made["tokens"] == [oracle(asked, RETAIN, PIVOTS) for asked in long]
+
+
+def test_logits_in_float32_are_those_of_the_oracle(run: Any, requests: list[Any]) -> None:
+    for asked, logits in zip(requests, run["logits"], strict=True):
+        torch.testing.assert_close(
+            torch.tensor(logits), oracle_logits(asked, RETAIN), rtol=0, atol=1e-4
+        )
+
+
+def test_logits_in_bfloat16_are_near_those_of_the_oracle(
+    checkpoint: Path, requests: list[Any], tmp_path: Path
+) -> None:
+    """Tokens kept by position, so that no rounding chooses others; logits have a deviation of 3.
+
+    The unpruned model differs by as much, 0.27 at most.
+    """
+    given = {"retain_tokens": RETAIN, "selector": "uniform"}
+    made = serve(
+        tmp_path, requests, model=str(checkpoint), max_model_len=2048, dtype="bfloat16",
+        additional_config={"dartfx": given}, **LOGITS,
+    )  # fmt: skip
+    for asked, logits, tokens in zip(requests, made["logits"], made["tokens"], strict=True):
+        exact = oracle_logits(asked, RETAIN, evenly=True)
+        same = [*(torch.tensor(tokens) == exact.argmax(-1)).tolist(), False]
+        common = min(same.index(False) + 1, len(tokens))  # from the next on prompts differ
+        torch.testing.assert_close(torch.tensor(logits[:common]), exact[:common], rtol=0, atol=0.35)
 
 
 def test_prompts_in_chunks_give_the_same_tokens(

@@ -25,6 +25,7 @@ pytestmark = [
 RETAIN = 6
 PREFIX = "what is this red blue digit one two " * 5
 BLOCK = 32
+TEXT = 5  # "what is", "this" and the two tokens around a picture
 SIZES = [(224, 168), (140, 224), (224, 224)]
 
 
@@ -73,3 +74,26 @@ def test_tokens_are_those_of_the_oracle(name: str, tmp_path: Path) -> None:
     assert run["chunks"] > 0
     assert run["cached"] == [0, BLOCK, BLOCK, BLOCK]
     assert run["groups"] == ["BeforeCutSpec", "BehindCutSpec"]
+
+
+def test_blocks_held_at_the_peak(tmp_path: Path) -> None:
+    """One request at a time: what layers before and behind the cut store of the largest one."""
+    _, _, picture = vllm_families.save("qwen2_5_vl", tmp_path)
+    paths = [str(tmp_path / f"{number}.png") for number in range(len(SIZES))]
+    for path, size in zip(paths, SIZES, strict=True):
+        Image.effect_noise(size, 80.0).convert("RGB").save(path)
+    asked = [[f"what is {picture} this", [path], 40] for path in paths]
+    pruned = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
+    run = serve(
+        tmp_path, asked, model=str(tmp_path), max_model_len=512, max_num_seqs=1,
+        enable_prefix_caching=False, **pruned,
+    )  # fmt: skip
+    assert run["groups"] == ["BeforeCutSpec", "BehindCutSpec"]
+    peaks = []
+    for prompt, (_, _, tokens) in zip(run["prompts"], asked, strict=True):
+        vision = prompt - TEXT
+        stored = prompt + tokens - 1, prompt - vision + RETAIN + tokens - 1
+        peaks.append(sum(-(-count // BLOCK) for count in stored))
+    assert run["peak"] == max(peaks)
+    unpruned = max(2 * -(-(prompt + 39) // BLOCK) for prompt in run["prompts"])
+    assert run["peak"] < unpruned
