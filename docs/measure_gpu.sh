@@ -22,10 +22,18 @@
 # not keep the others from running. Every shape takes minutes, most of them compilation: with -j the
 # steps of `bench generate` compile side by side, each with a model of its own on the device, and
 # are timed one after the other.
+#
+# What no GPU has run yet, in an order for one session of 8 minutes on an H200 (minutes estimated
+# from steps that were measured, four side by side in 4 minutes; 106 GB in the last line):
+#   docs/measure_gpu.sh FOLDER tests kernel                                          1.5
+#   docs/measure_gpu.sh -j FOLDER profile profile-graphs qwen2.5-vl-7b               2.5
+#   docs/measure_gpu.sh -j FOLDER decode decode-static batch-16 images-6             4
+# then, if there is time, -j batch-2 batch-8 and turns-plain turns-dart. images-6 is a prompt of
+# 17,622 tokens; its peak memory and that of `kernel` (shape video, 16,384) are in the JSON.
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,25s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,33s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
@@ -64,6 +72,8 @@ step() {
             --repeat 9 --warmup 3 --profile ;;
         profile-graphs) generate "$1" $next --rows dart_bucketed dart_reduced --new-tokens 1 --repeat 9 \
             --warmup 3 --profile ;;
+        qwen*) generate "$1" "$1" --rows eager hooks plain dart dart_eager_tower --new-tokens 1 \
+            --repeat 9 ;;
         *) generate "$1" "$1" --rows eager hooks plain dart --new-tokens 1 --repeat 9 ;;
     esac
 }

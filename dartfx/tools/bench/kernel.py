@@ -39,7 +39,7 @@ from dartfx.integrations.outputs import check_file
 from dartfx.ops import registration  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
 from dartfx.selection.registry import BUILT_IN, optional_inputs
 from dartfx.tools.bench.baselines import Layer, published
-from dartfx.tools.bench.launches import launches
+from dartfx.tools.bench.launches import launches, peak_bytes
 from dartfx.tools.bench.timing import device_name
 
 __all__ = ["HELP", "SHAPES", "Shape", "configure", "run"]
@@ -120,9 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.shape or (SHAPES if on_gpu else ["image"]):
         shape = SHAPES[name].shrunk() if arguments.quick else SHAPES[name]
         torch.compiler.reset()
-        seconds, kernels = measure(shape, device, dtype, arguments)
-        figures = {**asdict(shape), **figures_of(shape, dtype, bandwidth, seconds)}
-        figures["launches"] = kernels
+        seconds, on_device = measure(shape, device, dtype, arguments)
+        figures = {**asdict(shape), **figures_of(shape, dtype, bandwidth, seconds), **on_device}
         result["shapes"][name] = figures
         print(table(name, shape, figures))
     if arguments.json:
@@ -209,7 +208,7 @@ def node(
 def measure(
     shape: Shape, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds of each contestant, and the node's kernels on a GPU."""
+    """Median seconds of each contestant, and the node's kernels and memory on a GPU."""
     tensors, few = inputs_of(shape, device, dtype), max(3, arguments.repeat // 4)
     compiled = partial(torch.compile, backend=arguments.backend, dynamic=False)
     calls: dict[str, Callable[[], object]] = {
@@ -228,8 +227,11 @@ def measure(
             layer = Layer(shape.D, shape.heads, shape.key_heads, shape.head, shape.inner)
         run_layer = compiled(layer.to(dtype))
         seconds["layer"] = median(timed(partial(run_layer, tensors[0]), device, few))
-        kernels = launches(calls["node"]) if device.type == "cuda" else {}
-    return seconds, kernels
+        on_device: dict[str, Any] = {"launches": {}, "peak_bytes": None}
+        if device.type == "cuda":
+            found, peak = launches(calls["node"]), peak_bytes(calls["node"])
+            on_device = {"launches": found, "peak_bytes": peak}
+    return seconds, on_device
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:
@@ -291,5 +293,7 @@ def table(name: str, shape: Shape, figures: dict[str, Any]) -> str:
         )
     for kernel, spent in figures["launches"].items():
         rows.append(f"| {kernel}, {spent['number']:g} x | {spent['seconds'] * 1e6:.1f} | | |")
+    if figures["peak_bytes"] is not None:
+        rows.append(f"\nmemory of the node: {figures['peak_bytes'] / 1e6:.1f} MB at most")
     rows.append(f"\npublished / node: {figures['published_over_node']:.1f}")
     return "\n".join(rows)

@@ -1,15 +1,16 @@
-"""Which kernels a call launches on a GPU, and how long each takes there."""
+"""Which kernels a call launches on a GPU, how long each takes there, and the call's memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dartfx.tools.bench.timing import wait
 
-__all__ = ["launches"]
+__all__ = ["launches", "peak_bytes"]
 
 _CALLS = 20
 
@@ -31,3 +32,13 @@ def launches(call: Callable[[], object]) -> dict[str, dict[str, Any]]:
         e.key: {"number": e.count / _CALLS, "seconds": e.self_device_time_total * 1e-6 / _CALLS}
         for e in events
     }
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that a call allocates on a GPU at a time, beyond what is there before it."""
+    wait()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    wait()
+    return torch.cuda.max_memory_allocated() - before

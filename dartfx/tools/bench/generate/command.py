@@ -6,7 +6,8 @@
   dart            dartfx.compile(model)
   plain Inductor, dart + static cache + compiled decode
                   the same with cache_implementation="static"; on CUDA decode runs as CUDA graphs
-and by name only: dart_graphs, dart_bucketed (prefill= of dartfx.compile) and dart_reduced (mode=).
+and by name only: dart_graphs, dart_bucketed (prefill= of dartfx.compile), dart_reduced (mode=) and
+dart_eager_tower (not compiled, where generate does not run it before the model).
 
 Shapes: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b; small, for a CPU; tiny, to see whether it runs.
 

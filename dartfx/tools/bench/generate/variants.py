@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -166,6 +166,14 @@ def dart_bucketed(work: Workload, settings: Settings) -> Ready:
     return _dart(work, settings, {"prefill": "bucketed"})
 
 
+def dart_eager_tower(work: Workload, settings: Settings) -> Ready:
+    """With a vision tower that dynamo leaves out, where generate does not run it before."""
+    model = twin(work.model)
+    base: Any = model.base_model
+    base.get_image_features = torch.compiler.disable(base.get_image_features)  # type: ignore[no-untyped-call]
+    return _dart(replace(work, model=model), settings)
+
+
 def dart_reduced(work: Workload, settings: Settings) -> Ready:
     """With Inductor's CUDA graphs; of one token, since decode would record every length."""
     return _dart(work, settings, {"mode": "reduce-overhead"})
@@ -193,6 +201,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Workload, Settings], Ready]]] = {
     "dart_static": ("dart + static cache + compiled decode", dart_static),
     "dart_graphs": ("dart, prefill in CUDA graphs", dart_graphs),
     "dart_bucketed": ("dart, padded prefill in CUDA graphs", dart_bucketed),
+    "dart_eager_tower": ("dart, vision tower left eager", dart_eager_tower),
     "dart_reduced": ('dart, mode="reduce-overhead"', dart_reduced),
 }
 
