@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Part", "Prompt", "compact_slots", "pieces", "plan_step", "starts_of"]
+__all__ = [
+    "Part",
+    "Prompt",
+    "compact_slots",
+    "pieces",
+    "plan_step",
+    "starts_of",
+    "where_stored",
+]
 
 
 @dataclass
@@ -116,15 +124,18 @@ def starts_of(rows: Sequence[int]) -> Tensor:
     return starts
 
 
-def compact_slots(block_table: Tensor, rows: Sequence[int], lengths: Tensor, block: int) -> Tensor:
-    """[T'] int64 KV slots of the last ``rows[i]`` of ``lengths[i]`` tokens of each request.
-
-    block_table: [B, blocks].  lengths: [B] on the host.  block: tokens in a block.  A request's
-    tokens lie one after the other from its first block on.
-    """
-    counts = torch.tensor(list(rows), dtype=torch.int64)
+def where_stored(rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """[T'] int64 request and position of the last ``rows[i]`` of ``lengths[i]`` tokens of each."""
+    counts = torch.tensor(rows)
     request = torch.repeat_interleave(torch.arange(len(rows)), counts)
-    first = (lengths.long() - counts - starts_of(rows)[:-1])[request]
-    position = (first + torch.arange(len(request))).to(block_table.device)
-    blocks = block_table[request.to(block_table.device), position // block].long()
+    first = torch.tensor(lengths) - counts - starts_of(rows)[:-1]
+    return request, first[request] + torch.arange(len(request))
+
+
+def compact_slots(block_table: Tensor, request: Tensor, position: Tensor, block: int) -> Tensor:
+    """[T'] int64 KV slots of tokens that lie one after the other from a request's first block on.
+
+    block_table: [B, blocks].  request, position: from :func:`where_stored`.  block: tokens in one.
+    """
+    blocks = block_table[request, position // block].long()
     return blocks * block + position % block

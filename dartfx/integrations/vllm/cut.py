@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dartfx.config import DartConfig
 from dartfx.integrations.vllm import options, vllm_api
-from dartfx.integrations.vllm.batch import Part, compact_slots, starts_of
+from dartfx.integrations.vllm.batch import Part, compact_slots, starts_of, where_stored
 from dartfx.selection.registry import uses_key_norms_only
 
-__all__ = ["Layer", "Rows", "group_by_metadata", "hold", "rows_kept", "shorten", "with_held"]
+__all__ = ["Layer", "Piece", "Rows", "group_by_metadata", "hold", "rows_kept", "with_held"]
 
 
 class Layer:
@@ -184,42 +184,49 @@ def group_by_metadata(metadata: Any, names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def shorten(
-    context: Any, source: Any, names: list[str], rows: Sequence[int], lengths: Sequence[int]
-) -> None:
-    """Put metadata and KV slots for the kept rows into vLLM's forward context.
+class Piece:
+    """Rows that run through the layers behind the cut at once, for all KV cache groups.
 
-    source: of the metadata of the step.  names: layers behind the cut that share it.  rows: of
-    each request behind the cut.  lengths: each one's tokens there, with those rows.
+    batch: of the step.  rows: of each of its requests.  lengths: each one's tokens behind the cut,
+    with those rows.
     """
-    batch = source.batch
-    here = [i for i, count in enumerate(rows) if count]  # the others have nothing to compute
-    counts, after = [rows[i] for i in here], torch.tensor([lengths[i] for i in here]).int()
-    at = torch.tensor(here)
-    device = batch.seq_lens.device
-    table = batch.block_table_tensor[at.to(batch.block_table_tensor.device)]
-    slots = compact_slots(table, counts, after, source.builder.kv_cache_spec.block_size)
-    starts = starts_of(counts)
-    lost = batch.seq_lens_cpu_upper_bound[at] - after
-    prefilling = batch.is_prefilling
-    shorter = batch.replace(
-        query_start_loc=starts.to(device),
-        query_start_loc_cpu=starts,
-        seq_lens=batch.seq_lens[at.to(device)] - lost.to(device),
-        seq_lens_cpu_upper_bound=after,
-        num_reqs=len(here),
-        num_actual_tokens=sum(counts),
-        max_query_len=max(counts),
-        max_seq_len=int(after.max()),
-        block_table_tensor=table,
-        slot_mapping=slots,
-        is_prefilling=None if prefilling is None else prefilling[at.to(prefilling.device)],
-        req_idx=None if batch.req_idx is None else batch.req_idx[at.numpy()],
-        positions=None,
-        _num_computed_tokens_cache=None,
-        _token_to_req_indices_cache=None,
-    )
-    metadata = source.rebuild(shorter)
-    for name in names:
-        context.attn_metadata[name] = metadata
-        context.slot_mapping[name] = slots
+
+    def __init__(self, batch: Any, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        here = [i for i, count in enumerate(rows) if count]  # the others have nothing to compute
+        counts, after = [rows[i] for i in here], [lengths[i] for i in here]
+        device, at = batch.seq_lens.device, torch.tensor(here)
+        self.requests = at.to(device)
+        request, position = where_stored(counts, after)
+        self.request, self.position = request.to(device), position.to(device)
+        starts, left = starts_of(counts), torch.tensor(after, dtype=torch.int32)
+        lost = (batch.seq_lens_cpu_upper_bound[at] - left).to(device)
+        self.common = {
+            "query_start_loc": starts.to(device),
+            "query_start_loc_cpu": starts,
+            "seq_lens": batch.seq_lens[self.requests] - lost,
+            "seq_lens_cpu_upper_bound": left,
+            "num_reqs": len(here),
+            "num_actual_tokens": sum(counts),
+            "max_query_len": max(counts),
+            "max_seq_len": max(after),
+            "is_prefilling": None if batch.is_prefilling is None else batch.is_prefilling[at],
+            "req_idx": None if batch.req_idx is None else batch.req_idx[at.numpy()],
+            "positions": None,
+            "_num_computed_tokens_cache": None,
+            "_token_to_req_indices_cache": None,
+        }
+
+    def put(self, context: Any, source: Any, names: list[str]) -> None:
+        """Put metadata and KV slots of these rows into vLLM's forward context.
+
+        source: of the metadata of the step.  names: layers that share it.
+        """
+        table = source.batch.block_table_tensor[self.requests]
+        slots = compact_slots(
+            table, self.request, self.position, source.builder.kv_cache_spec.block_size
+        )
+        shorter = source.batch.replace(**self.common, block_table_tensor=table, slot_mapping=slots)
+        metadata = source.rebuild(shorter)
+        for name in names:
+            context.attn_metadata[name] = metadata
+            context.slot_mapping[name] = slots

@@ -222,8 +222,9 @@ class PrunedDecoder:
         first = torch.tensor([part.start for part in parts], device=hidden.device)
         made, start = [hidden[:0]], 0
         for rows, lengths in pieces(counts, [part.length for part in parts], self.most):
+            piece = cut.Piece(sources[0].batch, rows, lengths)
             for names, source in zip(groups, sources, strict=True):
-                cut.shorten(context, source, names, rows, lengths)
+                piece.put(context, source, names)
             now = slice(start, start + sum(rows))
             gather = functools.partial(
                 _of_requests, first, torch.tensor(rows, device=hidden.device)
