@@ -220,9 +220,11 @@ def halves(write: bool = False, retain: int = 2) -> torch.fx.GraphModule:
         early = torch.nn.functional.gelu(x)
         given = (early, keys, vision, None, 4, retain, 4, 4, "uniform", "auto")
         keep = torch.ops.dartfx.select_tokens(*given)
+        late = x.gather(1, keep[:, :, None].expand(-1, -1, 3)) + keep.shape[1]
         if write:
+            late = late + early.sum()
             early.add_(keep.sum())
-        return early, x.gather(1, keep[:, :, None].expand(-1, -1, 3)) + keep.shape[1]
+        return early, late
 
     example = (torch.zeros(1, 6, 3), torch.zeros(1, 1, 6, 2), torch.ones(1, 6, dtype=torch.bool))
     return make_fx(pruned, tracing_mode="symbolic")(*example)
@@ -250,8 +252,42 @@ def test_another_number_of_tokens_needs_no_other_graph() -> None:
             assert torch.equal(one, other)
 
 
+def test_inputs_written_to_are_those_of_each_call() -> None:
+    """As the states of convolutions in a cache, in front of the cut and behind it."""
+
+    def pruned(x: torch.Tensor, keys: torch.Tensor, vision: torch.Tensor, *states: torch.Tensor):
+        early = torch.nn.functional.gelu(x)
+        states[0].copy_(early[:, -1])
+        own = torch.zeros_like(early[:, -1])
+        keep = torch.ops.dartfx.select_tokens(
+            early, keys, vision, None, 4, 2, 4, 4, "uniform", "auto"
+        )
+        late = x.gather(1, keep[:, :, None].expand(-1, -1, 3))
+        states[1].copy_(late[:, 1])
+        return late + early.sum(), own.copy_(late[:, 1]), early[:, 0]
+
+    def fresh() -> tuple[torch.Tensor, ...]:
+        vision = torch.tensor([[False, True, True, True, True, False]])
+        x = torch.arange(18.0).view(1, 6, 3)
+        return x, torch.zeros(1, 1, 6, 2), vision, torch.zeros(1, 3), torch.zeros(1, 3)
+
+    whole = make_fx(pruned, tracing_mode="symbolic")(*fresh())
+    resumed = Resumed(whole)
+    wanted = fresh()
+    result = whole(*wanted)
+    for _ in range(2):
+        inputs = fresh()
+        made = resumed(*inputs)
+        for one, other in zip((*made, *inputs), (*result, *wanted), strict=True):
+            assert torch.equal(one, other)
+        for value in made:
+            value.add_(1)  # as decode does to states
+    assert wanted[3].any()
+    assert wanted[4].any()
+
+
 def test_a_graph_that_writes_to_what_is_remembered_is_not_halved() -> None:
-    with pytest.raises(ValueError, match="writes to a value from before the selection"):
+    with pytest.raises(ValueError, match="written to behind the selection"):
         Resumed(halves(write=True))
 
 

@@ -45,7 +45,9 @@ def resuming(made: list[Resumed], retain: int) -> Iterator[None]:
 class Resumed:
     """A graph module that remembers what it computed before the selection.
 
-    Raises ValueError where its second half writes to a value of the first.
+    Inputs are those of each call, and what the first half writes to them (a cache may hold states
+    that are changed in place) is written again.  What the second half writes to is computed there.
+    Raises ValueError where the first half reads that, or hands on a view of an input written to.
     """
 
     def __init__(self, module: GraphModule) -> None:
@@ -54,15 +56,29 @@ class Resumed:
         for node in graph.nodes:
             if not after.isdisjoint(node.all_input_nodes):
                 after.add(node)
+                behind = (base for w in mutated_operands(node) for base in bases(w))
+                after.update(base for base in behind if base.op != "placeholder")
         before = [n for n in graph.nodes if n not in after and n.op != "output"]
-        for node in after:
-            if any(base not in after for w in mutated_operands(node) for base in bases(w)):
-                raise ValueError(f"{node} writes to a value from before the selection")
-        handed = [n for n in before if any(u in after or u.op == "output" for u in n.users)]
-        self._first = _part(module, before, [], handed)
+        for node in before:
+            if not after.isdisjoint(node.all_input_nodes):
+                raise ValueError(f"{node} reads a value that is written to behind the selection")
+        inputs = [n for n in before if n.op == "placeholder"]
+        written = {bases(w)[-1] for n in graph.nodes for w in mutated_operands(n)}
+        needed = [n for n in before if any(u in after or u.op == "output" for u in n.users)]
+        computed = [n for n in needed if n.op != "placeholder"]
+        for node in computed:
+            if bases(node)[-1] in written.intersection(inputs):
+                raise ValueError(f"{node} is a view of an input that is written to")
+        first = {bases(w)[-1] for n in before for w in mutated_operands(n)}
+        returned = {base for n in graph.output_node().all_input_nodes for base in bases(n)}
+        self._returned = [n in returned for n in computed]
+        self._given = [number for number, n in enumerate(inputs) if n in needed]
+        self._written = [number for number, n in enumerate(inputs) if n in first]
+        self._first = _part(module, before, [], computed)
         rest = [n for n in graph.nodes if n in after and n.op != "output"]
-        self._rest = _part(module, rest, handed, graph.output_node().args[0])
-        self.known: dict[bytes, Any] = {}
+        given = [inputs[number] for number in self._given]
+        self._rest = _part(module, rest, [*given, *computed], graph.output_node().args[0])
+        self.known: dict[bytes, tuple[Any, list[Any]]] = {}
 
     def retain(self, tokens: int) -> None:
         """Keep so many vision tokens from now on: less than there are.
@@ -80,9 +96,17 @@ class Resumed:
 
     def __call__(self, *inputs: Any) -> Any:
         key = _digest(inputs)
-        if key not in self.known:
-            self.known[key] = self._first(*inputs)
-        return self._rest(*self.known[key])
+        if key in self.known:
+            for number, value in zip(self._written, self.known[key][1], strict=True):
+                inputs[number].copy_(value)
+        else:
+            made = self._first(*inputs)
+            self.known[key] = made, [inputs[number].clone() for number in self._written]
+        values = [
+            value.clone() if returned and isinstance(value, torch.Tensor) else value
+            for value, returned in zip(self.known[key][0], self._returned, strict=True)
+        ]  # a caller may write to what is returned
+        return self._rest(*(inputs[number] for number in self._given), *values)
 
 
 def _selections(graph: Graph) -> list[Node]:
