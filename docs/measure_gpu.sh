@@ -53,7 +53,7 @@ step() {
     case $1 in
         # pytest-benchmark, where it is installed, warns beside xdist, and warnings are errors here.
         tests) $python -m pytest -q -m gpu -n 8 -p no:benchmark tests/ops/test_triton.py tests/ops/test_triton_gpu.py \
-            tests/model/test_prefill_gpu.py ;;
+            tests/model/test_prefill_gpu.py tests/caches/test_offloaded_gpu.py ;;
         kernel) $python -m dartfx bench kernel --json "$out/kernel.json" ;;
         selectors) $python -m dartfx bench kernel --shape tiles --selectors spread tiled uniform random \
             --json "$out/selectors.json" ;;

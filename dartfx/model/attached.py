@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dartfx.errors import SelectionError
 from dartfx.model.arguments import Arguments, brings_media
+from dartfx.model.caches.filling import note_most_tokens
 from dartfx.model.caches.kv_cache import is_cache
-from dartfx.model.caches.static_cache import note_most_tokens
 from dartfx.model.compiled_model import Call, CompiledModel
 from dartfx.model.target import replaced_call
 from dartfx.passes.refusal import Declined

@@ -32,7 +32,7 @@ from dartfx.model.arguments import (
     swapped,
     with_decode_masks,
 )
-from dartfx.model.caches import kv_cache, static_cache
+from dartfx.model.caches import filling, kv_cache
 from dartfx.model.caches.weights import Weights
 from dartfx.model.device_hooks import hooks_in_decoder
 from dartfx.model.failures import (
@@ -143,9 +143,9 @@ class CompiledModel:
             return self._eager(*args, **kwargs)
         caches = [*call.caches, *filter(kv_cache.is_cache, vars(self._model).values())]
         image = bool(call.media) or vision_mask.given() is not None
-        static = static_cache.static_to_fill(caches, call.tokens, image)
-        if static is not None and self.config.kv_layout != "layered":
-            return self._fill_static(static, call)
+        filled_later = filling.cache_to_fill(caches, call.tokens, image)
+        if filled_later is not None and self.config.kv_layout != "layered":
+            return self._fill(filled_later, call)
         kv_cache.require_fitting(caches, call.tokens, self._weights)
         run, pads = self._prepared(call)
         before = {id(kv): kv_cache.held_before(kv) for kv in caches if call.tokens != 1}
@@ -165,15 +165,15 @@ class CompiledModel:
         self.history.add_kept(collected)
         return restore_length(result, call.tokens) if self.full_logits else result
 
-    def _fill_static(self, static: Any, call: Arguments) -> Any:
-        """The call with a dynamic cache instead of a static one, which gets its new tokens."""
-        swaps: dict[int, Any] = {id(static): (dynamic := static_cache.growing_copy(static))}
+    def _fill(self, cache: Any, call: Arguments) -> Any:
+        """The call with a growing cache instead of another one, which gets its new tokens."""
+        swaps: dict[int, Any] = {id(cache): (dynamic := filling.growing_copy(cache))}
         if (mask := call.named.get("attention_mask")) is not None:
-            swaps[id(mask)] = static_cache.strip_free_slots(static, mask, call.tokens)
+            swaps[id(mask)] = filling.strip_free_slots(cache, mask, call.tokens)
         given = call.with_swaps(swaps)
         result = self(*given.args, **given.kwargs)
-        self._slots = static_cache.copy_new_tokens(static, dynamic, self._slots)
-        return swapped(result, {id(dynamic): static})
+        self._slots = filling.copy_new_tokens(cache, dynamic, self._slots)
+        return swapped(result, {id(dynamic): cache})
 
     def _prepared(self, call: Arguments) -> tuple[Arguments, int]:
         """A prefill as it is recorded, and how many pads it has in front."""
@@ -184,6 +184,9 @@ class CompiledModel:
         return Arguments.of(self._model.forward, (), kwargs), pads
 
     def _call(self, call: Arguments) -> Any:
+        if not call.media and any(map(filling.is_offloaded, call.caches)):
+            # transformers moves layers in streams, which would break the graph in every layer.
+            return self._unpruned(call, None)
         with (
             replaying(self.prefills.recordings if self.prefills and call.media else None),
             self.reporting() as compiled,
@@ -194,7 +197,7 @@ class CompiledModel:
         ):
             result = self._run_by_kind(compiled, call)
             with broken_by(self._breaks.get(call.kind) if runs else None):
-                if not any(runs) and (brought := _brought(call)):
+                if not any(runs) and (brought := ", ".join(call.media)):
                     self.refuse(with_graph_break(nothing_merged(brought, len(runs))))
                 # A graph with a merge of its own, or a refused one.
                 elsewhere = sum(runs) > len(noted)
@@ -245,7 +248,7 @@ class CompiledModel:
                 log.info("%s", needs)
             except compat.errors("FailOnRecompileLimitHit"):
                 # Raised before anything ran.
-                brought = _brought(call)
+                brought = ", ".join(call.media)
                 return self._unpruned(call, past_limit(brought) if brought else None)
             except not_one_graph() as error:
                 # Raised while tracing, before anything ran.
@@ -293,8 +296,3 @@ _outside_of_graphs: Call = torch.compiler.disable(  # type: ignore[no-untyped-ca
     reason="dartfx.compile compiles this model's calls with vision inputs by itself, as graphs of "
     "their own: leave out fullgraph=True, or the torch.compile around the model",
 )
-
-
-def _brought(call: Arguments) -> str:
-    """What a call brought that may hold vision tokens; "" if nothing."""
-    return ", ".join(call.media)

@@ -59,16 +59,17 @@ def is_static(cache: Any) -> bool:
     return bool(layers) and all(hasattr(layer, "max_cache_len") for layer in layers)
 
 
-def slots_of(static: Any) -> int | None:
-    """How many tokens a static cache can hold; None where all its layers are sliding windows."""
-    full = (layer.max_cache_len for layer in static.layers if not is_sliding(layer))
-    return min(full, default=None)
+def slots_of(cache: Any) -> int | None:
+    """How many tokens a static cache can hold; None for one that grows or of windows only."""
+    slots = (getattr(layer, "max_cache_len", None) for layer in cache.layers)
+    full = (n for n, layer in zip(slots, cache.layers, strict=True) if not is_sliding(layer))
+    return min((n for n in full if n is not None), default=None)
 
 
-def held_in_slots(static: Any) -> int:
-    """How many tokens each layer of a static cache holds.  On a GPU it waits for the device."""
-    layer = static.layers[0]
-    return int(layer.get_seq_length()) - getattr(layer, "dropped", 0)
+def held_in_slots(cache: Any) -> int:
+    """How many tokens each layer of full attention holds.  A static one waits for the device."""
+    layer = next(iter(cache.layers), None)
+    return 0 if layer is None else int(layer.get_seq_length()) - getattr(layer, "dropped", 0)
 
 
 def require_fitting(caches: Sequence[Any], tokens: int, weights: Weights) -> None:
