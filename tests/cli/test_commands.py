@@ -12,6 +12,7 @@ from PIL import Image
 
 import dartfx
 from tests.cli.conftest import call
+from tests.support.slow import slow
 
 
 def test_explain(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,10 +59,9 @@ def test_show(saved: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("more", "views"),
     [
-        (("--tiles", "1x3"), 2),
         (("--tiles", "2x2", "--overview", "none"), 1),
         (("--anyres", "3x3"), 2),
-        (("--grid", "4x2x2"), 4),
+        *slow((("--tiles", "1x3"), 2), (("--grid", "4x2x2"), 4)),
     ],
 )
 def test_show_takes_the_layout_that_is_named(
@@ -97,10 +97,12 @@ def test_show_says_which_option_names_a_layout_that_is_not_known(
         (("--grid", "five"), "--grid: got 'five', not something like 24x24"),
         (("--grid", "3x3"), "the layouts have 9 tokens, but the prompt 16"),
         (("--tiles", "2x0"), "--tiles: got '2x0', not something like 2x3"),
-        (("--tiles", "2x2"), "the layouts have 5 tokens, but the prompt 16"),
         (("--anyres", "3"), "--anyres: got '3', not something like 36x48"),
-        (("--anyres", "4x4"), "the layouts have 20 tokens, but the prompt 16"),
         (("--selector", "drat"), "did you mean 'dart'?"),
+        *slow(
+            (("--tiles", "2x2"), "the layouts have 5 tokens, but the prompt 16"),
+            (("--anyres", "4x4"), "the layouts have 20 tokens, but the prompt 16"),
+        ),
     ],
 )
 def test_show_says_what_is_wrong(

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.slow import slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 N, RETAIN, LAYERS, CUT = 16, 4, 4, 2  # of --tiny
 # fp32, keys and values, hidden size 64
@@ -152,13 +154,18 @@ def test_demo_on_a_saved_model_and_image(saved: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--questions", "1", "--retain-tokens", "576"], "the trained model: nothing was pruned"),
         (["--image", "nowhere.jpg"], "there is no file 'nowhere.jpg'"),
         (["--image", __file__], "not a picture that Pillow can read"),
         (["--model", "./no-such-model"], "there is no folder './no-such-model'"),
         (["--retain-tokens", "16", *EAGER], "no vision token was pruned"),
         (["--layer", "9", *EAGER], "no vision token was pruned"),
         (["--retain-tokens", "-1", *EAGER], "retain_tokens"),
+        *slow(
+            (
+                ["--questions", "1", "--retain-tokens", "576"],
+                "the trained model: nothing was pruned",
+            ),
+        ),
     ],
 )
 def test_demo_says_what_stopped_it(

@@ -62,7 +62,7 @@ def assert_same(output: Any, wanted: hooked.Pruned) -> None:
         pytest.param("llava", "pad2", False, marks=pytest.mark.slow),
         ("llava", "pad2", True),
         ("internvl", "pad2", False),
-        ("gemma3", "one", True),
+        pytest.param("gemma3", "one", True, marks=pytest.mark.slow),
     ],
 )
 def test_equal_to_hooks(name: str, variant: str, strict: bool) -> None:

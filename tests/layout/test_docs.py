@@ -47,7 +47,7 @@ def names(
     """What the pages take as given; without Inductor, which is not what they are about."""
     monkeypatch.chdir(tmp_path)
     registered = dict(registry._ENTRIES)
-    llava.model.generation_config.max_new_tokens = 2
+    llava.model.generation_config.max_new_tokens = 1
     llava.model.generation_config.cache_implementation = None  # decode="static" sets it
     inputs = llava.make_inputs()
     mask = inputs["input_ids"] == llava.image_token_id

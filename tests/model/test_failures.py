@@ -14,6 +14,7 @@ from dartfx.observe.report import Report
 from dartfx.passes.outcome import Cut, Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
 
@@ -24,7 +25,7 @@ def raised_once() -> Iterator[list[Exception]]:
     assert not pending
 
 
-@pytest.mark.parametrize("loud", ["warn", "error"])
+@pytest.mark.parametrize("loud", ["error", *slow("warn")])
 def test_no_memory_once_is_raised_and_the_next_call_is_pruned(
     loud: str, raised_once: list[Exception]
 ) -> None:
@@ -89,7 +90,7 @@ def test_a_copy_generates_with_its_own_weights() -> None:
 
 
 def test_a_refusal_says_why_the_call_is_not_one_graph() -> None:
-    built = load("llava")
+    built = load("llava", layers=3)
     options = {"retain_tokens": RETAIN, "lowering": "eager", "on_unsupported": "error"}
     model = dartfx.compile(built.model, **options)
     layer = model.get_decoder().layers[1]
@@ -99,6 +100,7 @@ def test_a_refusal_says_why_the_call_is_not_one_graph() -> None:
     assert refused.value.because.endswith("the user's own")
     assert "test_failures.py" in refused.value.where
     assert refused.value.advice.startswith("what breaks the graph taken out; or model.generate")
+    torch.compiler.reset()
     # Only who has not compiled by dartfx.compile is told to.
     bare = torch.compile(dartfx.uncompile(model), backend="dart", options=options)
     with pytest.raises(

@@ -71,7 +71,7 @@ def without_mask(inputs: Inputs) -> Inputs:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
-    ("variant", "layout"), [("one", "layered"), ("one", "uniform"), ("pad4", "uniform")]
+    ("variant", "layout"), [("one", "layered"), ("pad4", "uniform"), *slow(("one", "uniform"))]
 )
 def test_sixteen_greedy_tokens(name: str, variant: str, layout: hooked.KvLayout) -> None:
     built = family(name)
@@ -167,7 +167,9 @@ class Words:
         return "".join(f"<{i}> " for i in ids)
 
 
+@pytest.mark.slow
 def test_streaming(capsys: pytest.CaptureFixture[str]) -> None:
+    """``test_inference.py`` streams in threads."""
     built = family("llava")
     inputs = built.make_inputs()
     streamer = TextStreamer(Words(), skip_prompt=True)
@@ -177,7 +179,7 @@ def test_streaming(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == [f"<{i}>" for i in new]
 
 
-@pytest.mark.parametrize("kept", [1, 3])
+@pytest.mark.parametrize("kept", [3, *slow(1)])
 def test_logits_to_keep(kept: int) -> None:
     built = family("llava")
     inputs = built.make_inputs()
@@ -278,7 +280,7 @@ def test_ten_prompts_and_their_decode_take_few_compilations(
     assert 1 <= all_graphs - prefills <= 3
 
 
-@pytest.mark.parametrize(("layout", "early"), [("layered", False), ("uniform", True)])
+@pytest.mark.parametrize(("layout", "early"), [("layered", False), *slow(("uniform", True))])
 def test_bytes_of_the_cache_are_the_arithmetic(layout: str, early: bool) -> None:
     built = family("llava")
     inputs = without_mask(built.make_inputs())

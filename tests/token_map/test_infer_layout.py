@@ -18,6 +18,7 @@ import dartfx
 from dartfx.token_map.infer_layout import LayoutUnknown, from_inputs
 from dartfx.token_map.layout import Cell, Layout
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 
 
 def pixels(*shape: int) -> Tensor:
@@ -215,7 +216,7 @@ def test_no_argument_that_tells(value: Any) -> None:
         from_inputs({"input_ids": torch.ones(1, 4), "pixel_values": value}, [4])
 
 
-@pytest.mark.parametrize(("name", "layout"), [("qwen2_5_vl", (1, 4, 4)), ("llava", (4, 4))])
+@pytest.mark.parametrize(("name", "layout"), [("llava", (4, 4)), *slow(("qwen2_5_vl", (1, 4, 4)))])
 def test_explain_lays_tokens_out(name: str, layout: tuple[int, ...]) -> None:
     family = load(name, layers=3)
     inputs = family.make_inputs("two")

@@ -15,6 +15,7 @@ import dartfx
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
 OPTIONS = {"retain_tokens": RETAIN, "lowering": "eager"}
@@ -54,7 +55,7 @@ def expected(family: Family) -> Tensor:
     return cross_entropy(oracle.logits[0, :-1], labels[0, 1:])
 
 
-@pytest.mark.parametrize("compiled_model", [False, True])
+@pytest.mark.parametrize("compiled_model", [True, *slow(False)])
 def test_a_loss_of_the_whole_prompt_fails_with_the_reason(
     family: Family, compiled_model: bool
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_loss_of_the_kept_tokens(family: Family) -> None:
     bare = torch.compile(of_kept_tokens(model), backend="dart", options=OPTIONS | {"tokens": True})
     with torch.no_grad():
         torch.testing.assert_close(bare(**inputs), expected(family), **CLOSE)
+        torch.compiler.reset()
         dartfx.compile(model, **OPTIONS)
         around = torch.compile(of_kept_tokens(model), backend="eager")
         torch.testing.assert_close(around(**inputs), expected(family), **CLOSE)

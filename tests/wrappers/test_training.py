@@ -22,6 +22,7 @@ import dartfx
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
 OPTIONS = {"retain_tokens": RETAIN, "lowering": "eager", "on_unsupported": "error"}
@@ -69,7 +70,7 @@ def assert_pruned() -> None:
     assert any(report.pruned for report in dartfx.reports())
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [True, *slow(False)])
 def test_trainer(family: Family, tmp_path: Path, bf16: bool) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
