@@ -114,6 +114,8 @@ async def _measure(
                 made[name].append(await _load(server, setting, at_once, seeds))
         for name, loads in made.items():
             print(row(name, at_once, loads), flush=True)
+    for client in clients.values():
+        await client.close()
 
 
 async def _load(server: Server, setting: Setting, at_once: int, seeds: range) -> Load:
