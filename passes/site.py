@@ -39,7 +39,7 @@ class Vision:
 
     embeds: [B, S, D]; masks: bool nodes to be united, each broadcastable to embeds (or [B, S]);
     features: nodes whose element count over D gives the number of feature rows;
-    row_count: an empty [rows, 0] node that says it instead, where no features are at hand.
+    row_count: an empty [rows, 0] node with those whose features are not at hand.
     """
 
     embeds: Node

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,9 +18,8 @@ from dartfx.backend.later_failures import note_on_errors
 from dartfx.backend.lowering import lower
 from dartfx.backend.masked_graph import rewrite_with_budget, rewrite_with_mask
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
-from dartfx.backend.rewrite import rewrite
+from dartfx.backend.rewrite import refuse, rewrite
 from dartfx.config.options import DartConfig
-from dartfx.errors import PruningWarning, UnsupportedGraphError
 from dartfx.observe.dump import Dump
 from dartfx.observe.next_step import next_step_of
 from dartfx.observe.report import Report, discard, one_line, record
@@ -33,6 +31,7 @@ from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask, Unchanged
 from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
 from dartfx.passes.transform.return_mask import earlier_embeddings
+from dartfx.runtime import vision_mask
 from dartfx.runtime.call_budget import BudgetDispatcher, CallBudget, not_honoured
 from dartfx.runtime.graph_breaks import with_graph_break
 from dartfx.runtime.graph_runs import NotedRun, warn_at_limit
@@ -149,6 +148,12 @@ class GraphCompiler:
         outcome = self.ranks.agree(outcome)
         if outcome is None:
             return None
+        if isinstance(outcome, Pruned) and vision_mask.any_noted(inputs):
+            # Tokens of another medium, merged by an earlier graph, are vision tokens of this one.
+            alone = partial(self.pruned_apart, outcome, rewritten, request)
+            dispatcher = self.dispatcher(request, otherwise=alone)
+            dispatcher.prepare(inputs)
+            return dispatcher
         self.announce(outcome)
         if isinstance(outcome, Pruned):
             wanted = self.returns_keep_idx(outcome, request)
@@ -163,6 +168,15 @@ class GraphCompiler:
             return self.ranks.wrap(MaskProducer(lowered, place, earlier))
         plain = self.lower(self.module, inputs)
         return self.per_call(plain) if getattr(outcome, "all_retained", False) else plain
+
+    def pruned_apart(self, outcome: Pruned, rewritten: GraphModule, request: Request) -> Compiled:
+        """The graph pruned by its own merge alone, compiled when a first call needs it."""
+        self.announce(outcome)
+        wanted = self.returns_keep_idx(outcome, request)
+        added = return_keep_idx(rewritten, tokens=self.config.tokens) if wanted else 0
+        lowered = compile_apart(rewritten, self.lower)
+        run: Compiled = lambda *args: lowered(*self.ranks.inputs(args))  # noqa: E731
+        return KeepIdxRecorder(run, added, self.dump.note_kept) if added else run
 
     def per_call(self, fixed: Compiled) -> Compiled:
         """What runs ``fixed``, and for calls with a budget of their own a graph that takes it."""
@@ -198,7 +212,9 @@ class GraphCompiler:
         wanted = self.caller.replays_prefills and not self.ranks.group
         return Recorded(lowered, module.graph) if wanted else lowered
 
-    def dispatcher(self, request: Request) -> MaskDispatcher:
+    def dispatcher(
+        self, request: Request, otherwise: Callable[[], Compiled] | None = None
+    ) -> MaskDispatcher:
         """What runs this graph where its vision mask comes from outside of it."""
         rewrite = partial(rewrite_with_mask, self.flat, self.ranks, self.dump)
         return MaskDispatcher(
@@ -213,6 +229,7 @@ class GraphCompiler:
             returns_keep_idx=self.returns_keep_idx,
             note_kept=self.dump.note_kept,
             request_for=self.request_for if self.caller.knows_positions else None,
+            otherwise=otherwise,
         )
 
     def compile_without_merge(self, inputs: Sequence[Any]) -> Compiled:
@@ -281,20 +298,3 @@ class GraphCompiler:
             said = f"; {next_step_of(outcome)}" if news else ""
             level = logging.WARNING if news else logging.INFO
             log.log(level, "graph %d: %s%s", report.graph, outcome.because, said)
-
-
-def refuse(config: DartConfig, declined: Declined) -> None:
-    """Say that something stays unpruned, as loudly as ``on_unsupported`` asks.
-
-    Raises UnsupportedGraphError when that is "error".
-    """
-    if config.on_unsupported == "error":
-        raise UnsupportedGraphError(
-            because=declined.because, where=declined.where, advice=declined.advice
-        )
-    if config.on_unsupported == "warn":
-        # Python shows a warning once per text, so once per reason.
-        shown = dataclasses.replace(declined, advice="")
-        text = f"dartfx left a graph unpruned: {shown}; {next_step_of(declined)}"
-        warnings.warn(text, PruningWarning, stacklevel=2)
-    log.info("not pruned: %s", declined)

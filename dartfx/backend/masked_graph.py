@@ -10,8 +10,10 @@ from torch.fx import GraphModule
 from dartfx.backend.rewrite import Rewritten, rewrite
 from dartfx.passes.analysis import locate
 from dartfx.passes.analysis.attention import attends_causally
+from dartfx.passes.analysis.token_axes import infer_axes
 from dartfx.passes.frontend.normalise import example_values, fresh_size, normalise, with_own_symbols
-from dartfx.passes.refusal import NoDecoder
+from dartfx.passes.graph import downstream
+from dartfx.passes.refusal import NoDecoder, Refusal
 from dartfx.passes.request import Request
 from dartfx.passes.runner import Observer
 from dartfx.passes.site import Vision
@@ -68,10 +70,12 @@ def rewrite_with_budget(
 def _entering(incoming: IncomingMask, module: GraphModule, behind: int) -> Vision:
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"][behind:]
     mask, row_count = placeholders[:2]
+    stacks = locate.find_stacks(module.graph)
     if incoming.embeds is not None:
         embeds = placeholders[2 + incoming.embeds]
+        if (own := locate.find_vision(module.graph, stacks)) is not None:
+            return _united(own[0], Vision(embeds, (mask,), (), incoming.record.how, row_count))
     else:
-        stacks = locate.find_stacks(module.graph)
         if not stacks:
             raise NoDecoder("the graph holds no whole decoder stack")
         # A given mask fits any graph of the prompt's shape; a vision tower is no decoder.
@@ -79,3 +83,17 @@ def _entering(incoming: IncomingMask, module: GraphModule, behind: int) -> Visio
             raise NoDecoder(f"{stacks[-1].path} attends without a mask, so it is no decoder")
         embeds = locate.entering_embeddings(module.graph, stacks[-1])
     return Vision(embeds, (mask,), (), incoming.record.how, row_count)
+
+
+def _united(own: Vision, earlier: Vision) -> Vision:
+    """What a graph merges itself, and what an earlier one merged into the same embeddings."""
+    graph = own.embeds.graph
+    if own.embeds not in downstream(graph, [earlier.embeds]) or not infer_axes(graph).in_order(
+        earlier.embeds, own.embeds
+    ):
+        raise Refusal(
+            "tokens that an earlier graph merged do not reach the decoder with those merged here",
+            own.embeds,
+        )
+    masks, how = (*earlier.masks, *own.masks), f"{earlier.how}; {own.how}"
+    return Vision(own.embeds, masks, own.features, how, earlier.row_count)

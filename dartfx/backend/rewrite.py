@@ -7,21 +7,30 @@ and go on unpruned without a word.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch.fx import GraphModule
 
+from dartfx.config.options import DartConfig
+from dartfx.errors import PruningWarning, UnsupportedGraphError
+from dartfx.observe.next_step import next_step_of
 from dartfx.passes.internal_error import internal_error
 from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask
 from dartfx.passes.pipeline import prune
+from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
 from dartfx.passes.runner import Observer
 from dartfx.passes.site import Vision
 from dartfx.passes.transform.restore_checkpoints import restore_checkpoints
 from dartfx.passes.transform.return_mask import return_vision_mask
 
-__all__ = ["Rewritten", "rewrite"]
+__all__ = ["Rewritten", "refuse", "rewrite"]
+
+log = logging.getLogger(__name__)
 
 
 class Rewritten(NamedTuple):
@@ -68,3 +77,20 @@ def rewrite(
         return Rewritten(None, original)
     merges = ReturnsMask("merges vision tokens and hands their mask on to a later graph")
     return Rewritten(merges, module, embeds)
+
+
+def refuse(config: DartConfig, declined: Declined) -> None:
+    """Say that something stays unpruned, as loudly as ``on_unsupported`` asks.
+
+    Raises UnsupportedGraphError when that is "error".
+    """
+    if config.on_unsupported == "error":
+        raise UnsupportedGraphError(
+            because=declined.because, where=declined.where, advice=declined.advice
+        )
+    if config.on_unsupported == "warn":
+        # Python shows a warning once per text, so once per reason.
+        shown = dataclasses.replace(declined, advice="")
+        text = f"dartfx left a graph unpruned: {shown}; {next_step_of(declined)}"
+        warnings.warn(text, PruningWarning, stacklevel=2)
+    log.info("not pruned: %s", declined)

@@ -9,9 +9,8 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from dartfx.backend.graph_compiler import refuse
 from dartfx.backend.request import TORCH_COMPILE, request_of
-from dartfx.backend.rewrite import rewrite
+from dartfx.backend.rewrite import refuse, rewrite
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.export.metadata import note_pruning

@@ -19,10 +19,10 @@ from dartfx.backend.graph_compiler import (
     NeedsGraphBreaks,
     compile_graph,
     prepare_dynamo,
-    refuse,
 )
 from dartfx.backend.later_failures import cut_that_caused
 from dartfx.backend.request import CallerCapabilities
+from dartfx.backend.rewrite import refuse
 from dartfx.config.options import DartConfig
 from dartfx.model.arguments import (
     Arguments,

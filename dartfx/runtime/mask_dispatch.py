@@ -79,7 +79,8 @@ class MaskDispatcher:
     outcome; lower: compiles a graph; original: what runs unpruned, where it is not ``module``;
     returns_keep_idx: whether a pruned graph returns which tokens it kept; note_kept: receives
     those of its first call; request_for: what stands for ``request`` where a call has a budget of
-    its own, None where none has.
+    its own, None where none has; otherwise: what runs a call without a mask, where that is not
+    the graph as it is: it merges tokens itself.
     """
 
     def __init__(
@@ -95,11 +96,12 @@ class MaskDispatcher:
         returns_keep_idx: Callable[[Pruned, Request], bool] = Pruned.needs_keep_idx,
         note_kept: Callable[[KeepIdxRecord], None] | None = None,
         request_for: Callable[[CallBudget], Request] | None = None,
+        otherwise: Callable[[], Compiled] | None = None,
     ) -> None:
         self._config, self._module, self._request = config, module, request
         self._original = module if original is None else original
         self._returns_keep_idx, self._request_for = returns_keep_idx, request_for
-        self._note_kept = note_kept
+        self._note_kept, self._otherwise = note_kept, otherwise
         self._announce, self._rewrite, self._lower = announce, rewrite, lower
         self._ranks = Ranks(module) if ranks is None else ranks
         self._embeds, self._ids = prompts(module)
@@ -152,8 +154,13 @@ class MaskDispatcher:
             return pruned(*given, mask, mask.new_empty((rows, 0)), *self._ranks.inputs(args))
         if self._unpruned is None:
             with self._lock:
-                self._unpruned = self._unpruned or compile_apart(self._original, self._lower)
+                self._unpruned = self._unpruned or self._without_mask()
         return self._unpruned(*args)
+
+    def _without_mask(self) -> Compiled:
+        if self._otherwise is not None:
+            return self._otherwise()
+        return compile_apart(self._original, self._lower)
 
     def _incoming(self, inputs: Sequence[Any]) -> IncomingMask | None:
         """The mask that comes with these inputs on every rank."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from dartfx.runtime.collecting import collecting
 
 __all__ = [
     "MaskRecord",
+    "any_noted",
     "clear",
     "collect_masks",
     "compared",
@@ -94,6 +95,12 @@ def find(embeds: Tensor) -> MaskRecord | None:
         return None
     found.consumed.set()
     return found
+
+
+def any_noted(inputs: Iterable[object]) -> bool:
+    """Whether any of a graph's inputs is embeddings that have a record."""
+    with _LOCK:
+        return any(isinstance(value, Tensor) and value in _records for value in inputs)
 
 
 def collect_masks() -> AbstractContextManager[list[MaskRecord]]:

@@ -32,10 +32,9 @@ def rows_of(width: Size, shapes: Sequence[Sequence[Size]]) -> Size:
 def vision_tokens(vision: Vision) -> Size:
     """N per sample: feature rows over batch size.  Raises Refusal where it depends on data."""
     batch, _, width = sizes(vision.embeds)
+    rows = rows_of(width, [sizes(f) for f in vision.features])
     if vision.row_count is not None:
-        rows = sizes(vision.row_count)[0]
-    else:
-        rows = rows_of(width, [sizes(f) for f in vision.features])
+        rows = rows + sizes(vision.row_count)[0]
     tokens = rows // batch
     if depends_on_data(tokens):
         raise Refusal(

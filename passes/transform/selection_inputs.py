@@ -41,10 +41,12 @@ _END = torch.iinfo(torch.int64).max
 
 def vision_rows(emit: Emitter, vision: Vision) -> int | Node:
     """How many vision feature rows enter the embeddings, from shapes alone."""
-    if vision.row_count is not None:
-        return emit.size(vision.row_count, 0)
+    noted = 0 if vision.row_count is None else emit.size(vision.row_count, 0)
+    if not vision.features:
+        return noted
     shapes = [emit.shape(features) for features in vision.features]
-    return emit.arithmetic(rows_of, emit.size(vision.embeds, 2), shapes)
+    rows = emit.arithmetic(rows_of, emit.size(vision.embeds, 2), shapes)
+    return rows if vision.row_count is None else emit.arithmetic(operator.add, noted, rows)
 
 
 def vision_mask(emit: Emitter, vision: Vision) -> Node:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import dartfx
-from dartfx.backend.graph_compiler import refuse
+from dartfx.backend.rewrite import refuse
 from dartfx.model.explain import Explanation
 from dartfx.observe.next_step import next_step
 from dartfx.observe.report import Report

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dartfx.passes.outcome import Unchanged
-from tests.support.decoders import IMAGE, Decoder, assert_same, prompt, run
+import dartfx
+from dartfx.passes.outcome import Pruned, Unchanged
+from tests.support.decoders import IMAGE, Decoder, assert_same, prompt, pruned_by_hand, run
 from tests.support.refusals import RETAIN, SMALL, assert_declined, assert_pruned
 
 LEARNED = 39
@@ -132,3 +134,32 @@ def test_one_row_for_several_positions_is_no_feature() -> None:
     inputs = prompt(SMALL)
     inputs["ids"][0, -3:-1] = LEARNED
     assert_pruned(Markers(SMALL), inputs)
+
+
+def test_two_media_of_which_one_is_merged_by_an_earlier_graph() -> None:
+    """Sound before images (Qwen2.5-Omni in generate): both are vision tokens."""
+
+    class Sound(Decoder):
+        def forward(self, ids: Tensor, features: Tensor) -> Any:
+            sound = (ids == LEARNED).unsqueeze(-1)
+            self.heard = self.embed(ids).masked_scatter(sound, features[:4])
+            torch._dynamo.graph_break()
+            return super().forward(ids, features)
+
+        def merge(self, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+            image = ids == IMAGE
+            x = self.heard.masked_scatter(image.unsqueeze(-1), features[4:])
+            return x, (ids == LEARNED) | image
+
+    model, inputs = Sound(SMALL).eval(), prompt(SMALL)
+    inputs["ids"][inputs["ids"] == LEARNED] = 5
+    inputs["ids"][0, 2:6] = LEARNED
+    options = {"retain_tokens": RETAIN, "layer": 1, "lowering": "eager"}
+    with torch.no_grad():
+        outputs = torch.compile(model, backend="dart", options=options)(**inputs)
+    outcome = dartfx.reports()[-1].outcome
+    assert isinstance(outcome, Pruned), outcome
+    assert outcome.vision_tokens == 12
+    assert outcome.how == "merge in an earlier graph; merge in the graph"
+    with torch.no_grad():
+        assert_same(outputs, pruned_by_hand(model, inputs, RETAIN, 1))
