@@ -98,6 +98,8 @@ def key_norms(
     """
     b = tl.program_id(0).to(tl.int64)
     S = tl.cast(S, tl.int32)
+    length = tl.cast(length, tl.int32)
+    retain = tl.cast(retain, tl.int32)
     vision_ptr += b * S
     valid_ptr += b * S
     start = tl.program_id(1) * BLOCK_S
@@ -132,8 +134,6 @@ def key_norms(
 
     # The batch rule (see batch_rule.py).
     if start == 0:
-        length = tl.cast(length, tl.int32)
-        retain = tl.cast(retain, tl.int32)
         n_vision = tl.full([], 0, tl.int32)
         n_text = tl.full([], 0, tl.int32)
         after = tl.full([], 0, tl.int32)  # the text behind all vision tokens so far
@@ -158,6 +158,20 @@ def key_norms(
         tl.store(fits_ptr + b, n_text + budget <= length)
 
 
+@triton.jit
+def _raised(low, below, probe, count, wanted):
+    """The interval's lower end and its count, once ``count`` lie at or below ``probe``."""
+    few = count < wanted
+    return tl.where(few, probe, low), tl.where(few, count, below)
+
+
+@triton.jit
+def _lowered(high, reached, probe, count, wanted):
+    """The interval's upper end and its count."""
+    enough = count >= wanted
+    return tl.where(enough, probe, high), tl.where(enough, count, reached)
+
+
 @triton.jit(do_not_specialize=["S", "capacity"])
 def shortlist(
     codes_ptr,  # [B, L, S] int32
@@ -169,16 +183,15 @@ def shortlist(
     capacity,
     PIVOTS: tl.constexpr,  # whether the rankings are those of the pivots, or by pivot
     BLOCK: tl.constexpr,
-    PROBES: tl.constexpr,
 ):
     """The first ``wanted`` of each ranking, by position: exactly so many for PIVOTS.
 
     Others may get up to an eighth more, which ``rank`` orders too: to divide the last few would
     take more passes. An interval (low, high] of codes is narrowed until at least ``wanted``
     positions and no more than that lie at or below ``high``; where equal codes do not let it, the
-    lowest positions are taken. Each pass counts how many do not exceed each of PROBES codes, and
-    leaves a part of PROBES + 1 of the interval. Reads: 4 bytes per position, about 3 + 2 times,
-    from cache. Programs: one for each ranking, large.
+    lowest positions are taken. Each pass over the codes leaves a quarter of the interval: at most
+    16 passes, about 6 for the cosines of random tokens. Reads: 4 bytes per position and pass, and
+    twice more, from cache. Programs: one for each ranking, large.
     """
     b = tl.program_id(0).to(tl.int64)
     S = tl.cast(S, tl.int32)
@@ -216,19 +229,30 @@ def shortlist(
         high = tl.max(highest, 0).to(tl.int64)
         below = tl.full([], 0, tl.int32)  # at or below low: fewer than wanted
         reached = tl.sum(members, 0)  # at or below high: wanted or more
-        step = tl.arange(0, PROBES).to(tl.int64) + 1
         while (reached > limit) & (high - low > 1):
-            probe = low + (high - low) * step // (PROBES + 1)
-            narrow = probe.to(tl.int32)[None, :]
-            seen = tl.zeros([BLOCK, PROBES], tl.int32)
+            first_quarter = low + (high - low) // 4
+            half = low + (high - low) // 2
+            last_quarter = half + (high - half) // 2
+            in_first = tl.zeros([BLOCK], tl.int32)
+            in_half = tl.zeros([BLOCK], tl.int32)
+            in_three = tl.zeros([BLOCK], tl.int32)
             for first in range(0, S, BLOCK):
                 code = tl.load(codes_ptr + first + lane, mask=first + lane < S, other=ABSENT)
-                seen += (code[:, None] <= narrow).to(tl.int32)
-            count = tl.sum(seen, 0)
-            low = tl.max(tl.where(count < wanted, probe, low), 0)
-            high = tl.min(tl.where(count < wanted, high, probe), 0)
-            below = tl.max(tl.where(count < wanted, count, below), 0)
-            reached = tl.min(tl.where(count < wanted, reached, count), 0)
+                in_first += (code <= first_quarter.to(tl.int32)).to(tl.int32)
+                in_half += (code <= half.to(tl.int32)).to(tl.int32)
+                in_three += (code <= last_quarter.to(tl.int32)).to(tl.int32)
+            # Three counts of 16 bits, so that one reduction, with its barriers, adds them all up.
+            packed = in_first.to(tl.int64) + (in_half.to(tl.int64) << 16)
+            counts = tl.sum(packed + (in_three.to(tl.int64) << 32), 0)
+            a = (counts & 0xFFFF).to(tl.int32)
+            h = ((counts >> 16) & 0xFFFF).to(tl.int32)
+            z = (counts >> 32).to(tl.int32)
+            low, below = _raised(low, below, first_quarter, a, wanted)
+            low, below = _raised(low, below, half, h, wanted)
+            low, below = _raised(low, below, last_quarter, z, wanted)
+            high, reached = _lowered(high, reached, last_quarter, z, wanted)
+            high, reached = _lowered(high, reached, half, h, wanted)
+            high, reached = _lowered(high, reached, first_quarter, a, wanted)
         top = high.to(tl.int32)
         allowed = tl.where(reached > limit, wanted, reached) - below
         ties = tl.full([], 0, tl.int32)
@@ -271,9 +295,11 @@ def cosines(
 ):
     """Cosine similarity of each vision token, but the image pivots, to each pivot.
 
-    Pivots are numbered in ascending position, the order of their turns. Reads: D values of each
-    vision token once per BLOCK_P pivots (the default 8 pivots: once), and of BLOCK_P pivots in
-    every program, from cache.
+    Pivots are numbered in ascending position, the order of their turns. Products of half precision
+    are exact on the matrix units, which may cut off a sum where float32 rounds it; so they add up
+    BLOCK_D channels only, and float32 the rest: no more roundings than in a blocked sum of float32.
+    Reads: D values of each vision token once per BLOCK_P pivots (the default 8 pivots: once), and
+    of BLOCK_P pivots in every program, from cache.
     """
     b = tl.program_id(0).to(tl.int64)
     S = tl.cast(S, tl.int32)
@@ -295,6 +321,7 @@ def cosines(
     row = hidden_ptr + at[:, None].to(tl.int64) * stride_s
     pivot_row = hidden_ptr + pivot[:, None].to(tl.int64) * stride_s
     dots = tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
+    one = tl.full([BLOCK_S, BLOCK_P], 1.0, tl.float32)
     squares = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     pivot_squares = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for first in tl.range(0, D, BLOCK_D, num_stages=4):
@@ -306,9 +333,11 @@ def cosines(
         wide = x.to(tl.float32)
         pivot_wide = y.to(tl.float32)
         if NARROW:
-            dots = tl.dot(x, tl.trans(y), dots)
+            part = tl.dot(x, tl.trans(y))
         else:
-            dots = tl.dot(wide, tl.trans(pivot_wide), dots, input_precision="ieee")
+            part = tl.dot(wide, tl.trans(pivot_wide), input_precision="ieee")
+        # Not +, which the compiler would fold into one sum over all channels in the matrix unit.
+        dots = tl.fma(part, one, dots)
         squares += wide * wide
         pivot_squares += pivot_wide * pivot_wide
     norms = tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), EPS)

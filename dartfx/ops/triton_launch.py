@@ -29,11 +29,11 @@ Launch: TypeAlias = Callable[..., None]
 # Tiles, in elements. Few positions per program of the two kernels that read keys and hidden
 # states, so that a prompt of a few hundred tokens already occupies every core of a large device.
 _NORM_TILE = (4, 1024)  # positions, channels
-_COSINE_TILE = (16, 128, 16)  # positions, channels, pivots
+_COSINE_TILE = (16, 512, 16)  # positions, bytes of channels, pivots
 _COSINE_WARPS = 4
 _SCAN_TILE = 2048
-_SHORTLIST_TILE = (2048, 8)  # positions, codes they are compared with at a time
-_SHORTLIST_WARPS = 16
+_SHORTLIST_TILE = 2048
+_SHORTLIST_WARPS = 8
 _RANK_TILE = (32, 128)  # positions, those they are compared with at a time
 _SELECT_TILE = (4096, 2048, 1024)  # positions times pivots: of a round, of the result; masks
 _SELECT_WARPS = 8
@@ -174,14 +174,12 @@ def _shortlist(
     new = functools.partial(torch.empty, dtype=torch.int32, device=codes.device)
     listed, counts = new((batch, rankings, capacity)), new((batch, rankings))
     listed_codes = counts if constants["PIVOTS"] else new((batch, rankings, capacity))
-    block, probes = _SHORTLIST_TILE
     launch(
         triton_kernels.shortlist,
         (batch, rankings),
         *(codes, plan, listed, listed_codes, counts, sequence, capacity),
         **constants,
-        BLOCK=block,
-        PROBES=probes,
+        BLOCK=_SHORTLIST_TILE,
         num_warps=_SHORTLIST_WARPS,
     )
     return listed, listed_codes, counts
@@ -196,7 +194,7 @@ def _cosines(
     batch, sequence, width = hidden.shape
     new = functools.partial(torch.empty, dtype=torch.int32, device=hidden.device)
     codes, ranks = new((batch, row.slots, sequence)), new((batch, sequence, row.slots))
-    block, channels, per_program = _COSINE_TILE
+    block, row_bytes, per_program = _COSINE_TILE
     launch(
         triton_kernels.cosines,
         (batch, _tiles(sequence, block), _tiles(row.slots, per_program)),
@@ -205,14 +203,20 @@ def _cosines(
         SLOTS=row.slots,
         CAPACITY=row.capacity,
         EPS=EPS,
-        NARROW=hidden.dtype != torch.float32 and not _interpreted(),
+        NARROW=_for_matrix_units(hidden.dtype),
         COLUMNS=_power_of_two(row.slots),
         BLOCK_S=block,
-        BLOCK_D=max(16, min(channels, _power_of_two(width))),
+        BLOCK_D=max(16, min(row_bytes // hidden.itemsize, _power_of_two(width))),
         BLOCK_P=per_program,
         num_warps=_COSINE_WARPS,
     )
     return codes, ranks
+
+
+def _for_matrix_units(dtype: torch.dtype) -> bool:
+    """Whether products of these numbers can be left to them: they are exact, then."""
+    # The interpreter multiplies bfloat16 as the integers that it holds them in.
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not _interpreted())
 
 
 def _ranks(launch: Launch, listed: Tensor, codes: Tensor, counts: Tensor, ranks: Tensor) -> Tensor:

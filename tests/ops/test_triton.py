@@ -6,6 +6,7 @@ Triton reads TRITON_INTERPRET when it is imported.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,7 @@ pytestmark = [
 
 # As in test_select_tokens.py: a closer decision may fall either way in float32.
 MIN_GAP = 1e-5
+ABSENT = 0x7FFFFFFF  # the code of a position outside a ranking
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +85,32 @@ def test_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "_RANK_TILE", (64, 512))
     monkeypatch.setattr(triton_launch, "_NORM_TILE", (32, 32))
     monkeypatch.setattr(triton_launch, "_COSINE_TILE", (32, 32, 8))
-    monkeypatch.setattr(triton_launch, "_SHORTLIST_TILE", (1024, 2))
+    monkeypatch.setattr(triton_launch, "_SHORTLIST_TILE", 1024)
     assert check(plain(S=2929, first=35, N=2880, retain=640), min_gap=1e-8)
+
+
+@pytest.mark.parametrize("wanted", [1, 37, 93])
+def test_shortlists_hold_the_first_of_each_ranking(wanted: int) -> None:
+    """Whatever the scale of the scores is, with ties and positions outside the ranking."""
+    generator = torch.Generator().manual_seed(wanted)
+    scores = torch.randn(2, 3, 300, generator=generator) * torch.tensor([1e-30, 1.0, 1e30])[:, None]
+    scores[1] = scores[1].sign() * torch.tensor([torch.inf, 0.0, 1.0])[:, None]
+    bits = scores.view(torch.int32)
+    codes = torch.where(scores == 0, 0, torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    codes[:, :, 5:20] = ABSENT
+    plan = torch.tensor([[3, 0, 3 * wanted, 0], [3, 0, 3 * wanted, 0]], dtype=torch.int32)
+    shortlist = triton_launch._shortlist(
+        triton_launch._now, codes.to(DEVICE), plan.to(DEVICE), 280, PIVOTS=False
+    )
+    listed, listed_codes, counts = (x.cpu() for x in shortlist)
+    order = codes.sort(dim=-1, stable=True).indices
+    for b, turn in itertools.product(range(2), range(3)):
+        needed = wanted * (turn + 1)
+        count = int(counts[b, turn])
+        assert needed <= count <= min(needed + needed // 8, 280)
+        assert listed[b, turn, :count].tolist() == sorted(order[b, turn, :count].tolist())
+        found = codes[b, turn][listed[b, turn, :count].long()]
+        assert torch.equal(listed_codes[b, turn, :count], found)
 
 
 def test_ties_go_to_the_lowest_position() -> None:
