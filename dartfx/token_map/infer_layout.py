@@ -191,29 +191,33 @@ def _anyres(shape: Sequence[int], sizes: list[Size], runs: Sequence[int]) -> lis
         if shape[1] == 1 and side * side + 1 == run:  # an overview alone, and one newline
             found.append(Layout(((side, side),), (*Layout.grid(side, side).cells, None)))
             continue
-        candidates = sorted(
-            (-used, base, fine)
+        candidates = [
+            (used, base, fine, tiles)
             for base in range(1, isqrt(run) + 1)
             if _is_grid_of(base, shape[-1])
-            for used, fine in _fine_grids(run - base * base, base, size, (least, shape[1]))
-        )
-        best = {(base, fine) for used, base, fine in candidates if used == candidates[0][0]}
-        bases = len({base for _, base, _ in candidates})
+            for used, fine, tiles in _fine_grids(run - base * base, base, size, (least, shape[1]))
+        ]
+        most = max((used for used, *_ in candidates), default=0)
+        likely = [(base, fine, tiles) for used, base, fine, tiles in candidates if used == most]
+        best = {(base, fine) for base, fine, _ in likely}
+        bases = len({base for _, base, _, _ in candidates})
         if bases != 1 or len(best) != 1:
             count = f"{bases} sizes of overviews" if bases > 1 else f"{len(best)} AnyRes grids"
             raise _unknown(f"{count} explain {run} tokens of an image of {size}")
         ((base, fine),) = best
-        found.append(Layout.anyres((base, base), fine))
+        cuts = {tiles for _, _, tiles in likely}
+        tiles = cuts.pop() if len(cuts) == 1 else None
+        found.append(Layout.anyres((base, base), fine, tiles=tiles))
     return found
 
 
 def _fine_grids(
     tokens: int, base: int, size: Size, views: tuple[int, int]
-) -> Iterator[tuple[float, Size]]:
-    """Grids of ``tokens`` tokens, each row ended by one more, and the share of tiles they use.
+) -> Iterator[tuple[float, Size, Size | None]]:
+    """Grids of ``tokens`` tokens, each row ended by one more; the share of tiles they use; tiles.
 
     A grid is what the image covers of its tiles: padding above and below, or left and right, is
-    cut off.  Larger ones may be scaled down to what the tiles hold.
+    cut off.  Larger ones may be scaled down to what the tiles hold, and tiles are then None.
     """
     for high in range(1, views[1]):
         for wide in range(1, (views[1] - 1) // high + 1):
@@ -227,7 +231,7 @@ def _fine_grids(
                     (rows, columns) if ratio <= 1.1 else (int(rows // ratio), int(columns // ratio))
                 )
                 if min(fine) > 0 and fine[0] * (fine[1] + 1) == tokens:
-                    yield used, fine
+                    yield used, fine, (high, wide) if fine == (rows, columns) else None
 
 
 def _unpadded(grid: Size, size: Size) -> Size:

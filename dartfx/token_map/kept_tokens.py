@@ -62,6 +62,18 @@ class KeptTokens:
         views = Counter(cell.view for cell in self.cells() if cell is not None)
         return tuple(views[view] for view in range(len(self.layout.views)))
 
+    @property
+    def by_tile(self) -> tuple[int, ...]:
+        """How many tokens of each tile were kept, row by row, the overview aside.
+
+        Empty where there are no tiles, or how the image is cut into them is not known.
+        """
+        if self.layout is None or self.layout.tiling is None:
+            return ()
+        tiling = self.layout.tiling
+        tiles = Counter(tiling.of(cell) for cell in self.cells() if cell is not None)
+        return tuple(tiles[tile] for tile in range(tiling.grid[0] * tiling.grid[1]))
+
     def cells(self, layout: Layout | Sequence[int] | None = None) -> list[Cell | None]:
         """The grid cell of every kept token; None for a token without one (a newline).
 
@@ -99,6 +111,8 @@ class KeptTokens:
         views = self.by_view
         if len(views) > 1:
             head += f", by frame or view: {', '.join(map(str, views))}"
+        if self.by_tile:
+            head += f", by tile: {', '.join(map(str, self.by_tile))}"
         return "\n".join([head, *pivots])
 
 

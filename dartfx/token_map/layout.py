@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 
-__all__ = ["Cell", "Layout", "layout_of", "merged"]
+__all__ = ["Cell", "Layout", "Tiling", "layout_of", "merged"]
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,38 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How a view is cut into tiles.
+
+    grid: rows and columns of tiles.  tile: rows and columns of each, in tokens.  cut: rows and
+    columns of padding that were taken off in front of the view's first token.
+    """
+
+    view: int
+    grid: tuple[int, int]
+    tile: tuple[int, int]
+    cut: tuple[int, int] = (0, 0)
+
+    def of(self, cell: Cell) -> int | None:
+        """The number of the cell's tile, row by row; None in another view."""
+        if cell.view != self.view:
+            return None
+        row, column = cell.row + self.cut[0], cell.column + self.cut[1]
+        return row // self.tile[0] * self.grid[1] + column // self.tile[1]
+
+
+@dataclass(frozen=True)
 class Layout:
     """The cells of an image's vision tokens.
 
     views: rows and columns of each view; a view shows the whole image, or one frame of a video.
-    cells: one per token in prompt order; None for a token that stands for no cell.
+    cells: one per token in prompt order; None for a token that stands for no cell.  tiling: of the
+    view that is cut into tiles, None where there is none, or how it is cut is not known.
     """
 
     views: tuple[tuple[int, int], ...]
     cells: tuple[Cell | None, ...]
+    tiling: Tiling | None = None
 
     @classmethod
     def grid(cls, *shape: int) -> Layout:
@@ -76,25 +99,37 @@ class Layout:
         ]  # fmt: skip
         whole = [Cell(1 - view, y, x) for y in range(high) for x in range(wide)]
         fine = rows * high, columns * wide
+        tiling = Tiling(view, (rows, columns), tile)
         if overview is None:
-            return cls((fine,), tuple(split))
+            return cls((fine,), tuple(split), tiling)
         if overview == "first":
-            return cls((tile, fine), (*whole, *split))
-        return cls((fine, tile), (*split, *whole))
+            return cls((tile, fine), (*whole, *split), tiling)
+        return cls((fine, tile), (*split, *whole), tiling)
 
     @classmethod
-    def anyres(cls, base: tuple[int, int], fine: tuple[int, int], newline: bool = True) -> Layout:
+    def anyres(
+        cls,
+        base: tuple[int, int],
+        fine: tuple[int, int],
+        newline: bool = True,
+        tiles: tuple[int, int] | None = None,
+    ) -> Layout:
         """An overview of ``base`` tokens, then ``fine`` rows and columns of the whole image.
 
         newline: one more token ends each row of the fine grid, as LLaVA-NeXT (AnyRes) has it; the
-        fine grid is what is left once padding is cut off.
+        fine grid is what is left once padding is cut off, as much on either side.  tiles: rows and
+        columns of tiles of ``base`` tokens that it was cut from, where they were not scaled down.
         """
         whole = [Cell(0, y, x) for y in range(base[0]) for x in range(base[1])]
         rows: list[Cell | None] = []
         for y in range(fine[0]):
             rows += [Cell(1, y, x) for x in range(fine[1])]
             rows += [None] if newline else []
-        return cls((base, fine), (*whole, *rows))
+        tiling = None
+        if tiles is not None:
+            cut = [(n * b - f) // 2 for n, b, f in zip(tiles, base, fine, strict=True)]
+            tiling = Tiling(1, tiles, base, (cut[0], cut[1]))
+        return cls((base, fine), (*whole, *rows), tiling)
 
 
 def layout_of(layout: Layout | Sequence[int]) -> Layout:

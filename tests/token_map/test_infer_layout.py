@@ -16,6 +16,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 import dartfx
 from dartfx.token_map.infer_layout import LayoutUnknown, from_inputs
+from dartfx.token_map.kept_tokens import KeptTokens
 from dartfx.token_map.layout import Cell, Layout
 from dartfx.tools.zoo.registry import load
 from tests.support.slow import slow
@@ -33,10 +34,10 @@ TILED = {
 }
 
 
-def packed(name: str, size: tuple[int, int]) -> tuple[list[Cell | None], int]:
-    """Where each token of an image lies by transformers' packing code, and how many tiles it has.
+def packed_places(name: str, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Row and column of each token of an image by transformers' packing code; the grid of tiles.
 
-    Features hold their own place; those between places (scaled down) are left to count.
+    Features hold their own place, in the overview or in all tiles.
     """
     model, side, tile, grids = TILED[name]
     pins = [(high * tile, wide * tile) for high, wide in grids]
@@ -57,6 +58,16 @@ def packed(name: str, size: tuple[int, int]) -> tuple[list[Cell | None], int]:
         SimpleNamespace(config=config), [features], torch.tensor([size]),
         image_newline=torch.tensor([-1.0, -1.0]), **more,
     )  # fmt: skip
+    return found, (high, wide)
+
+
+def packed(name: str, size: tuple[int, int]) -> tuple[list[Cell | None], int]:
+    """Where each token of an image lies, and how many tiles it has.
+
+    Tokens between places (scaled down) are left to count.
+    """
+    found, (high, wide) = packed_places(name, size)
+    side = TILED[name][1]
     first = found[side * side]
     cells: list[Cell | None] = []
     for i, (row, column) in enumerate(found.tolist()):
@@ -85,11 +96,36 @@ def test_overview_and_tiles_lie_as_the_model_packs_them(name: str, size: tuple[i
     assert list(layout.cells) == cells
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [("next", (480, 640)), ("next", (1000, 300)), ("onevision", (500, 1100))]
+)
+def test_tokens_are_of_the_tile_that_the_model_took_them_from(
+    name: str, size: tuple[int, int]
+) -> None:
+    """Padding is cut off in front of the first tile's tokens, too."""
+    found, (high, wide) = packed_places(name, size)
+    side, pixel = TILED[name][1:3]
+    inputs = {"pixel_values": pixels(1, high * wide + 1, 3, pixel, pixel), "image_sizes": [size]}
+    (layout,) = from_inputs(inputs, [len(found)])
+    wanted = [
+        int(row // side * wide + column // side)
+        for row, column in found[side * side :].tolist()
+        if row >= 0
+    ]
+    assert layout.tiling is not None
+    tiles = [layout.tiling.of(cell) for cell in layout.cells if cell is not None]
+    assert tiles == [None] * side * side + wanted
+    kept = KeptTokens(0, 0, tuple(range(len(found))), tuple(range(len(found))), layout=layout)
+    assert kept.by_tile == tuple(wanted.count(tile) for tile in range(high * wide))
+    assert str(kept).endswith(f"by tile: {', '.join(map(str, kept.by_tile))}")
+
+
 def test_a_grid_that_was_scaled_down_ends_its_rows_where_the_model_does() -> None:
     cells, tiles = packed("onevision", (1900, 2000))
     assert tiles > 9
     inputs = {"pixel_values": pixels(1, tiles + 1, 3, 384, 384), "image_sizes": [(1900, 2000)]}
     (layout,) = from_inputs(inputs, [len(cells)])
+    assert layout.tiling is None
     assert [i for i, c in enumerate(layout.cells) if c is None] == [
         i for i, c in enumerate(cells) if c is None
     ]

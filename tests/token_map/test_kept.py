@@ -182,6 +182,9 @@ def test_layouts() -> None:
     assert (first.views, first.cells[3], first.cells[4]) == (
         ((2, 2), (2, 4)), Cell(0, 1, 1), Cell(1, 0, 0),
     )  # fmt: skip
+    for layout, tiles in ((tiled, [0] * 4 + [1] * 4), (first, [None] * 4 + [0] * 4)):
+        cells = [cell for cell in layout.cells if cell is not None]
+        assert [layout.tiling.of(cell) for cell in cells][:8] == tiles
     assert len(Layout.tiles(2, 2, (3, 3), overview=None).cells) == 36
     anyres = Layout.anyres((2, 2), (2, 3))
     assert anyres.cells[4:8] == (Cell(1, 0, 0), Cell(1, 0, 1), Cell(1, 0, 2), None)
