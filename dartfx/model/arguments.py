@@ -89,6 +89,12 @@ class Arguments:
         return frame_lengths(self.named, runs)
 
     @property
+    def pad_masks(self) -> list[Tensor]:
+        """Masks that may say which tokens are pads; token ids do not, and 0 is like others."""
+        leaves = [leaf for leaf in self.leaves if may_be_mask(*leaf)]
+        return [t for name, t in leaves if "mask" in name or t.dtype == torch.bool]
+
+    @property
     def media(self) -> list[str]:
         """Arguments that may bring vision tokens; none in a decode step."""
         if self.tokens == 1 and (self.caches or self.named.get("past_key_values") is not None):

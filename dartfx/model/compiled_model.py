@@ -28,7 +28,6 @@ from dartfx.model.arguments import (
     Arguments,
     brings_media,
     leaves_of,
-    may_be_mask,
     swapped,
     with_decode_masks,
 )
@@ -159,7 +158,7 @@ class CompiledModel:
         kept = [record.keep_idx for record in collected]
         if pads and kept:
             mark(leaves, kept[-1])
-        masks = [value for name, value in call.leaves if may_be_mask(name, value)]
+        masks = call.pad_masks
         for key, kv in filled.items():
             kv_cache.mark_pruned(kv, call.tokens, kept, masks, before.get(key), self._weights)
         self.history.add_kept(collected)
