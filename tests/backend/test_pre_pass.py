@@ -79,7 +79,7 @@ def hosts() -> list[Any]:
     eager: Backend = lambda module, inputs: module.forward  # noqa: E731
     return [
         pytest.param(through(eager), id="eager"),
-        pytest.param(through(aot_eager), id="aot_eager"),
+        pytest.param(through(aot_eager), id="aot_eager", marks=pytest.mark.slow),
         pytest.param(through(compile_fx), id="inductor", marks=pytest.mark.slow),
         pytest.param(lambda dart: converting(dart, []), id="converter"),
     ]

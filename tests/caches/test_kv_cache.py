@@ -15,6 +15,7 @@ from dartfx.errors import SelectionError
 from dartfx.model.caches import kv_cache
 from dartfx.model.caches.weights import Weights
 from dartfx.tools.zoo.family import Inputs
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 from tests.support.turns import Conversation, compiled, first_turn, greedy, llava, one, words
 
@@ -99,7 +100,7 @@ def test_images_and_text_in_turns() -> None:
     assert {layer.keys.shape[2] for layer in cache.layers} == {cache.get_seq_length() - dropped}
 
 
-@pytest.mark.parametrize("variant", ["pad2", "ragged"])
+@pytest.mark.parametrize("variant", ["ragged", *slow("pad2")])
 def test_a_second_image_in_a_batch(variant: str) -> None:
     first, second = llava().make_inputs(variant), llava().make_inputs(variant, seed=3)
     oracle, cache = Conversation(llava(), first), first_turn(first)
@@ -212,7 +213,7 @@ def test_what_a_cache_knows_fits_masks_on_another_device() -> None:
     assert fitted.shape == (2, seen)
 
 
-@pytest.mark.parametrize("how", ["prompt_lookup_num_tokens", "assistant_model"])
+@pytest.mark.parametrize("how", ["prompt_lookup_num_tokens", *slow("assistant_model")])
 def test_drafts_in_a_later_turn(how: str) -> None:
     """transformers takes the whole conversation for new tokens in a draft's first step."""
     oracle = Conversation(llava(), one())

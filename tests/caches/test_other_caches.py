@@ -14,6 +14,7 @@ from dartfx.model.caches.kv_cache import held_tokens, pruned_length
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.registry import load
+from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 from tests.support.turns import Conversation
 
@@ -51,7 +52,7 @@ def test_a_text_prompt_fills_a_quantised_cache() -> None:
     torch.testing.assert_close(ours.logits, right.logits, **CLOSE)
 
 
-@pytest.mark.parametrize("variant", ["one", "pad2"])
+@pytest.mark.parametrize("variant", ["pad2", *slow("one")])
 def test_an_image_is_pruned_into_a_quantised_cache(variant: str) -> None:
     built = load("llava", layers=3)
     inputs = built.make_inputs(variant)

@@ -137,6 +137,7 @@ def test_layers_that_hold_different_tokens_take_one_token_at_a_time() -> None:
             model(input_ids=words(1, 2), past_key_values=cache)
 
 
+@pytest.mark.slow
 def test_a_row_alone_padded_and_in_a_batch_decodes_the_same() -> None:
     batch = llava().make_inputs("pad2")
     alone = llava().row(batch, 0)

@@ -244,6 +244,7 @@ def test_bench_figures_are_consistent(figures: dict[str, Any]) -> None:
     assert 0 < sum(passes.values()) <= total
 
 
+@pytest.mark.slow
 def test_bench_prints_what_it_measured_with_another_selector(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,7 +46,7 @@ def assert_same(output: Any, reference: hooked.Pruned) -> None:
 @pytest.mark.parametrize(("name", "variant"), [("llava", "pad2"), *slow(("qwen2_5_vl", "pad2"))])
 def test_three_budgets_take_two_compilations(name: str, variant: str) -> None:
     """The second is for all but the one that the model was compiled with."""
-    family = load(name)
+    family = load(name, layers=3)
     inputs = family.make_inputs(variant)
     oracle = {
         retain: hooked.pruned_forward(family.model, inputs, retain=retain, kv_layout="uniform")
@@ -72,14 +72,14 @@ def test_three_budgets_take_two_compilations(name: str, variant: str) -> None:
 
 def test_a_ratio_and_a_generation() -> None:
     """Prefill and decode of ``generate``, with a share of the vision tokens dropped."""
-    family = load("llava")
+    family = load("llava", layers=3)
     inputs = family.make_inputs("pad2")
     oracle = hooked.pruned_generate(
-        family.model, inputs, retain=4, kv_layout="uniform", max_new_tokens=4
+        family.model, inputs, retain=4, kv_layout="uniform", max_new_tokens=2
     )
     model = dartfx.compile(family.model, retain_tokens=16, lowering="eager", selector="dart")
     with dartfx.budget(model, reduction_ratio=0.75):  # of 16
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=2)
     assert torch.equal(tokens[:, inputs["input_ids"].shape[1] :], oracle.token_ids)
     (pruned,) = [r.outcome for r in dartfx.reports() if isinstance(r.outcome, Pruned)]
     assert pruned.retained == 4
