@@ -176,12 +176,17 @@ def with_decode_masks(call: Arguments, caches: Sequence[Any]) -> Arguments:
     swaps = {}
     for kv in filter(kv_cache.pruned_length, caches):
         for name, value in call.leaves:
-            seen = int(kv.get_seq_length()) + call.tokens
-            if may_be_mask(name, value) and (
-                name == "attention_mask" or value.shape[-1] == seen > call.tokens
-            ):
+            if may_be_mask(name, value) and _covers(kv, name, value, call.tokens):
                 swaps[id(value)] = kv_cache.fit_mask(kv, value, call.tokens)
     return call.with_swaps(swaps)
+
+
+def _covers(kv: Any, name: str, value: Tensor, tokens: int) -> bool:
+    """Whether a mask has columns for what a cache has seen, and not for a call's tokens only."""
+    if name == "attention_mask":
+        return True
+    # A static cache's length is on its device, for which no decode step should wait.
+    return value.shape[-1] > tokens and value.shape[-1] == int(kv.get_seq_length()) + tokens
 
 
 def may_be_mask(name: str, value: Any) -> bool:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import dartfx
 from dartfx.errors import SelectionError
+from dartfx.model.arguments import Arguments, with_decode_masks
 from dartfx.model.caches import kv_cache
 from dartfx.model.caches.weights import Weights
 from dartfx.tools.zoo.family import Inputs
@@ -57,6 +58,21 @@ def test_other_rows_than_the_caches_are_refused() -> None:
     cache = pruned_cache(torch.tensor([[0, 2], [1, 2]]), prompt=3)
     with pytest.raises(SelectionError, match=r"mask of 4 rows .* pruned with 2 rows"):
         kv_cache.fit_mask(cache, torch.ones(4, 4, dtype=torch.int64), 1)
+
+
+def test_decode_steps_do_not_ask_for_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a static cache every question waits for the device."""
+    cache, step = (
+        pruned_cache(torch.tensor([[0, 2]]), prompt=3),
+        torch.ones(1, 1, dtype=torch.int64),
+    )
+    by_another_name = torch.ones(1, 4, dtype=torch.int64)
+    call = Arguments.of(lambda: None, (), {"input_ids": step, "seen": by_another_name})
+    fitted = with_decode_masks(call, [cache])
+    assert fitted.kwargs["seen"].tolist() == [[0, 1, 1, 1]]
+    monkeypatch.setattr(cache, "get_seq_length", None)
+    call = Arguments.of(lambda: None, (), {"input_ids": step, "position_ids": step})
+    assert with_decode_masks(call, [cache]) is call
 
 
 @pytest.mark.parametrize("columns", [1, 2, 5])
