@@ -37,6 +37,8 @@ def test_generate_allocates_slots_for_what_is_left() -> None:
     """Up to an eighth more than it needs; a longer prompt's slots stay, as transformers' do."""
     model = fresh()
     how: dict[str, Any] = {"cache_implementation": "static", "max_new_tokens": 5}
+    with torch.no_grad():
+        model(**one(), past_key_values=static(200))  # a caller's own counts for itself
     greedy(model, input_ids=words(1, 90), **how)  # transformers makes none shorter from now on
     lengths = []
     for before in (5, 25, 5):
@@ -50,7 +52,7 @@ def test_generate_allocates_slots_for_what_is_left() -> None:
         lengths.append(slots(cache).pop())
         assert left <= lengths[-1]
         assert cache.get_max_length() == lengths[-1] + pruned_length(cache) >= prompt + 4
-        if before == 25:
+        if len(lengths) < 3:
             assert lengths[-1] <= left * 9 // 8
     assert lengths[0] < lengths[1] == lengths[2]
 

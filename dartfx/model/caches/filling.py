@@ -96,10 +96,11 @@ def note_most_tokens(static: Any, tokens: int) -> None:
 def copy_new_tokens(cache: Any, dynamic: Any, least: int = 0) -> int:
     """Copy what ``dynamic`` holds beyond ``cache``, of which it was a copy, into that one.
 
-    least: slots that a pruned cache gets at least, those of an earlier one, so that decode keeps
-    its shapes.  Returns how many a static one got, or ``least``.  Raises SelectionError where there
-    are too few, or the layers hold different numbers of tokens, which no one mask could fit.
+    least: slots that a pruned cache of ``generate`` gets at least, those of an earlier one, so that
+    decode keeps its shapes.  Returns how many such a one got, or ``least``.  Raises SelectionError
+    where they are too few, or layers hold different numbers of tokens, which no one mask could fit.
     """
+    by_generate = "most_tokens" in vars(cache)
     held, lengths = held_in_slots(cache), {layer.keys.shape[-2] for layer in dynamic.layers}
     slots = _slots(cache, pruned_length(dynamic), least) if is_static(cache) else None
     room = [each for each in (slots_of(cache), slots) if each is not None]
@@ -118,7 +119,7 @@ def copy_new_tokens(cache: Any, dynamic: Any, least: int = 0) -> int:
             make_pruned(cache.layers, n, layer.dropped, layer.kept)
             if not is_static(cache) and is_sliding(cache.layers[n]):
                 cache.layers[n].cumulative_length = int(layer.get_seq_length())
-    return least if slots is None else slots
+    return slots if by_generate and slots is not None else least
 
 
 def _slots(static: Any, dropped: int, least: int) -> int | None:
@@ -126,7 +127,9 @@ def _slots(static: Any, dropped: int, least: int) -> int | None:
 
     Up to an eighth more than needed, so that prompts of other sizes have caches of few lengths.
     """
-    most: int | None = vars(static).pop("most_tokens", slots_of(static))
+    most: int | None = vars(static).pop("most_tokens", None)
+    if most is None:  # a caller's own
+        most, least = slots_of(static), 0
     if static.layers[0].is_initialized or not dropped or not most:
         return None
     left = most - dropped
