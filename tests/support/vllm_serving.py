@@ -61,6 +61,7 @@ def watch(llm: Any) -> dict[str, Any]:
         "blocks": [{} for _ in managers],
         "peak": 0,
         "preemptions": 0,
+        "preempted_in_prompt": 0,
         "chunks": 0,
         "scheduler": scheduler,
     }
@@ -77,9 +78,11 @@ def watch(llm: Any) -> dict[str, Any]:
         seen["peak"] = max(seen["peak"], pool.num_gpu_blocks - pool.get_num_free_blocks() - 1)
         return output
 
-    def counted(*arguments: Any, **named: Any) -> Any:
+    def counted(request: Any, *arguments: Any, **named: Any) -> Any:
         seen["preemptions"] += 1
-        return preempt(*arguments, **named)
+        computed = request.num_computed_tokens
+        seen["preempted_in_prompt"] += 0 < computed < request.num_prompt_tokens
+        return preempt(request, *arguments, **named)
 
     scheduler.schedule, scheduler._preempt_request = watched, counted
     return seen

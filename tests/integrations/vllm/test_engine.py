@@ -200,6 +200,21 @@ def test_a_budget_larger_than_the_picture_drops_nothing(
 
 
 @pytest.mark.slow
+def test_many_prompts_begun_at_once_and_pushed_out_in_their_middle(
+    checkpoint: Path, requests: list[Any], tmp_path: Path
+) -> None:
+    """Sixty tokens of each prompt in a step, and too few blocks for those that are let in."""
+    asked = [[prompt, pictures, 30] for prompt, pictures, _ in requests if len(pictures) < 2]
+    made = serve(
+        tmp_path, 3 * asked, model=str(checkpoint), max_model_len=640, max_num_batched_tokens=400,
+        long_prefill_token_threshold=60, max_num_seqs=24, scheduler_reserve_full_isl=False,
+        num_gpu_blocks_override=77, **PRUNED,
+    )  # fmt: skip
+    assert made["preempted_in_prompt"] > len(asked)
+    assert made["tokens"] == 3 * [oracle(each, RETAIN) for each in asked]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [4096, BUDGET])
 @pytest.mark.parametrize("how", [{"enforce_eager": False}, {"tensor_parallel_size": 2}])
 def test_compiled_and_on_two_ranks(
