@@ -41,14 +41,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["PLAN", "cosines", "key_norms", "rank", "select", "shortlist"]
+__all__ = ["PLAN", "code_of", "cosines", "key_norms", "rank", "select", "shortlist"]
 
 PLAN = tl.constexpr(4)
 ABSENT = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _code(score, member):
+def code_of(score, member):
     """The integer that orders as ``score`` (float32) does; ABSENT where it is no member."""
     score = tl.where(score == score, score, float("inf"))
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 is no less than 0.0
@@ -129,8 +129,8 @@ def key_norms(
         total += tl.abs(tl.load(row + offset[None, :], mask=live, other=0.0).to(tl.float32))
     norm = tl.sum(total, 1)
     codes_ptr += b * 2 * S
-    tl.store(codes_ptr + at, _code(-norm, vision), mask=inside)
-    tl.store(codes_ptr + S + at, _code(-norm, text), mask=inside)
+    tl.store(codes_ptr + at, code_of(-norm, vision), mask=inside)
+    tl.store(codes_ptr + S + at, code_of(-norm, text), mask=inside)
 
     # The batch rule (see batch_rule.py).
     if start == 0:
@@ -343,7 +343,7 @@ def cosines(
     norms = tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), EPS)
     pivot_norms = tl.maximum(tl.sqrt_rn(tl.sum(pivot_squares, 1)), EPS)
     score = tl.div_rn(dots, norms[:, None] * pivot_norms[None, :])
-    code = _code(score, member[:, None] & (pivot >= 0)[None, :])
+    code = code_of(score, member[:, None] & (pivot >= 0)[None, :])
     if pivots == 0:  # a row without any keeps its largest key norms
         by_norm = tl.load(norms_ptr + b * 2 * S + at, mask=inside, other=ABSENT)
         code = tl.where((slot == 0)[None, :], by_norm[:, None], ABSENT)

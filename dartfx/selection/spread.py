@@ -21,7 +21,7 @@ from dartfx.selection.dart import (
     unit_vectors,
 )
 
-__all__ = ["spread", "tiled"]
+__all__ = ["places", "scores_of", "spread", "take_apart", "take_apart_by_steps", "tiled"]
 
 
 def tiled(
@@ -85,19 +85,27 @@ def spread(
     return kept
 
 
-# Opaque, because what it is made of is a loop: unrolled into a graph it would be thousands of
-# operators, as many as tokens are kept.
-@custom_op(
-    "dartfx::take_apart",
-    mutates_args=(),
-    schema="(Tensor units, Tensor first, Tensor members, Tensor budget, SymInt most) -> Tensor",
-)
-def _take_apart(units: Tensor, first: Tensor, members: Tensor, budget: Tensor, most: int) -> Tensor:
+def places(members: Tensor, budget: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where each member is, counted in stretches of the row, as many as are kept: [B, S]."""
+    return members.cumsum(1) * (budget / members.sum(1).clamp(min=1)).to(dtype)[:, None]
+
+
+def scores_of(numbers: Tensor) -> Tensor:
+    """What is no number is taken last, but before what is no member."""
+    return torch.where(numbers.isnan(), torch.finfo(numbers.dtype).min, numbers)
+
+
+def take_apart_by_steps(
+    units: Tensor, first: Tensor, members: Tensor, budget: Tensor, most: int
+) -> Tensor:
+    """Farthest-point sampling in plain torch: the ``budget[b]`` members of each row that it takes.
+
+    units: [B, S, D] float, of length 1.  first: [B, S] float, of which the largest is taken first.
+    members: [B, S] bool.  budget: [B] int64, none above ``most``.  Returns [B, S] bool.
+    """
     position = torch.arange(members.shape[1], device=members.device)
-    place = members.cumsum(1) * (budget / members.sum(1).clamp(min=1)).to(units.dtype)[:, None]
-    # What is no number is taken last, but before what is no member.
-    lowest = torch.finfo(units.dtype).min
-    score = torch.where(first.isnan(), lowest, first)
+    place = places(members, budget, units.dtype)
+    score = scores_of(first)
     nearest = torch.full_like(score, torch.inf)
     kept = torch.zeros_like(members)
     steps = int(budget.max()) if budget.device.type == "cpu" else most
@@ -108,11 +116,21 @@ def _take_apart(units: Tensor, first: Tensor, members: Tensor, budget: Tensor, m
         unit = units.gather(1, at[:, :, None].expand(-1, -1, units.shape[2]))
         apart = 1 - (units * unit).sum(-1) + (place - place.gather(1, at)).abs().clamp(max=1)
         nearest = torch.minimum(nearest, apart)
-        score = torch.where(nearest.isnan(), lowest, nearest)
+        score = scores_of(nearest)
     return kept
 
 
-@_take_apart.register_fake
+# Opaque, because what it is made of is a loop: unrolled into a graph it would be thousands of
+# operators, as many as tokens are kept. On a GPU dartfx/ops/farthest/ takes its steps.
+take_apart = custom_op(
+    "dartfx::take_apart",
+    take_apart_by_steps,
+    mutates_args=(),
+    schema="(Tensor units, Tensor first, Tensor members, Tensor budget, SymInt most) -> Tensor",
+)
+
+
+@take_apart.register_fake
 def _take_apart_fake(
     units: Tensor, first: Tensor, members: Tensor, budget: Tensor, most: int
 ) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from dartfx.errors import KernelUnavailableError, SelectionError
 from dartfx.ops import select_tokens, triton_launch
+from dartfx.ops.farthest import on_gpu
+from dartfx.selection.spread import take_apart_by_steps
 from tests.support.selection_cases import draw, expected, losing_text, one_hot, plain, ragged
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -220,6 +222,26 @@ def test_a_row_that_does_not_fit_is_safe_to_gather_with() -> None:
     )
     assert fits.tolist() == [True, False]
     assert 0 <= int(kept.min()) <= int(kept.max()) < 300
+
+
+def test_farthest_points_are_those_of_the_plain_loop() -> None:
+    """With rows of unequal budgets, equal tokens, and some that are no numbers."""
+    for seed, (batch, sequence, width) in enumerate([(2, 21, 9), (1, 14, 40)]):
+        generator = torch.Generator().manual_seed(seed)
+        units = torch.randn(batch, sequence, width, generator=generator)
+        units[:, ::7] = units[:, :1]
+        units = torch.nn.functional.normalize(units, dim=-1)
+        units[0, 3] = torch.nan
+        first = torch.randn(batch, sequence, generator=generator)
+        first[:, 5] = torch.nan
+        members = torch.rand(batch, sequence, generator=generator) < 0.8
+        budget = (members.sum(1) * torch.rand(batch, generator=generator)).long()
+        budget[-1] = members[-1].sum()
+        case = units, first, members, budget
+        want = take_apart_by_steps(*case, int(budget.max()))
+        assert want.sum(1).tolist() == budget.tolist()
+        got = on_gpu(*(x.to(DEVICE) for x in case), int(budget.max()) + 1)
+        assert torch.equal(got.cpu(), want), seed
 
 
 LONG = {

@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
 
-from tests.support.offline import Shape, Usage, usage
+from dartfx.ops.farthest.kernels import take_farthest
+from tests.support.offline import Launch, Shape, Usage, usage
 
 # Registers per thread and bytes of shared memory per program that a device can give.
 TARGETS = [
@@ -61,6 +62,18 @@ def test_kernels_fit_without_spilling(
         assert what.spilled == 0, (kernel, what)
         assert 0 < what.registers <= limit.registers, (kernel, what)
         assert 0 < what.shared <= limit.shared, (kernel, what)
+
+
+@pytest.mark.parametrize(("target", "limit"), TARGETS)
+def test_a_step_of_farthest_points_fits(target: GPUTarget, limit: Usage) -> None:
+    numbers = torch.empty(2, 2930, device="meta")
+    mask, budget = numbers.bool(), torch.empty(2, dtype=torch.int64, device="meta")
+    units, candidates = numbers[..., None].expand(-1, -1, 4096), budget.expand(2, 367, 2)
+    arguments = units, mask, numbers, budget, numbers, candidates, mask, 2930, 367, 5
+    constants = {"D": 4096, "BLOCK_S": 8, "BLOCK_D": 512, "SCAN": 512}
+    used = usage(Launch(take_farthest, (2, 367), arguments, constants).compile(target), target)
+    assert used.spilled == 0
+    assert 0 < used.registers <= limit.registers
 
 
 @pytest.mark.parametrize("counts", ["i64", "constexpr"])
