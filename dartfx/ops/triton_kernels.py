@@ -190,7 +190,7 @@ def shortlist(
     take more passes. An interval (low, high] of codes is narrowed until at least ``wanted``
     positions and no more than that lie at or below ``high``; where equal codes do not let it, the
     lowest positions are taken. Each pass over the codes leaves a quarter of the interval: at most
-    16 passes, about 6 for the cosines of random tokens. Reads: 4 bytes per position and pass, and
+    16 passes, 4 to 7 for the cosines of random tokens. Reads: 4 bytes per position and pass, and
     twice more, from cache. Programs: one for each ranking, large.
     """
     b = tl.program_id(0).to(tl.int64)
