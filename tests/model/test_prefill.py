@@ -108,7 +108,12 @@ def returns_input(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return x * weight, x
 
 
-@pytest.mark.parametrize("body", [writes, returns_input])
+def writes_state(weight: Tensor, x: Tensor) -> tuple[Tensor]:
+    weight.add_(1).sub_(1)
+    return (x * weight,)
+
+
+@pytest.mark.parametrize("body", [writes, writes_state, returns_input])
 def test_what_touches_its_inputs_runs_as_it_is(body: Callable[..., Any]) -> None:
     model = Double(body)
     for _ in range(3):
@@ -185,6 +190,14 @@ def test_what_is_done_on_the_host_is_seen_before() -> None:
     for node in graph.nodes:
         node.meta["val"] = x
     assert on_host(graph) == ""
+
+
+def test_a_slice_of_a_buffer_is_known_by_its_length() -> None:
+    model = Double(lambda weight, x: (x.sum(0, keepdim=True) * weight,))
+    model.register_buffer("table", torch.arange(12.0).view(4, 3))
+    for length in (4, 4, 4, 2, 2, 2, 4):
+        table = model.table[:length]
+        assert torch.equal(model(table)[0], table.sum(0, keepdim=True) * model.weight)
 
 
 # --- whole models ----------------------------------------------------------------------------

@@ -101,10 +101,12 @@ class Recordings:
         self._queue = queue if self._queue is None else self._queue
         return self._queue == queue
 
-    def state(self) -> set[int]:
-        """The addresses of parameters and buffers, which a recording reads where they are."""
+    def state(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """Which inputs are parameters and buffers, which a recording reads where they are."""
         tensors = chain(self.model.parameters(), self.model.buffers())
-        return {t.data_ptr() for t in tensors} - {0}
+        known = {(t.data_ptr(), t.shape) for t in tensors if t.data_ptr()}
+        given = [(n, a) for n, a in enumerate(args) if isinstance(a, Tensor)]
+        return tuple(n for n, a in given if (a.data_ptr(), a.shape) in known)
 
 
 _active: ContextVar[Recordings | None] = ContextVar("dartfx_recordings", default=None)
@@ -184,9 +186,7 @@ class Recorded:
     def _recording(self, recordings: Recordings, args: Sequence[Any]) -> _Recording | None:
         """The recording for these inputs; None where they come for the first time."""
         if self._state is None:
-            known = recordings.state()
-            tensors = [(n, a) for n, a in enumerate(args) if isinstance(a, Tensor)]
-            self._state = tuple(n for n, a in tensors if a.data_ptr() in known)
+            self._state = recordings.state(args)
         key = _shapes(args, self._state)
         if key not in self._by_shape:  # the call runs as it is, and sets up what it uses
             self._by_shape[key] = None
@@ -201,7 +201,7 @@ class Recorded:
 def _shapes(args: Sequence[Any], state: tuple[int, ...]) -> tuple[object, ...]:
     """What decides whether a recording serves these inputs.  Raises Unrecordable."""
     fixed = set(state)
-    found: list[object] = [tuple(args[place].data_ptr() for place in state)]
+    found: list[object] = [tuple((args[n].data_ptr(), args[n].shape) for n in state)]
     for place, value in enumerate(args):
         if isinstance(value, Tensor):
             if place not in fixed:
@@ -224,12 +224,14 @@ def _record(
         varying = {place: value for place, value in tensors.items() if place not in state}
         buffers = {place: _buffer(value) for place, value in varying.items()}
     given = [buffers.get(place, value) for place, value in enumerate(args)]
-    versions = [buffer._version for buffer in buffers.values()]
+    versions = [_version(given[place]) for place in tensors]
     drawn = torch.random.get_rng_state()
     replay, outputs = recorder.record(run, given)
     if not torch.equal(drawn, torch.random.get_rng_state()):
         torch.random.set_rng_state(drawn)
         raise Unrecordable("it draws random numbers on the host")
+    if versions != [_version(given[place]) for place in tensors]:
+        raise Unrecordable("it writes to one of its inputs")
     taken = {buffer.untyped_storage().data_ptr() for buffer in buffers.values()}
     returned = {t.untyped_storage().data_ptr() for t in outputs if isinstance(t, Tensor)}
     if taken & returned:
@@ -237,11 +239,15 @@ def _record(
     of_state = {args[place].untyped_storage().data_ptr() for place in state}
     made = _Recording(buffers, replay, outputs, of_state)
     made.run(args)
-    unchanged = all(torch.equal(buffer, varying[place]) for place, buffer in buffers.items())
-    if not unchanged or versions != [buffer._version - 1 for buffer in buffers.values()]:
+    if not all(torch.equal(buffer, varying[place]) for place, buffer in buffers.items()):
         raise Unrecordable("it writes to one of its inputs")
     recordings.made += 1
     return made
+
+
+def _version(value: Tensor) -> int:
+    """How often a tensor was written to; 0 where torch does not count."""
+    return 0 if value.is_inference() else value._version
 
 
 def _buffer(value: Tensor) -> Tensor:
