@@ -146,7 +146,7 @@ class CompiledModel:
         if filled_later is not None and self.config.kv_layout != "layered":
             return self._fill(filled_later, call)
         kv_cache.require_fitting(caches, call.tokens, self._weights)
-        run, pads = self._prepared(call)
+        run, pads = self._prepared(call, caches)
         before = {id(kv): kv_cache.held_before(kv) for kv in caches if call.tokens != 1}
         with keep_idx.collect_keep_idx() as collected, kv_cache.fitting_masks(caches):
             result = self._call(with_decode_masks(run, caches))
@@ -174,12 +174,12 @@ class CompiledModel:
         self._slots = filling.copy_new_tokens(cache, dynamic, self._slots)
         return swapped(result, {id(dynamic): cache})
 
-    def _prepared(self, call: Arguments) -> tuple[Arguments, int]:
+    def _prepared(self, call: Arguments, caches: Sequence[Any]) -> tuple[Arguments, int]:
         """A prefill as it is recorded, and how many pads it has in front."""
         apart = self.full_logits or self.config.tokens or vision_mask.given() is not None
         if self.prefills is None or apart or call.args or not call.media:
             return call, 0
-        kwargs, pads = self.prefills.prepared(call.kwargs, call.caches)
+        kwargs, pads = self.prefills.prepared(call.kwargs, caches)
         return Arguments.of(self._model.forward, (), kwargs), pads
 
     def _call(self, call: Arguments) -> Any:

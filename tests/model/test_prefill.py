@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import dartfx
 from dartfx.runtime.prefill.checks import on_host
+from dartfx.runtime.prefill.padding import is_plain_prefill
 from dartfx.runtime.prefill.recorded import Recorded, Recordings, replaying
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
@@ -278,6 +280,22 @@ def test_a_conversation_goes_on_from_a_padded_prompt() -> None:
 def test_batches_keep_their_length(variant: str) -> None:
     inputs = family("llava").make_inputs(variant)
     assert_alike(*(answer(compiled("llava", prefill=p), inputs) for p in (None, "bucketed")))
+
+
+def test_what_padding_does_not_know_keeps_its_length() -> None:
+    cache = DynamicCache()
+    ids = torch.ones(1, 9, dtype=torch.int64)
+    plain = {"input_ids": ids, "position_ids": ids, "logits_to_keep": 1, "past_key_values": cache}
+    assert is_plain_prefill(plain, [cache])
+    assert not is_plain_prefill(plain, []), "a cache of the model's own kind"
+    assert not is_plain_prefill(plain, [cache, DynamicCache()])
+    assert not is_plain_prefill(plain | {"position_ids": None}, [cache])
+    assert not is_plain_prefill(plain | {"logits_to_keep": 0}, [cache])
+    assert not is_plain_prefill(plain | {"spans": ids}, [cache])
+    assert not is_plain_prefill(plain | {"output_hidden_states": True}, [cache])
+    assert not is_plain_prefill(plain | {"input_ids": ids.expand(2, -1)}, [cache])
+    cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+    assert not is_plain_prefill(plain, [cache]), "text came before"
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ _MORE = ("labels", "inputs_embeds", "cache_position", "output_hidden_states", "o
 def is_plain_prefill(named: Mapping[str, Any], caches: Sequence[Any]) -> bool:
     """Whether a call is one row's prefill as ``generate`` makes it, which may be padded.
 
-    That is token ids with their positions, caches that are empty and grow, no other argument of
-    the prompt's length, and no more wanted than the last tokens' logits.
+    That is token ids with their positions, one cache, which is empty and grows in every layer, no
+    other argument of the prompt's length, and no more wanted than the last tokens' logits.
+    caches: those of the call and of the model.
     """
     ids = named.get(_IDS)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != 1:
@@ -43,7 +44,9 @@ def is_plain_prefill(named: Mapping[str, Any], caches: Sequence[Any]) -> bool:
     mine = given.keys() & _PADS.keys()
     if _POSITIONS not in given or long - {_IDS} != mine:
         return False
-    return (_MASK not in given or given[_MASK].ndim == 2) and all(map(_grows, caches))
+    if len(caches) != 1 or caches[0] is not named.get("past_key_values"):
+        return False  # pads could stay in one that is not known
+    return (_MASK not in given or given[_MASK].ndim == 2) and _grows(caches[0])
 
 
 def _grows(cache: Any) -> bool:
