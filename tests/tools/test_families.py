@@ -21,7 +21,7 @@ from tests.support.slow import slow
 
 # What cannot be pruned, and a part of the reason that is given. All others must be.
 REFUSED = {
-    "ernie4_5_vl_moe": "no whole decoder stack",  # its experts branch on the token types
+    "ernie4_5_vl_moe": "reads the token axis",  # rows of each token type are packed for experts
     "florence2": "none of its",
     "mllama": "none of its",
     "step3p7": "no whole decoder stack",  # its experts are a loop over those that were hit

@@ -39,6 +39,7 @@ BUILDERS: tuple[Builder, ...] = (
     qwen.qwen3_5,
     qwen.qwen3_5_moe,
     hybrids.nemotron_h_omni,
+    hybrids.lfm3_vl,
     qwen.glm4v,
     qwen.glm46v,
     qwen.glm4v_moe,

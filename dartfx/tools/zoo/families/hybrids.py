@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers as hf
 
-from dartfx.tools.zoo.family import Structure, patches, special, text_sizes
+from dartfx.tools.zoo.family import Structure, patches, special, text_sizes, tower_sizes
 
 _RADIO = {
     "model_type": "radio",
@@ -52,3 +52,33 @@ def nemotron_h_omni(**text: Any) -> Structure:
     pixels = patches(64, 3 * 14 * 14, image_grid_hw=[8, 8])
     name, decoder_path = "NemotronH_Omni_Reasoning_V3", "language_model.model"
     return Structure(name, config, image, 16, pixels, decoder=decoder_path)
+
+
+def lfm3_vl(**text: Any) -> Structure:
+    """LFM3-VL: short convolutions in tower and decoder, gated attention, sliding and full."""
+    sizes = text_sizes(**text)
+    vocab = sizes["vocab_size"]
+    layers = ["conv", "full_attention", "conv", "sliding_attention"] * sizes["num_hidden_layers"]
+    decoder = {
+        "model_type": "lfm3",
+        **sizes,
+        "head_dim": 16,
+        "layer_types": layers[: sizes["num_hidden_layers"]],
+        "conv_L_cache": 3,
+        "sliding_window": 13,
+    }
+    tower = tower_sizes(4, num_key_value_heads=2, patch_size=14)
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens = {name: special(vocab, n) for n, name in enumerate(names, 1)}
+    config = hf.Lfm3VlConfig(
+        vision_config=tower,
+        text_config=decoder,
+        projector_hidden_size=64,
+        tie_word_embeddings=False,
+        **tokens,
+    )
+    pixels = patches(64, 3 * 2 * 14 * 14, image_grid_thw=[1, 8, 8])
+    markers = {"image_prefix": (special(vocab, 3),), "image_suffix": (special(vocab, 4),)}
+    return Structure(
+        "Lfm3VlForConditionalGeneration", config, tokens["image_token_id"], 16, pixels, **markers
+    )
