@@ -103,9 +103,11 @@ async def _measure(
         name: Server(client, (await client.models.list()).data[0].id)
         for name, client in clients.items()
     }
+    # Pictures that no earlier call of this benchmark had either.
+    begin = time.time_ns() // 1000
+    seeds = range(begin, begin + 2)
     for server in servers.values():
-        await _load(server, setting, 1, range(-2, 0))
-    seeds = range(0)
+        await _load(server, setting, 1, seeds)
     for at_once in levels:
         made: dict[str, list[Load]] = {name: [] for name in servers}
         for _ in range(repeat):
@@ -162,7 +164,7 @@ def _picture(size: tuple[int, int], seed: int) -> str:
     from PIL import Image
 
     width, height = size
-    noise = np.random.default_rng(abs(seed) * 2 + (seed < 0)).integers(0, 256, (height, width, 3))
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
     file = io.BytesIO()
     Image.fromarray(noise.astype("uint8")).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
