@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +12,17 @@ from transformers.integrations.executorch import register_dynamic_cache_export_s
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import dartfx
-from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-from tests.support.exporting import Inputs, Prefill, export, prefill
+from tests.support.exporting import (
+    LENGTH,
+    Inputs,
+    Prefill,
+    assert_same,
+    export,
+    oracle,
+    prefill,
+)
 from tests.support.tolerances import CLOSE, RETAIN
 
 # How a program was exported matters to its calls, of which test_equal_to_hooks has all kinds.
@@ -26,32 +30,6 @@ STRICT = [
     pytest.param(False, id="non_strict"),
     pytest.param(True, id="strict", marks=pytest.mark.slow),
 ]
-
-
-@pytest.fixture(scope="module")
-def llava() -> Family:
-    return load("llava", layers=3)
-
-
-@pytest.fixture(scope="module")
-def program(llava: Family) -> ExportedProgram:
-    return prefill(llava, llava.make_inputs())
-
-
-def oracle(family: Family, inputs: Inputs, **options: Any) -> hooked.Pruned:
-    options = {"retain": RETAIN, "kv_layout": "uniform", **options}
-    return hooked.pruned_forward(family.model, inputs, **options)
-
-
-def assert_same(output: Any, wanted: hooked.Pruned) -> None:
-    logits, layers = output
-    torch.testing.assert_close(logits, wanted.logits, **CLOSE)
-    assert [keys.shape[2] for keys, _ in layers] == wanted.kv_lengths
-    for (keys, values), wanted_keys, wanted_values in zip(
-        layers, wanted.keys, wanted.values, strict=True
-    ):
-        torch.testing.assert_close(keys, wanted_keys, **CLOSE)
-        torch.testing.assert_close(values, wanted_values, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +146,6 @@ def test_dynamic_batch_and_length(qwen: Family) -> None:
         assert_same(output, oracle(qwen, inputs))
 
 
-LENGTH = {"input_ids": {1: Dim("length", min=20, max=300)}}
-LENGTH |= {"attention_mask": LENGTH["input_ids"], "pixel_values": None}
-
-
 @pytest.mark.parametrize("strict", STRICT)
 def test_dynamic_length_keeps_its_constraints(llava: Family, strict: bool) -> None:
     exported = export(Prefill(llava.model), llava.make_inputs("pad2"), strict, LENGTH)
@@ -228,153 +202,3 @@ def test_several_stages(llava: Family, program: ExportedProgram) -> None:
     ids = inputs["input_ids"].gather(1, keep)
     assert keep.shape == (1, 17)
     assert int((ids == llava.image_token_id).sum()) == 4
-
-
-def test_what_changed_is_stated_and_travels(llava: Family, program: ExportedProgram) -> None:
-    pruned = dartfx.prune_exported(program, retain_tokens=RETAIN, selector="uniform")
-    told = dartfx.exported_pruning(pruned)
-    assert told is not None
-    assert (told.layers, told.vision_tokens, told.retained) == ((2,), 16, RETAIN)
-    assert told.kept is None
-    assert (told.sequence, told.kv_layout) == ((29, 19), "uniform")
-    assert [o.name for o in told.outputs][:3] == ["[0]", "[1][0][0]", "[1][0][1]"]
-    assert told.outputs[0].dims == (1,)
-    assert told.outputs[0].before == ("1", "29", "200")
-    assert told.outputs[0].after == ("1", "19", "200")
-    config = dartfx.DartConfig(retain_tokens=RETAIN, selector="uniform", kernel="torch")
-    assert (
-        told.fingerprint
-        == dartfx.DartConfig.from_options(
-            {"retain_tokens": RETAIN, "selector": "uniform", "kernel": "torch"}
-        ).fingerprint()
-        == config.fingerprint()
-    )
-    assert "29 -> 19 tokens" in str(told)
-    assert dartfx.exported_pruning(program) is None
-    (report,) = dartfx.reports()
-    assert report.pruned
-
-    inputs = llava.make_inputs()
-    again = reloaded(pruned)
-    assert dartfx.exported_pruning(again) == told
-    torch.testing.assert_close(again.module()(**inputs), pruned.module()(**inputs))
-
-
-def reloaded(program: ExportedProgram) -> ExportedProgram:
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    return torch.export.load(file)
-
-
-def test_a_loaded_program_can_be_pruned(llava: Family, program: ExportedProgram) -> None:
-    inputs = llava.make_inputs()
-    pruned = dartfx.prune_exported(reloaded(program), retain_tokens=RETAIN)
-    assert_same(pruned.module()(**inputs), oracle(llava, inputs))
-
-
-def test_the_program_given_is_left_alone(llava: Family) -> None:
-    exported = export(Prefill(llava.model), llava.make_inputs("pad2"), dynamic=LENGTH)
-    env = next(n for n in exported.graph.nodes if n.name == "input_ids").meta["val"].fake_mode
-
-    def everything() -> tuple[object, ...]:
-        known = env.shape_env
-        symbols = sorted(map(str, known.var_to_range))
-        metadata = [(n.name, sorted(n.meta), str(n.meta.get("val"))) for n in exported.graph.nodes]
-        return str(exported), metadata, symbols, list(map(str, known.guards))
-
-    before = everything()
-    dartfx.prune_exported(exported, retain_tokens=RETAIN)
-    assert everything() == before
-
-
-def test_grad_mode_regions_survive(llava: Family) -> None:
-    """Exported where gradients are on, rotary tables are a region of their own."""
-    inputs = llava.make_inputs()
-    exported = export(Prefill(llava.model), inputs, grad=True)
-    assert "wrap_with_set_grad_enabled" in str(exported)
-    pruned = reloaded(dartfx.prune_exported(exported, retain_tokens=RETAIN))
-    assert "wrap_with_set_grad_enabled" in str(pruned)
-    assert_same(pruned.module()(**inputs), oracle(llava, inputs))
-
-
-# torch copies a signature that holds what it warns of.
-@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is dep:FutureWarning")
-def test_unflattened_it_is_the_same(llava: Family, program: ExportedProgram) -> None:
-    inputs = llava.make_inputs()
-    pruned = dartfx.prune_exported(program, retain_tokens=RETAIN)
-    assert_same(torch.export.unflatten(pruned)(**inputs), oracle(llava, inputs))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lowering": "eager"}, r"lowering has no meaning.*aoti_compile_and_package"),
-        ({"inductor": {}}, "inductor has no meaning"),
-        ({"mode": "default"}, "mode has no meaning"),
-        ({"outline_layers": True}, "outline_layers has no meaning"),
-        ({"check_ranks": True}, "check_ranks has no meaning"),
-        ({"kernel": "triton"}, "kernel='triton' has no meaning"),
-        ({"retain_token": 3}, "did you mean 'retain_tokens'"),
-    ],
-)
-def test_options_without_meaning(
-    program: ExportedProgram, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(dartfx.ConfigError, match=message):
-        dartfx.prune_exported(program, **options)
-
-
-def test_only_programs(llava: Family) -> None:
-    with pytest.raises(TypeError, match=r"what torch.export.export returns, got Llava"):
-        dartfx.prune_exported(llava.model)
-
-
-def test_never_silently_unpruned(llava: Family, program: ExportedProgram) -> None:
-    unsupported = dartfx.UnsupportedGraphError
-    with pytest.raises(unsupported, match="layer=7, but the decoder stack"):
-        dartfx.prune_exported(program, layer=7)
-    with pytest.raises(unsupported, match="nothing to drop: 16 tokens to retain of 16"):
-        dartfx.prune_exported(program, retain_tokens=16)
-    with pytest.warns(dartfx.PruningWarning, match="nothing to drop"):
-        assert dartfx.prune_exported(program, retain_tokens=16, on_unsupported="warn") is program
-    assert dartfx.prune_exported(program, layer=7, on_unsupported="ignore") is program
-
-    text = llava.make_inputs("text")
-    exported = export(llava.model, text | {"use_cache": False})
-    with pytest.raises(unsupported, match="no vision tokens enter a decoder in this program"):
-        dartfx.prune_exported(exported)
-
-
-def test_refuses_kept_module_signatures(llava: Family) -> None:
-    path = "model.model.language_model.layers.2.mlp"
-    exported = export(
-        Prefill(llava.model), llava.make_inputs(), preserve_module_call_signature=(path,)
-    )
-    with pytest.raises(dartfx.UnsupportedGraphError, match=r"layers\.2\.mlp"):
-        dartfx.prune_exported(exported, retain_tokens=RETAIN)
-
-
-def test_a_row_of_too_few_vision_tokens_is_named(llava: Family) -> None:
-    inputs = llava.make_inputs("pad2")
-    pruned = dartfx.prune_exported(prefill(llava, inputs), retain_tokens=RETAIN)
-    with pytest.raises(RuntimeError, match="row 0"):
-        pruned.module()(**uneven(llava, inputs))
-
-
-def uneven(family: Family, inputs: Inputs) -> Inputs:
-    """The same batch with two vision tokens less in row 0 and two more in row 1."""
-    ids, image = inputs["input_ids"].clone(), family.image_token_id
-    ids[0, (ids[0] == image).nonzero()[-2:]] = 5
-    last = int((ids[1] == image).nonzero()[-1])
-    ids[1, last + 1 : last + 3] = image
-    return inputs | {"input_ids": ids}
-
-
-def test_dump(program: ExportedProgram, tmp_path: Path) -> None:
-    dartfx.prune_exported(program, retain_tokens=RETAIN, dump=tmp_path)
-    (folder,) = tmp_path.glob("graph_*")
-    names = {file.name for file in folder.iterdir()}
-    assert {"00_exported.txt", "01_normalise.txt", "report.txt", "report.html"} <= names
-    assert "repro.py" not in names
-    assert json.loads((folder / "report.json").read_text())["retained"] == RETAIN

@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 import dartfx
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
-from dartfx.tools.zoo.registry import load
 from tests.support.exporting import Inputs, Prefill, export
 from tests.support.tolerances import CLOSE, RETAIN
 
@@ -43,11 +42,6 @@ except RuntimeError as error:
     print("refused:", error)
 print("imported:", sorted({"transformers", "dartfx"} & set(sys.modules)))
 """
-
-
-@pytest.fixture(scope="module")
-def llava() -> Family:
-    return load("llava", layers=3)
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_rows_with_different_numbers_of_images(name: str) -> None:
     assert_same_forward(family(name), family(name).make_inputs("ragged"))
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", ["llava", *slow("internvl")])
 def test_a_row_without_images_fails_naming_it(name: str) -> None:
     """Its text is as long as the longest row, so there is no padding to give way."""
     with (

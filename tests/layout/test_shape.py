@@ -18,12 +18,8 @@ LARGEST_FILE, LARGEST_FUNCTION, LARGEST_FOLDER = 300, 40, 12
 TRITON_KERNELS = {"dartfx/ops/triton_kernels.py", "dartfx/ops/farthest/kernels.py"}
 
 LARGE_FILES = {
-    "tests/export/test_export.py",
-    "tests/model/test_generate.py",
-    "tests/selection/test_selectors.py",
     "tests/tools/test_bench_generate.py",
     "tests/tools/test_evaluate.py",
-    "tests/tools/test_hooked.py",
 }
 
 LARGE_FUNCTIONS = {

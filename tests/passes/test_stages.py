@@ -71,7 +71,15 @@ def assert_same(output: Any, oracle: Any) -> None:
         torch.testing.assert_close(one.values, other.values, **CLOSE)
 
 
-@pytest.mark.parametrize(("variant", "layout"), [("one", "layered"), ("pad2", "uniform")])
+@pytest.mark.parametrize(
+    ("family", "variant", "layout"),
+    [
+        ("llava", "one", "layered"),
+        ("llava", "pad2", "uniform"),
+        *slow(("qwen2_5_vl", "pad2", "uniform"), ("gemma3", "one", "layered")),
+    ],
+    indirect=["family"],
+)
 def test_forward(family: Family, variant: str, layout: str) -> None:
     inputs = family.make_inputs(variant)
     if variant == "one":
@@ -205,6 +213,7 @@ def test_verify(name: str, steps: int) -> None:
     assert "tokens before layer 1, 2, 3: verified" in str(found)
 
 
+@pytest.mark.parametrize("family", ["llava", *slow("qwen2_5_vl")], indirect=True)
 def test_dump_of_every_stage(family: Family, tmp_path: Path) -> None:
     """In one graph and, for a model that dynamo breaks, in the graph that waits for its mask."""
     options = {"layer": [1, 3], "retain_tokens": [9, 3], "dump": str(tmp_path)}
