@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import dartfx
+from dartfx.model.caches.filling import filled_windows
 from dartfx.model.caches.kv_cache import pruned_length
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Inputs
@@ -146,3 +147,17 @@ def test_static_sliding_windows(window: int, variant: str) -> None:
     held = inputs["input_ids"].shape[1] + 9 - pruned_length(cache)
     for layer in cache.layers:
         assert held <= layer.keys.shape[2] < held * 9 / 8 or layer.keys.shape[2] == window
+
+
+def test_no_image_comes_on_windows_that_hold_tokens() -> None:
+    config = load("gemma3", layers=3, sliding_window=8).model.config.get_text_config()
+    states = torch.zeros(1, 1, 3, 4)
+    for cache in (StaticCache(config, max_cache_len=20), DynamicCache(config=config)):
+        assert filled_windows([cache]) is None
+        cache.update(states, states, 0)
+        declined = filled_windows([cache])
+        assert declined is not None
+        assert "sliding-window caches that already hold" in declined.because
+    plain = DynamicCache()
+    plain.update(states, states, 0)
+    assert filled_windows([plain]) is None

@@ -25,10 +25,12 @@ from dartfx.model.caches.kv_cache import (
     slots_of,
 )
 from dartfx.model.caches.pruned_layers import PrunedLayer, make_pruned
+from dartfx.passes.refusal import Declined
 
 __all__ = [
     "cache_to_fill",
     "copy_new_tokens",
+    "filled_windows",
     "growing_copy",
     "is_offloaded",
     "note_most_tokens",
@@ -57,6 +59,17 @@ def cache_to_fill(caches: Sequence[Any], tokens: int, brings_image: bool) -> Any
             windows = any(map(is_sliding, cache.layers))
             if (static and empty) or (brings_image and (empty or not windows)):
                 return cache
+    return None
+
+
+def filled_windows(caches: Sequence[Any]) -> Declined | None:
+    """Why an image is not pruned on these caches: a window may have let go of tokens before it."""
+    for cache in caches:
+        if any(map(is_sliding, cache.layers)) and held_in_slots(cache):
+            return Declined(
+                "vision tokens come on sliding-window caches that already hold tokens",
+                advice="the whole conversation without past_key_values",
+            )
     return None
 
 
