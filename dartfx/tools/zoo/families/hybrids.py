@@ -78,7 +78,12 @@ def lfm3_vl(**text: Any) -> Structure:
         **tokens,
     )
     pixels = patches(64, 3 * 2 * 14 * 14, image_grid_thw=[1, 8, 8])
-    markers = {"image_prefix": (special(vocab, 3),), "image_suffix": (special(vocab, 4),)}
     return Structure(
-        "Lfm3VlForConditionalGeneration", config, tokens["image_token_id"], 16, pixels, **markers
+        "Lfm3VlForConditionalGeneration",
+        config,
+        tokens["image_token_id"],
+        16,
+        pixels,
+        image_prefix=(special(vocab, 3),),
+        image_suffix=(special(vocab, 4),),
     )
