@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import LinearAttentionLayer
 
 import dartfx
 from dartfx.model.caches.filling import filled_windows
@@ -161,3 +162,8 @@ def test_no_image_comes_on_windows_that_hold_tokens() -> None:
     plain = DynamicCache()
     plain.update(states, states, 0)
     assert filled_windows([plain]) is None
+    hybrid = DynamicCache(config=config)
+    hybrid.layers.insert(0, LinearAttentionLayer())
+    assert filled_windows([hybrid]) is None
+    hybrid.update(states, states, 1)
+    assert filled_windows([hybrid]) is not None

@@ -68,7 +68,8 @@ def slots_of(cache: Any) -> int | None:
 
 def held_in_slots(cache: Any) -> int:
     """How many tokens each layer of full attention holds.  A static one waits for the device."""
-    layer = next(iter(cache.layers), None)
+    # Recurrent layers hold no tokens.
+    layer = next((each for each in cache.layers if hasattr(each, "get_seq_length")), None)
     return 0 if layer is None else int(layer.get_seq_length()) - getattr(layer, "dropped", 0)
 
 
