@@ -74,7 +74,7 @@ def test_decode_is_checked(options: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("decode", [None, "static"])
+@pytest.mark.parametrize("decode", [None, *slow("static")])
 def test_ten_prompts_and_their_decode_take_few_compilations(
     name: str, decode: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
