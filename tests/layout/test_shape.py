@@ -17,10 +17,7 @@ LARGEST_FILE, LARGEST_FUNCTION, LARGEST_FOLDER = 300, 40, 12
 # A kernel is one function, however long.
 TRITON_KERNELS = {"dartfx/ops/triton_kernels.py", "dartfx/ops/farthest/kernels.py"}
 
-LARGE_FILES = {
-    "tests/tools/test_bench_generate.py",
-    "tests/tools/test_evaluate.py",
-}
+LARGE_FILES: set[str] = set()
 
 LARGE_FUNCTIONS = {
     "examples/bench_prefill.py measure",
