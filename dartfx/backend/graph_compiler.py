@@ -137,13 +137,9 @@ class GraphCompiler:
 
     def compile_merge(self, inputs: Sequence[Any]) -> Compiled | None:
         """Compile a graph that may merge vision tokens; None when it turns out not to."""
-        request = request_of(self.config, self.caller)
+        request, trace = request_of(self.config, self.caller), lambda: normalise(self.ranks.module)
         outcome, rewritten, place = rewrite(
-            lambda: normalise(self.ranks.module),
-            self.flat,
-            request,
-            observe=self.dump,
-            returns_mask=True,
+            trace, self.flat, request, observe=self.dump, returns_mask=True
         )
         outcome = self.ranks.agree(outcome)
         if outcome is None:
@@ -156,12 +152,8 @@ class GraphCompiler:
             return dispatcher
         self.announce(outcome)
         if isinstance(outcome, Pruned):
-            wanted = self.returns_keep_idx(outcome, request)
-            added = return_keep_idx(rewritten, tokens=self.config.tokens) if wanted else 0
-            lowered = self.lower(rewritten, self.ranks.inputs(inputs))
-            if added:
-                lowered = KeepIdxRecorder(lowered, added, self.dump.note_kept)
-            return self.per_call(self.ranks.wrap(lowered))
+            lower = partial(self.lower, inputs=self.ranks.inputs(inputs))
+            return self.per_call(self.recorded(lower, rewritten, outcome, request))
         if isinstance(outcome, ReturnsMask) and place is not None:
             earlier = earlier_embeddings(rewritten, place)
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
@@ -172,11 +164,17 @@ class GraphCompiler:
     def pruned_apart(self, outcome: Pruned, rewritten: GraphModule, request: Request) -> Compiled:
         """The graph pruned by its own merge alone, compiled when a first call needs it."""
         self.announce(outcome)
+        return self.recorded(partial(compile_apart, lower=self.lower), rewritten, outcome, request)
+
+    def recorded(
+        self, lower: Callable[..., Compiled], module: GraphModule, outcome: Pruned, request: Request
+    ) -> Compiled:
+        """Compile a pruned graph, with a record of what each call keeps where somebody needs it."""
         wanted = self.returns_keep_idx(outcome, request)
-        added = return_keep_idx(rewritten, tokens=self.config.tokens) if wanted else 0
-        lowered = compile_apart(rewritten, self.lower)
-        run: Compiled = lambda *args: lowered(*self.ranks.inputs(args))  # noqa: E731
-        return KeepIdxRecorder(run, added, self.dump.note_kept) if added else run
+        added = return_keep_idx(module, tokens=self.config.tokens) if wanted else 0
+        compiled = lower(module)
+        run = KeepIdxRecorder(compiled, added, self.dump.note_kept) if added else compiled
+        return self.ranks.wrap(run)
 
     def per_call(self, fixed: Compiled) -> Compiled:
         """What runs ``fixed``, and for calls with a budget of their own a graph that takes it."""
