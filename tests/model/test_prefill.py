@@ -97,6 +97,15 @@ def test_batches_keep_their_length(variant: str) -> None:
     assert_alike(*(answer(compiled("llava", prefill=p), inputs) for p in (None, "bucketed")))
 
 
+@pytest.mark.slow
+def test_prompts_for_static_caches_keep_their_length() -> None:
+    """Their masks come as [B, 1, S, slots], for Qwen2.5-VL one per kind of layer in a dict."""
+    inputs = family("qwen2_5_vl").make_inputs("one")
+    plain = answer(compiled("qwen2_5_vl", decode="static"), inputs)
+    padded = answer(compiled("qwen2_5_vl", decode="static", prefill="bucketed"), inputs)
+    assert_alike(plain, padded)
+
+
 def test_what_padding_does_not_know_keeps_its_length() -> None:
     cache = DynamicCache()
     ids = torch.ones(1, 9, dtype=torch.int64)

@@ -46,7 +46,8 @@ def is_plain_prefill(named: Mapping[str, Any], caches: Sequence[Any]) -> bool:
         return False
     if len(caches) != 1 or caches[0] is not named.get("past_key_values"):
         return False  # pads could stay in one that is not known
-    return (_MASK not in given or given[_MASK].ndim == 2) and _grows(caches[0])
+    mask = named.get(_MASK)  # of a static cache: [B, 1, S, slots], or one per kind of layer
+    return (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and _grows(caches[0])
 
 
 def _grows(cache: Any) -> bool:
