@@ -81,11 +81,6 @@ NAMES: dict[str, PrivateName] = {
         "scans along the tokens (gated delta rule, Mamba-2) are one operator of the graph",
     ),
     **_names(
-        "torch._dynamo.callback",
-        "on_compile_start",
-        "scans of models that are loaded after the backend was looked up are operators, too",
-    ),
-    **_names(
         "torch._dynamo",
         "maybe_mark_dynamic",
         "numbers of dartfx.budget take one compilation, not two",
@@ -115,7 +110,8 @@ NAMES: dict[str, PrivateName] = {
     **_names(
         "torch._dynamo",
         "callback_handler",
-        "dynamo's errors in code behind a pruned graph say that the sequence is shorter",
+        "dynamo's errors in code behind a pruned graph say that the sequence is shorter; scans of "
+        "models that are loaded after the backend was looked up are operators, too",
     ),
     "dynamo_config": PrivateName(
         "torch._dynamo.config",

@@ -91,6 +91,7 @@ def compile_graph(
     caller: CallerCapabilities = TORCH_COMPILE,
 ) -> Compiled:
     """Compile one dynamo graph: pruned where vision tokens enter a decoder, else unchanged."""
+    scans.install(_calls_us)  # for later frames: dynamo may have been reset since
     graph = GraphCompiler(config, module, caller)
     graph.dump.save_inputs(inputs)
     try:

@@ -30,7 +30,7 @@ Function = Callable[..., Any]
 
 _PACKAGE = "transformers.models."
 _LOCK = threading.Lock()
-_installed = False
+_callback: Callable[..., None] | None = None
 _seen: set[str] = set()
 
 
@@ -39,11 +39,14 @@ def install(ours: Callable[[object], bool]) -> None:
 
     ours: whether what dynamo calls with a frame's graph is this backend.
     """
-    global _installed
+    global _callback
     with _LOCK:
-        if not _installed and (on_start := compat.find("on_compile_start")) is not None:
-            on_start(lambda *_: _replace_loaded(ours))
-        _installed = True
+        if _callback is None:
+            _callback = lambda *_: _replace_loaded(ours)  # noqa: E731
+        if (handler := compat.find("callback_handler")) is not None:
+            started = handler.start_callbacks
+            if _callback not in started:  # torch._dynamo.reset() forgets it
+                started.append(_callback)
     _replace_loaded(ours)
 
 

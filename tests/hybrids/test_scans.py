@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.callback import callback_handler
 from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
+from dartfx.backend import scans
 from dartfx.backend.graph_compiler import prepare_dynamo
 from dartfx.passes.outcome import OrderMixing, Pruned
 from tests.support.decoders import (
@@ -192,3 +194,11 @@ def test_other_backends_trace_the_function() -> None:
     torch.compile(plain, backend=backend)(*operands(70), None)
     assert calls
     assert not any("dartfx" in call for call in calls)
+
+
+def test_models_that_are_loaded_after_dynamo_was_reset_are_looked_through() -> None:
+    """torch.compiler.reset() forgets who wants to know of compilations, but not the backend."""
+    torch.compile(torch.neg, backend="dart")(torch.ones(2))
+    torch.compiler.reset()
+    torch.compile(torch.neg, backend="dart")(torch.ones(2))
+    assert scans._callback in callback_handler.start_callbacks

@@ -121,7 +121,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "BackendCompilerFailed RestartAnalysis InstructionTranslatorBase LazySymNodeFormatString "
     "LazyVariableTracker StringFormatVariable FakeTensor FakeTensorMode enable_python_dispatcher "
     "set_grad_enabled enter_autocast exit_autocast autograd_function_apply TensorPropertySource "
-    "FunctionalTensorMode HigherOrderOperator InstructionTranslator on_compile_start "
+    "FunctionalTensorMode HigherOrderOperator InstructionTranslator "
     "callback_handler TensorVariable TupleVariable ConstantVariable install_guard": lambda _: (
         pruned()
     ),
