@@ -23,7 +23,7 @@
 # steps of `bench generate` compile side by side, each with a model of its own on the device, and
 # are timed one after the other.
 #
-# What no GPU has run yet, in an order for one session of 8 minutes on an H200 (minutes estimated
+# What no GPU has run yet, in an order for 8 minutes on an H200 (minutes estimated
 # from steps that were measured, four side by side in 4 minutes; 106 GB in the last line):
 #   docs/measure_gpu.sh FOLDER tests kernel                                          1.5
 #   docs/measure_gpu.sh -j FOLDER profile profile-graphs qwen2.5-vl-7b               2.5
