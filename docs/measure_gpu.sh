@@ -33,7 +33,7 @@
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,33s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,32s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
