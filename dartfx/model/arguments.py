@@ -57,7 +57,7 @@ class Arguments:
         names += [f"argument {i}" for i in range(len(names), len(self.args))]
         return dict(zip(names, self.args, strict=False)) | self.kwargs
 
-    @property
+    @cached_property
     def kind(self) -> frozenset[str]:
         """The names of the arguments that hold something: calls of one kind trace alike."""
         return frozenset(name for name, value in self.named.items() if value is not None)
@@ -94,7 +94,7 @@ class Arguments:
         leaves = [leaf for leaf in self.leaves if may_be_mask(*leaf)]
         return [t for name, t in leaves if "mask" in name or t.dtype == torch.bool]
 
-    @property
+    @cached_property
     def media(self) -> list[str]:
         """Arguments that may bring vision tokens; none in a decode step."""
         if self.tokens == 1 and (self.caches or self.named.get("past_key_values") is not None):

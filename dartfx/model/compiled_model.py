@@ -150,18 +150,18 @@ class CompiledModel:
         before = {id(kv): kv_cache.held_before(kv) for kv in caches if call.tokens != 1}
         with keep_idx.collect_keep_idx() as collected, kv_cache.fitting_masks(caches):
             result = self._call(with_decode_masks(run, caches))
-        leaves = [value for _, value in leaves_of("", result)]
-        filled = {id(kv): kv for kv in [*caches, *filter(kv_cache.is_cache, leaves)]}
-        if pads:
-            crop_caches(list(filled.values()), pads)
-            collected[:] = [cropped(record, pads) for record in collected]
-        kept = [record.keep_idx for record in collected]
-        if pads and kept:
-            mark(leaves, kept[-1])
-        masks = call.pad_masks
-        for key, kv in filled.items():
-            kv_cache.mark_pruned(kv, call.tokens, kept, masks, before.get(key), self._weights)
-        self.history.add_kept(collected)
+        if pads or collected:  # nothing of either in a decode step
+            leaves = [value for _, value in leaves_of("", result)]
+            filled = {id(kv): kv for kv in [*caches, *filter(kv_cache.is_cache, leaves)]}
+            if pads:
+                crop_caches(list(filled.values()), pads)
+                collected[:] = [cropped(record, pads) for record in collected]
+            kept, masks = [record.keep_idx for record in collected], call.pad_masks
+            if pads and kept:
+                mark(leaves, kept[-1])
+            for key, kv in filled.items():
+                kv_cache.mark_pruned(kv, call.tokens, kept, masks, before.get(key), self._weights)
+            self.history.add_kept(collected)
         return restore_length(result, call.tokens) if self.full_logits else result
 
     def _fill(self, cache: Any, call: Arguments) -> Any:
