@@ -129,7 +129,7 @@ def profiled(row: Row) -> dict[str, Any]:
             found |= {"recorded": recordings.made, "recorded_bytes": recordings.recorder.bytes}
         return found
     except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
+        return {"failed": reason(error)}
 
 
 def rewarm(rows: list[Row]) -> None:
