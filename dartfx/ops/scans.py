@@ -1,10 +1,10 @@
 """Scans along the tokens, each one operator of a graph.
 
-``torch.ops.dartfx.chunk_gated_delta_rule`` (Qwen3.5) and ``torch.ops.dartfx.mamba2_chunk_scan``
-(Mamba-2).  The Python of transformers cuts the sequence into chunks, so a trace holds what one
-length takes, and a prompt of another length, or a pruned one, needs another trace.  The operator
-calls that same function, whichever implementation transformers chose for it, when it runs; so
-results are those of the uncompiled model.
+``torch.ops.dartfx.chunk_gated_delta_rule`` and ``torch.ops.dartfx.mamba2_chunk_scan``.  The Python
+of transformers cuts the sequence into chunks, so a trace holds what one length takes, and a prompt
+of another length, or a pruned one, needs another trace.  The operator calls that same function,
+whichever implementation transformers chose for it, when it runs; so results are those of
+the uncompiled model.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from dartfx.selection.quotas import split_budget
 
 __all__ = ["cover", "relevant"]
 
-# Vision tokens that are compared with each other: an image of LLaVA-1.5, a tile of LLaVA-NeXT.
+# Vision tokens that are compared with each other: an image of 24 x 24 patches, or a tile.
 STRETCH = 576
 # Text tokens whose attention counts, so that a long prompt costs no more than a question.
 _READERS = 32

@@ -85,8 +85,8 @@ class Layout:
     ) -> Layout:
         """``rows`` by ``columns`` tiles of ``tile`` tokens each, tile after tile.
 
-        overview: "first", "last" or None: where one more tile shows the whole image, as InternVL
-        and most models that tile have it (last).  Raises ValueError for another word.
+        overview: "first", "last" or None: where one more tile shows the whole image, as most models
+        that tile have it (last).  Raises ValueError for another word.
         """
         if overview not in ("first", "last", None):
             raise ValueError(f"overview is 'first', 'last' or None, got {overview!r}")
@@ -116,7 +116,7 @@ class Layout:
     ) -> Layout:
         """An overview of ``base`` tokens, then ``fine`` rows and columns of the whole image.
 
-        newline: one more token ends each row of the fine grid, as LLaVA-NeXT (AnyRes) has it; the
+        newline: one more token ends each row of the fine grid, as AnyRes has it; the
         fine grid is what is left once padding is cut off, as much on either side.  tiles: rows and
         columns of tiles of ``base`` tokens that it was cut from, where they were not scaled down.
         """

@@ -46,7 +46,7 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
     Covers ``masked_scatter`` and ``index_put`` with one bool mask, in place or not, into [B, S, D]
     or into its rows [B * S, D].  spread: those that spread rows over zeros (canonicalise.py), which
     are added to embeddings rather than replacing them; omitted otherwise.  One row [D] may be an
-    image of one token, but beside other merges it is a marker of images (Ovis 2).
+    image of one token, but beside other merges it is a marker of images.
     """
     merges: list[Merge] = []
     rest: list[Merge] = []
