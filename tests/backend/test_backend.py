@@ -21,22 +21,13 @@ from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
 from tests.support.decoders import Decoder, Sizes, assert_same, prompt
+from tests.support.families import BARE, bare, called
 from tests.support.tolerances import CLOSE, RETAIN
-
-EAGER: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
 
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    family = load("llava", layers=3)
-    family.model(**family.make_inputs())  # transformers sets up hooks, which would break the graph
-    return family
-
-
-def compiled(family: Family, *, fullgraph: bool = True, **options: Any) -> Any:
-    """In one graph unless said otherwise: breaks only cost time where they are not the subject."""
-    settings = {**EAGER, **options}
-    return torch.compile(family.model, backend="dart", fullgraph=fullgraph, options=settings)
+    return called("llava")
 
 
 def unpruned(family: Family, inputs: dict[str, Tensor]) -> Tensor:
@@ -110,7 +101,7 @@ def test_retaining_all_is_the_identity_and_says_so(
     inputs = llava.make_inputs()
     plain = unpruned(llava, inputs)
     with caplog.at_level(logging.WARNING, logger="dartfx"):
-        kept = compiled(llava, retain_tokens=retain)(**inputs).logits
+        kept = bare(llava, retain_tokens=retain)(**inputs).logits
     assert torch.equal(kept, plain)
     assert not outcomes(Pruned)
     (said,) = [o.because for o in outcomes(Unchanged) if "to retain" in o.because]
@@ -121,7 +112,7 @@ def test_retaining_all_is_the_identity_and_says_so(
 @pytest.mark.parametrize("policy", ["warn", "error", "ignore"])
 def test_a_refusal_is_as_loud_as_asked(policy: str) -> None:
     model, inputs = Decoder().eval(), prompt(Sizes())
-    options = {**EAGER, "layer": 9, "on_unsupported": policy}
+    options = {**BARE, "layer": 9, "on_unsupported": policy}
     fast = torch.compile(model, backend="dart", fullgraph=True, options=options)
     told = r"(?s)layer=9, but the decoder stack .*layers has \d layers here.*: a layer from 0 to"
     if policy == "error":
@@ -142,7 +133,7 @@ def test_a_refusal_is_as_loud_as_asked(policy: str) -> None:
 def test_a_static_cache_is_refused(llava: Family) -> None:
     inputs = llava.make_inputs()
     expected = llava.model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    llava.model.compile(backend="dart", options=EAGER)
+    llava.model.compile(backend="dart", options=BARE)
     try:
         with pytest.warns(dartfx.PruningWarning, match="the cache is static"):
             ids = llava.model.generate(
@@ -157,13 +148,13 @@ def test_ragged_rows_with_caches_fail_naming_the_row(llava: Family) -> None:
     with pytest.raises(
         dartfx.SelectionError, match=r"row \d of this batch does not hold its share"
     ):
-        compiled(llava)(**llava.make_inputs("ragged"))
+        bare(llava)(**llava.make_inputs("ragged"))
 
 
 def test_ragged_rows_without_caches(llava: Family) -> None:
     inputs = llava.make_inputs("ragged")
     oracle = hooked.pruned_forward(llava.model, inputs, retain=RETAIN, kv_layout="uniform")
-    output = compiled(llava)(**inputs, use_cache=False)
+    output = bare(llava)(**inputs, use_cache=False)
     torch.testing.assert_close(output.logits, oracle.logits, **CLOSE)
 
 
@@ -175,7 +166,7 @@ def test_text_of_the_same_shape_stays_exact(llava: Family) -> None:
     image, text = llava.make_inputs(), llava.make_inputs("text")
     assert image["input_ids"].shape == text["input_ids"].shape
     plain = llava.model(**text).logits
-    fast = compiled(llava)
+    fast = bare(llava)
     for _ in range(2):
         assert fast(**image).logits.shape[1] < plain.shape[1]
         torch.testing.assert_close(fast(**text).logits, plain, **CLOSE)
@@ -197,7 +188,7 @@ def test_given_vision_tokens(llava: Family, first: str) -> None:
     oracle = hooked.pruned_forward(llava.model, inputs, retain=RETAIN, kv_layout="uniform")
     embeds, mask = embedded(llava, inputs)
     plain = llava.model(**embeds).logits
-    fast = compiled(llava)
+    fast = bare(llava)
     if first == "plain":
         torch.testing.assert_close(fast(**embeds).logits, plain, **CLOSE)
     for _ in range(2):
@@ -235,7 +226,7 @@ def test_two_models_in_one_process(llava: Family) -> None:
         hooked.pruned_forward(f.model, f.make_inputs(), retain=r, kv_layout="uniform").logits
         for f, r in ((llava, RETAIN), (other, 9))
     ]
-    fast = compiled(llava), compiled(other, retain_tokens=9)
+    fast = bare(llava), bare(other, retain_tokens=9)
     for _ in range(2):
         for model, logits in zip(fast, expected, strict=True):
             torch.testing.assert_close(model(**llava.make_inputs()).logits, logits, **CLOSE)
@@ -243,7 +234,7 @@ def test_two_models_in_one_process(llava: Family) -> None:
 
 def test_another_selector(llava: Family) -> None:
     inputs = llava.make_inputs()
-    fast = compiled(llava, selector="random")
+    fast = bare(llava, selector="random")
 
     def logits(seed: int) -> Tensor:
         torch.manual_seed(seed)

@@ -5,27 +5,15 @@ A product dim (B * S) is then known by views that come later than where its size
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 import dartfx
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.registry import load
+from tests.support.families import generate
 from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
-
-
-def generate(model: Any, inputs: dict[str, Any], steps: int) -> torch.Tensor:
-    output = model.generate(
-        **inputs,
-        max_new_tokens=steps,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return torch.stack(output.logits, 1)
 
 
 @pytest.mark.parametrize(

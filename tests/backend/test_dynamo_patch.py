@@ -9,6 +9,7 @@ import operator
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -114,14 +115,10 @@ def rows_of_ids(ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
     return ids[mask] + rows
 
 
-@pytest.mark.parametrize(
-    ("function", "ours", "picked"),
-    [(added_by_mask, True, True), (added_by_mask, False, False), (rows_of_ids, True, False)],
-)
-def test_rows_of_hidden_states_break_no_graph_of_ours(
-    function: Callable[..., Tensor], ours: bool, picked: bool
-) -> None:
-    """Rows of anything else do, so that their number is known to the next graph."""
+def traced(
+    function: Callable[..., Tensor], ours: bool
+) -> tuple[Callable[..., Any], list[torch.fx.GraphModule]]:
+    """A compiled function, and the graphs that it is traced to in its calls."""
     made: list[torch.fx.GraphModule] = []
 
     def backend(module: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
@@ -130,10 +127,22 @@ def test_rows_of_hidden_states_break_no_graph_of_ours(
 
     dynamo_patch.install(lambda called: ours)
     torch.compiler.reset()
+    return torch.compile(function, backend=backend), made
+
+
+@pytest.mark.parametrize(
+    ("function", "ours", "picked"),
+    [(added_by_mask, True, True), (added_by_mask, False, False), (rows_of_ids, True, False)],
+)
+def test_rows_of_hidden_states_break_no_graph_of_ours(
+    function: Callable[..., Tensor], ours: bool, picked: bool
+) -> None:
+    """Rows of anything else do, so that their number is known to the next graph."""
+    compiled, made = traced(function, ours)
     hidden, mask = torch.randn(2, 5, 4), torch.tensor([[True, False, True, False, True]] * 2)
     given = hidden if function is added_by_mask else torch.arange(10).view(2, 5)
     rows = torch.ones(6, 4) if function is added_by_mask else torch.ones(6, dtype=torch.int64)
-    result = torch.compile(function, backend=backend)(given, mask, rows)
+    result = compiled(given, mask, rows)
     assert torch.equal(result, function(given, mask, rows))
     in_graph = any(n.target is operator.getitem for m in made for n in m.graph.nodes)
     assert (in_graph and len(made) == 1) == picked
@@ -173,15 +182,8 @@ def test_branches_that_one_input_decides_break_no_graph_of_ours(
     function: Callable[..., Tensor], ours: bool, graphs: int
 ) -> None:
     """Each answer has a graph of its own, and a guard picks it; other branches break theirs."""
-    made: list[torch.fx.GraphModule] = []
-
-    def backend(module: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
-        made.append(module)
-        return module.forward
-
-    dynamo_patch.install(lambda called: ours)
-    torch.compiler.reset()
-    compiled, x = torch.compile(function, backend=backend), torch.ones(2)
+    compiled, made = traced(function, ours)
+    x = torch.ones(2)
     for ids in [[7, 1], [0, 2], [5, 7], [3, 0], [6, 6]]:
         given = torch.tensor([ids])
         assert torch.equal(compiled(given.clone(), x), function(given.clone(), x))

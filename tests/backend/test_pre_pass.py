@@ -22,8 +22,8 @@ from dartfx.config import fingerprint
 from dartfx.passes.refusal import Declined
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
-from dartfx.tools.zoo.registry import load
 from tests.support.decoders import Decoder, Sizes, prompt
+from tests.support.families import called
 from tests.support.tolerances import CLOSE, RETAIN
 
 Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -31,9 +31,7 @@ Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    family = load("llava", layers=3)
-    family.model(**family.make_inputs())  # transformers' hooks would break the graph
-    return family
+    return called("llava")
 
 
 class Convertible(OperatorSupportBase):

@@ -12,21 +12,14 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.families import BARE, bare, called
 from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
-
-EAGER: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
 
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    family = load("llava", layers=3)
-    family.model(**family.make_inputs())  # transformers sets up hooks, which would break the graph
-    return family
-
-
-def compiled(family: Family, *, fullgraph: bool = True) -> Any:
-    return torch.compile(family.model, backend="dart", fullgraph=fullgraph, options=EAGER)
+    return called("llava")
 
 
 def outcomes(kind: type) -> list[Any]:
@@ -50,14 +43,14 @@ def test_sizes_that_coincide_with_the_sequence(sizes: dict[str, int], length: in
     inputs = family.make_inputs(length=length)
     assert inputs["input_ids"].shape[1] == length
     oracle = hooked.pruned_forward(family.model, inputs, retain=RETAIN, kv_layout="uniform")
-    torch.testing.assert_close(compiled(family)(**inputs).logits, oracle.logits, **CLOSE)
+    torch.testing.assert_close(bare(family)(**inputs).logits, oracle.logits, **CLOSE)
 
 
 def test_batch_times_tokens_coincides_with_the_hidden_size() -> None:
     family = load("llava", layers=3, hidden_size=64, num_attention_heads=4)
     inputs = family.make_inputs("pad2", length=32)
     oracle = hooked.pruned_forward(family.model, inputs, retain=RETAIN, kv_layout="uniform")
-    torch.testing.assert_close(compiled(family)(**inputs).logits, oracle.logits, **CLOSE)
+    torch.testing.assert_close(bare(family)(**inputs).logits, oracle.logits, **CLOSE)
 
 
 @pytest.mark.parametrize("dynamic", [True, *slow(None)])
@@ -67,7 +60,7 @@ def test_other_prompt_lengths_do_not_recompile(llava: Family, dynamic: bool | No
     prompts = [llava.make_inputs(after=8 + extra) for extra in (0, 3, 5, 11)]
     how: Any = {"retain": RETAIN, "max_new_tokens": 4, "kv_layout": "layered"}
     oracles = [hooked.pruned_generate(model, p, **how) for p in prompts]
-    model.compile(backend="dart", options=EAGER, dynamic=dynamic, fullgraph=True)
+    model.compile(backend="dart", options=BARE, dynamic=dynamic, fullgraph=True)
     graphs = []
     try:
         for inputs, oracle in zip(prompts, oracles, strict=True):
@@ -99,7 +92,7 @@ def test_across_graph_breaks(name: str) -> None:
     where: Any = {"retain": RETAIN, "kv_layout": "uniform"}
     oracles = [hooked.pruned_forward(family.model, p, **where).logits for p in prompts]
     plain = family.model(**text).logits
-    fast, graphs = compiled(family, fullgraph=False), []
+    fast, graphs = bare(family, fullgraph=False), []
     for inputs, oracle in zip(prompts, oracles, strict=True):
         torch.testing.assert_close(fast(**inputs).logits, oracle, **CLOSE)
         graphs.append(len(dartfx.reports()))

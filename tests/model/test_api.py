@@ -18,14 +18,13 @@ from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
 from tests.support.decoders import Decoder, Sizes, prompt
+from tests.support.families import called
 from tests.support.tolerances import CLOSE, RETAIN
 
 
 @pytest.fixture(scope="module")
 def llava() -> Family:
-    family = load("llava", layers=3)
-    family.model(**family.make_inputs())  # transformers sets up hooks, which would break the graph
-    return family
+    return called("llava")
 
 
 @pytest.fixture(autouse=True)

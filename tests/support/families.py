@@ -33,6 +33,22 @@ def fresh(name: str, attention: str = "sdpa") -> Family:
 family = functools.cache(fresh)
 
 
+def called(name: str) -> Family:
+    """After a first call, in which transformers sets up hooks that would break the graph."""
+    built = load(name, layers=3)
+    built.model(**built.make_inputs())
+    return built
+
+
+BARE: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
+
+
+def bare(built: Family, *, fullgraph: bool = True, **options: Any) -> Any:
+    """A bare torch.compile: in one graph unless said otherwise, since breaks only cost time."""
+    settings = {**BARE, **options}
+    return torch.compile(built.model, backend="dart", fullgraph=fullgraph, options=settings)
+
+
 @contextmanager
 def compiled(model: Any, **options: Any) -> Iterator[Any]:
     settings = {"retain_tokens": RETAIN, "lowering": "eager", "on_unsupported": "error", **options}
