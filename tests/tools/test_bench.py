@@ -10,7 +10,7 @@ import torch
 
 from dartfx.cli.main import main
 from dartfx.ops import select_tokens
-from dartfx.tools.bench import kernel, serve
+from dartfx.tools.bench import kernel
 from dartfx.tools.bench.baselines import Layer, published
 
 
@@ -60,13 +60,3 @@ def test_prints_and_writes_every_figure(
     assert set(seconds) == {"node", "torch", "published", "selector spread", "layer"}
     assert all(value > 0 for value in seconds.values())
     assert figures["of_prefill"] == pytest.approx(seconds["node"] / (3 * seconds["layer"]))
-
-
-def test_rates_and_times_of_a_served_load() -> None:
-    """Two rounds of two requests: rates are of the rounds, times of the requests."""
-    loads = [
-        serve.Load(2.0, (serve.Answer(0.1, 0.5, 5), serve.Answer(0.3, 0.7, 5))),
-        serve.Load(4.0, (serve.Answer(0.2, 0.6, 5), serve.Answer(0.2, 0.2, 1))),
-    ]
-    cells = serve.row("pruned", 4, loads).strip("| ").split(" | ")
-    assert cells == ["pruned", "4", "0.75", "3.2", "200 ms", "270 ms", "100.0 ms"]

@@ -12,19 +12,38 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import http.client
 import io
+import json
 import time
-from collections.abc import Iterable
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from dartfx.errors import ConfigError
+from dartfx.errors import ConfigError, InputError
 from dartfx.tools.bench.timing import device_name
 
-__all__ = ["HELP", "Answer", "Load", "Server", "Setting", "configure", "row", "run"]
+__all__ = [
+    "HELP",
+    "Answer",
+    "Load",
+    "Server",
+    "Setting",
+    "configure",
+    "model_of",
+    "parse_servers",
+    "row",
+    "run",
+]
 
 HELP = "throughput and time to first token of OpenAI servers that run already"
+
+_SERVER = "NAME=URL"
+_EXAMPLE = "plain=http://localhost:8000/v1"
+_SECONDS_TO_ANSWER = 30.0
 
 TITLES = "server", "at once", "requests/s", "tokens/s", "first token", "90 %", "each next"
 
@@ -58,15 +77,16 @@ class Load:
 
 @dataclass(frozen=True)
 class Server:
-    """A client of the package openai, and the model that its server has."""
+    """A server's name, a client of the package openai, and the model that it has."""
 
+    name: str
     client: Any
     model: str
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
-    parser.add_argument("servers", nargs="+", metavar="NAME=URL", help="a server and its name")
+    parser.add_argument("servers", nargs="+", metavar=_SERVER, help="a server and its name")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=64, help="each time (%(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer (%(default)s)")
@@ -75,8 +95,50 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=1, help="rounds (%(default)s)")
 
 
+def parse_servers(given: Sequence[str]) -> dict[str, str]:
+    """URLs by name.  Raises InputError for one without a name or URL, and for a name twice."""
+    servers: dict[str, str] = {}
+    for each in given:
+        name, sign, url = each.partition("=")
+        if not sign or not name or "/" in name:
+            raise InputError(_SERVER, f"{each!r} gives the server no name; write {_EXAMPLE}")
+        if not url.startswith(("http://", "https://")):
+            why = f"{url!r} of {name!r} is no URL with http:// or https://; write {_EXAMPLE}"
+            raise InputError(_SERVER, why)
+        if name in servers:
+            why = f"two servers are called {name!r}: {servers[name]} and {url}; rename one"
+            raise InputError(_SERVER, why)
+        servers[name] = url
+    return servers
+
+
+def model_of(name: str, url: str) -> str:
+    """The model that a server has.  Raises ConfigError that names the server and what was wrong."""
+    asked = f"{url.rstrip('/')}/models"
+    try:
+        with urllib.request.urlopen(asked, timeout=_SECONDS_TO_ANSWER) as answer:
+            return str(json.load(answer)["data"][0]["id"])
+    except urllib.error.HTTPError as error:
+        why = f"answered HTTP {error.code}; OpenAI servers have their URL end in /v1"
+    except (ValueError, LookupError, TypeError, http.client.HTTPException):
+        why = "did not answer with a list of models, as OpenAI servers do"
+    except OSError as error:  # what urllib raises, and a connection that breaks off
+        why = f"cannot be reached ({getattr(error, 'reason', error)}); is it running?"
+    raise ConfigError(f"server {name!r}: {asked} {why}")
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table; raises ConfigError without the package openai."""
+    """Print the table.
+
+    Raises InputError and ConfigError for arguments that cannot be used, a server that does not
+    answer as it should, and without the package openai.
+    """
+    named = parse_servers(arguments.servers)
+    for option in ("requests", "tokens", "repeat", "concurrency", "size"):
+        value = getattr(arguments, option)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise InputError(option, "must be at least 1")
+    models = {name: model_of(name, url) for name, url in named.items()}
     try:
         from openai import AsyncOpenAI
     except ImportError as error:
@@ -85,43 +147,40 @@ def run(arguments: argparse.Namespace) -> int:
 
     width, height = arguments.size
     setting = Setting(arguments.text, (width, height), arguments.tokens, arguments.requests)
-    servers = dict(server.split("=", 1) for server in arguments.servers)
-    clients = {
-        name: AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
-        for name, url in servers.items()
-    }
+    servers = [
+        Server(name, AsyncOpenAI(base_url=url, api_key="none", max_retries=0), models[name])
+        for name, url in named.items()
+    ]
     print(f"client on {device_name(torch.device('cpu'))}; {setting}\n")
     print(f"| {' | '.join(TITLES)} |\n|---|{'---:|' * (len(TITLES) - 1)}")
-    asyncio.run(_measure(clients, setting, arguments.concurrency, arguments.repeat))
+    asyncio.run(_measure(servers, setting, arguments.concurrency, arguments.repeat))
     return 0
 
 
 async def _measure(
-    clients: dict[str, Any], setting: Setting, levels: Iterable[int], repeat: int
+    servers: Sequence[Server], setting: Setting, levels: Iterable[int], repeat: int
 ) -> None:
-    servers = {
-        name: Server(client, (await client.models.list()).data[0].id)
-        for name, client in clients.items()
-    }
     # Pictures that no earlier call of this benchmark had either.
     begin = time.time_ns() // 1000
     seeds = range(begin, begin + 2)
-    for server in servers.values():
+    for server in servers:
         await _load(server, setting, 1, seeds)
     for at_once in levels:
-        made: dict[str, list[Load]] = {name: [] for name in servers}
+        made: dict[str, list[Load]] = {server.name: [] for server in servers}
         for _ in range(repeat):
             seeds = range(seeds.stop, seeds.stop + setting.requests)
-            for name, server in servers.items():
-                made[name].append(await _load(server, setting, at_once, seeds))
+            for server in servers:
+                made[server.name].append(await _load(server, setting, at_once, seeds))
         for name, loads in made.items():
             print(row(name, at_once, loads), flush=True)
-    for client in clients.values():
-        await client.close()
+    for server in servers:
+        await server.client.close()
 
 
 async def _load(server: Server, setting: Setting, at_once: int, seeds: range) -> Load:
-    """A request for each seed, ``at_once`` of them at a time."""
+    """A request for each seed, ``at_once`` at a time; raises ConfigError where one fails."""
+    from openai import OpenAIError
+
     pictures = [_picture(setting.size, seed) for seed in seeds]
     free = asyncio.Semaphore(at_once)
 
@@ -130,7 +189,10 @@ async def _load(server: Server, setting: Setting, at_once: int, seeds: range) ->
             return await _ask(server, setting, picture)
 
     start = time.perf_counter()
-    answers = await asyncio.gather(*map(one, pictures))
+    try:
+        answers = await asyncio.gather(*map(one, pictures))
+    except OpenAIError as error:
+        raise ConfigError(f"server {server.name!r} failed on a request: {error}") from error
     return Load(time.perf_counter() - start, tuple(answers))
 
 
