@@ -31,6 +31,12 @@ torch._dynamo.config.run_gc_after_compile = False
 # processor's cache is warm: 20 ms of CPU, a tenth of what a model that breaks into 50 graphs takes.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
+# What Inductor says once in each process, of float32 matrices and of a first graph without kernels.
+_GPU_WARNINGS = (
+    "ignore:TensorFloat32 tensor cores:UserWarning",
+    "ignore:The CUDA Graph is empty:UserWarning",
+)
+
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _FOLDERS = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
@@ -79,12 +85,12 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest_first(items)
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+    marks = [pytest.mark.filterwarnings(each) for each in _GPU_WARNINGS]
+    if not torch.cuda.is_available():
+        marks = [pytest.mark.skip(reason="needs a CUDA device")]
+    for item in filter(lambda each: each.get_closest_marker("gpu"), items):
+        for mark in marks:
+            item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)
