@@ -8,6 +8,7 @@ does without (:func:`find`, :func:`errors`).  ``python -m dartfx doctor`` lists 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,16 @@ if TYPE_CHECKING:  # for annotations
     from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 
-__all__ = ["NAMES", "STATIC_INPUT", "PrivateName", "Unavailable", "errors", "find", "missing"]
+__all__ = [
+    "NAMES",
+    "STATIC_INPUT",
+    "PrivateName",
+    "Unavailable",
+    "errors",
+    "find",
+    "missing",
+    "offloaded_caches_race",
+]
 
 # Looked for in the sources of the first and the last of these.
 TORCH, TRANSFORMERS = "torch 2.11 to 2.13", "transformers 5.17 to 5.23"
@@ -261,3 +271,13 @@ def _is_present(name: PrivateName) -> bool:
     except Unavailable:
         return False
     return True
+
+
+def offloaded_caches_race() -> bool:
+    """Whether transformers copies an offloaded layer back to the device before it has left it.
+
+    Up to 5.19 ``Cache.update`` lets the default stream wait for the stream that copies layers back,
+    but not the other way round.
+    """
+    major, minor = importlib.metadata.version("transformers").split(".")[:2]
+    return (int(major), int(minor)) < (5, 20)

@@ -135,12 +135,13 @@ class CompiledModel:
             return self._eager(*args, **kv_cache.with_traced_mask(kwargs))
         self.calls += 1
         call = Arguments.of(self._model.forward, args, kwargs)
-        if (declined := runs_eagerly() or hooks_in_decoder(self._model)) is not None:
+        caches = [*call.caches, *filter(kv_cache.is_cache, vars(self._model).values())]
+        declined = runs_eagerly() or hooks_in_decoder(self._model) or filling.racing(caches)
+        if declined is not None:
             if call.media or vision_mask.given() is not None:
                 with self.reporting():
                     self.refuse(declined)
             return self._eager(*args, **kwargs)
-        caches = [*call.caches, *filter(kv_cache.is_cache, vars(self._model).values())]
         image = bool(call.media) or vision_mask.given() is not None
         filled_later = filling.cache_to_fill(caches, call.tokens, image)
         if filled_later is not None and self.config.kv_layout != "layered":

@@ -11,12 +11,19 @@ import torch
 from transformers import DynamicCache
 
 import dartfx
+from dartfx import compat
 from dartfx.model.caches.kv_cache import pruned_length
 from dartfx.tools.zoo.family import Family, Inputs
 from dartfx.tools.zoo.registry import load
 from tests.support.tolerances import RETAIN
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        compat.offloaded_caches_race(),
+        reason="transformers before 5.20 reads offloaded layers while they are on their way",
+    ),
+]
 CLOSE = {"rtol": 2e-3, "atol": 2e-3}
 
 

@@ -9,12 +9,15 @@ can come to need.
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dartfx import compat
 from dartfx.errors import SelectionError
 from dartfx.model.caches.kv_cache import (
     fit_mask,
@@ -34,6 +37,7 @@ __all__ = [
     "growing_copy",
     "is_offloaded",
     "note_most_tokens",
+    "racing",
     "strip_free_slots",
 ]
 
@@ -41,6 +45,20 @@ __all__ = [
 def is_offloaded(cache: Any) -> bool:
     """Whether a transformers cache moves layers between the host and the device."""
     return bool(getattr(cache, "offloading", False))
+
+
+def racing(caches: Sequence[Any]) -> Declined | None:
+    """Why a call runs as it would without dartfx on an offloaded cache, or None."""
+    if not (any(map(is_offloaded, caches)) and compat.offloaded_caches_race()):
+        return None
+    version = importlib.metadata.version("transformers")
+    return Declined(
+        f"an offloaded KV cache (cache_implementation or DynamicCache(offloading=True)): "
+        f"transformers {version} copies its layers back to the device in a stream that does not "
+        "wait until they have left it, so that attention may read anything, with and without "
+        "dartfx",
+        advice="transformers>=5.20, where the streams wait for each other; a cache on the device",
+    )
 
 
 def cache_to_fill(caches: Sequence[Any], tokens: int, brings_image: bool) -> Any:
@@ -81,6 +99,8 @@ def growing_copy(cache: Any) -> Any:
     """A growing cache that holds what another one holds."""
     dynamic = sys.modules["transformers"].DynamicCache()
     held = held_in_slots(cache)
+    if held and is_offloaded(cache):
+        torch.accelerator.synchronize()  # a layer may be on its way, in a stream of its own
     for n, layer in enumerate(cache.layers if held else ()):
         keys, values = layer.keys[:, :, :held], layer.values[:, :, :held]
         dynamic.update(keys.to(layer.device), values.to(layer.device), n)
@@ -134,6 +154,7 @@ def copy_new_tokens(cache: Any, dynamic: Any, least: int = 0) -> int:
         cache.update(layer.keys[:, :, held:], layer.values[:, :, held:], n)
         if isinstance(layer, PrunedLayer):
             make_pruned(cache.layers, n, layer.dropped, layer.kept)
+            cache.layers[n].offloaded = is_offloaded(cache)
             if not is_static(cache) and is_sliding(cache.layers[n]):
                 cache.layers[n].cumulative_length = int(layer.get_seq_length())
     return slots if by_generate and slots is not None else least

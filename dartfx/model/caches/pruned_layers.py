@@ -110,6 +110,7 @@ class PrunedLayer:
 
     kept: of which tokens its first columns are; None before anything was pruned.
     masks_fit: whether whoever calls the model gathers masks as the columns were.
+    offloaded: whether its cache moves it to the host and back, in streams of its own.
     """
 
     keys: Any
@@ -117,6 +118,7 @@ class PrunedLayer:
     dropped = 0
     kept: KeptColumns | None = None
     masks_fit = False
+    offloaded = False
 
     def get_seq_length(self) -> Any:
         """How many tokens the layer has seen: an int, or a tensor of a static layer."""
@@ -131,6 +133,8 @@ class PrunedLayer:
         """Remove the last tokens: a negative number of them, or a positive number to be left."""
         super().crop(-self._cropped(tokens_to_remove)[1])  # type: ignore[misc]
         if self.keys is not None:
+            if self.offloaded:
+                torch.accelerator.synchronize()  # it may be on its way
             # Views of another stride each time would be compiled for, one by one.
             self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
 
