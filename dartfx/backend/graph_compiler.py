@@ -140,14 +140,18 @@ class GraphCompiler:
         """Compile a graph that may merge vision tokens; None when it turns out not to."""
         request, trace = request_of(self.config, self.caller), lambda: normalise(self.ranks.module)
         outcome, rewritten, place = rewrite(
-            trace, self.flat, request, observe=self.dump, returns_mask=True
+            trace,
+            self.flat,
+            request,
+            observe=self.dump,
+            returns_mask=True,
+            agree=self.ranks.agree,
         )
-        outcome = self.ranks.agree(outcome)
         if outcome is None:
             return None
         if isinstance(outcome, Pruned) and vision_mask.any_noted(inputs):
             # Tokens of another medium, merged by an earlier graph, are vision tokens of this one.
-            alone = partial(self.pruned_apart, outcome, rewritten, request)
+            alone = partial(self.announced_apart, outcome, rewritten, request)
             dispatcher = self.dispatcher(request, otherwise=alone)
             dispatcher.prepare(inputs)
             return dispatcher
@@ -162,16 +166,21 @@ class GraphCompiler:
         plain = self.lower(self.module, inputs)
         return self.per_call(plain) if getattr(outcome, "all_retained", False) else plain
 
-    def pruned_apart(self, outcome: Pruned, rewritten: GraphModule, request: Request) -> Compiled:
-        """The graph pruned by its own merge alone, compiled when a first call needs it."""
+    def announced_apart(self, outcome: Pruned, module: GraphModule, request: Request) -> Compiled:
+        """Report a pruned graph, and compile it, when a first call needs it."""
         self.announce(outcome)
-        return self.recorded(partial(compile_apart, lower=self.lower), rewritten, outcome, request)
+        return self.compile_apart(outcome, module, request)
+
+    def compile_apart(self, outcome: Pruned, module: GraphModule, request: Request) -> Compiled:
+        """Compile a pruned graph outside dynamo's call."""
+        return self.recorded(partial(compile_apart, lower=self.lower), module, outcome, request)
 
     def recorded(
         self, lower: Callable[..., Compiled], module: GraphModule, outcome: Pruned, request: Request
     ) -> Compiled:
         """Compile a pruned graph, with a record of what each call keeps where somebody needs it."""
-        wanted = self.returns_keep_idx(outcome, request)
+        wanted = self.config.tokens or self.caller.knows_positions
+        wanted = wanted or outcome.needs_keep_idx(request)
         added = return_keep_idx(module, tokens=self.config.tokens) if wanted else 0
         compiled = lower(module)
         run = KeepIdxRecorder(compiled, added, self.dump.note_kept) if added else compiled
@@ -193,16 +202,7 @@ class GraphCompiler:
         outcome, module, _ = rewrite_with_budget(self.flat, self.ranks, self.dump, request, budget)
         if not isinstance(outcome, Pruned):
             raise not_honoured(getattr(outcome, "because", None))
-        self.announce(outcome)
-        added = return_keep_idx(module, tokens=self.config.tokens)
-        lowered = compile_apart(module, self.lower)
-        run: Compiled = lambda given, *args: lowered(given, *self.ranks.inputs(args))  # noqa: E731
-        return KeepIdxRecorder(run, added, self.dump.note_kept)
-
-    def returns_keep_idx(self, outcome: Pruned, request: Request) -> bool:
-        """Whether somebody outside of the pruned graph needs to know which tokens it kept."""
-        wanted = self.config.tokens or self.caller.knows_positions
-        return wanted or outcome.needs_keep_idx(request)
+        return self.announced_apart(outcome, module, request)
 
     def lower(self, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph that the passes are done with."""
@@ -217,16 +217,14 @@ class GraphCompiler:
         """What runs this graph where its vision mask comes from outside of it."""
         rewrite = partial(rewrite_with_mask, self.flat, self.ranks, self.dump)
         return MaskDispatcher(
-            self.config,
             self.flat,
+            self.module,
             request,
-            self.announce,
-            rewrite,
-            self.lower,
-            self.ranks,
-            original=self.module,
-            returns_keep_idx=self.returns_keep_idx,
-            note_kept=self.dump.note_kept,
+            announce=self.announce,
+            rewrite=rewrite,
+            compile_pruned=self.compile_apart,
+            lower=self.lower,
+            compare_ranks=self.ranks.compare,
             request_for=self.request_for if self.caller.knows_positions else None,
             otherwise=otherwise,
         )

@@ -49,7 +49,7 @@ def rewrite_with_mask(
         embeds = None if incoming.embeds is None else ranks.place(incoming.embeds)
         return _entering(incoming._replace(embeds=embeds), traced, behind=int(request.varies))
 
-    return rewrite(trace, module, request, vision=vision, observe=observe)
+    return rewrite(trace, module, request, vision=vision, observe=observe, agree=ranks.agree)
 
 
 def rewrite_with_budget(
@@ -64,7 +64,7 @@ def rewrite_with_budget(
             given = torch.empty((fresh_size(mode, budget.example), 0))
         return normalise(ranks.module, examples, extra=(given,))
 
-    return rewrite(trace, module, request, observe=observe)
+    return rewrite(trace, module, request, observe=observe, agree=ranks.agree)
 
 
 def _entering(incoming: IncomingMask, module: GraphModule, behind: int) -> Vision:

@@ -20,17 +20,18 @@ from dartfx.errors import PruningWarning, UnsupportedGraphError
 from dartfx.observe.next_step import next_step_of
 from dartfx.passes.internal_error import internal_error
 from dartfx.passes.outcome import Outcome, Pruned, ReturnsMask
-from dartfx.passes.pipeline import prune
+from dartfx.passes.pipeline import FindVision, prune
 from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
 from dartfx.passes.runner import Observer
-from dartfx.passes.site import Vision
 from dartfx.passes.transform.restore_checkpoints import restore_checkpoints
 from dartfx.passes.transform.return_mask import return_vision_mask
 
 __all__ = ["Rewritten", "refuse", "rewrite"]
 
 log = logging.getLogger(__name__)
+
+Agree = Callable[[Outcome | None], Outcome | None]
 
 
 class Rewritten(NamedTuple):
@@ -48,15 +49,29 @@ def rewrite(
     original: GraphModule,
     request: Request,
     *,
-    vision: Callable[[GraphModule], Vision] | None = None,
+    vision: FindVision | None = None,
     observe: Observer | None = None,
     returns_mask: bool = False,
+    agree: Agree | None = None,
 ) -> Rewritten:
     """Prune what ``trace`` makes of the graph ``original``, which is not modified.
 
     vision: as in :func:`dartfx.passes.pipeline.prune`; returns_mask: where vision tokens are only
-    merged here, let the graph return their mask for a later one.
+    merged here, let the graph return their mask for a later one; agree: what becomes of the graph
+    on all ranks of a tensor-parallel model, given what would on this one.
     """
+    rewritten = _rewrite(trace, original, request, vision, observe, returns_mask)
+    return rewritten if agree is None else rewritten._replace(outcome=agree(rewritten.outcome))
+
+
+def _rewrite(
+    trace: Callable[[], GraphModule],
+    original: GraphModule,
+    request: Request,
+    vision: FindVision | None,
+    observe: Observer | None,
+    returns_mask: bool,
+) -> Rewritten:
     step, embeds = "normalise", None
     try:
         module = trace()

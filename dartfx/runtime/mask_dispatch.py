@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dartfx.config.options import DartConfig
 from dartfx.passes.analysis.prefilter import has_masked_attention
 from dartfx.passes.frontend.normalise import example_values
 from dartfx.passes.graph import is_one, is_state, module_paths, same_size, split_index
@@ -19,8 +18,6 @@ from dartfx.passes.refusal import Declined
 from dartfx.passes.request import Request
 from dartfx.runtime import call_budget, graph_runs, vision_mask
 from dartfx.runtime.call_budget import CallBudget, not_honoured
-from dartfx.runtime.keep_idx import KeepIdxRecord, KeepIdxRecorder, return_keep_idx
-from dartfx.runtime.rank_agreement import Ranks
 
 __all__ = ["MaskDispatcher", "MaskProducer", "compile_apart", "prompts"]
 
@@ -75,35 +72,31 @@ class MaskDispatcher:
     """Runs a decoder's graph pruned when its embeddings come with a mask, else as it is.
 
     Which of the two a call needs is known only at run time, and dynamo guards on neither, so each
-    is built when first needed.  rewrite: the graph pruned for such a mask; announce: reports every
-    outcome; lower: compiles a graph; original: what runs unpruned, where it is not ``module``;
-    returns_keep_idx: whether a pruned graph returns which tokens it kept; note_kept: receives
-    those of its first call; request_for: what stands for ``request`` where a call has a budget of
-    its own, None where none has; otherwise: what runs a call without a mask, where that is not
-    the graph as it is: it merges tokens itself.
+    is built when first needed.  original: what runs unpruned; announce: reports every outcome;
+    rewrite: the graph pruned for such a mask; compile_pruned: compiles that; lower: compiles
+    ``original``; compare_ranks: every rank's value where they differ, else None; request_for: what
+    stands for ``request`` where a call has a budget of its own, None where none has; otherwise:
+    what runs a call without a mask, where that is not the graph as it is: it merges tokens itself.
     """
 
     def __init__(
         self,
-        config: DartConfig,
         module: GraphModule,
+        original: GraphModule,
         request: Request,
+        *,
         announce: Callable[[Outcome], None],
         rewrite: Callable[[Request, IncomingMask], tuple[Outcome | None, GraphModule, int | None]],
+        compile_pruned: Callable[[Pruned, GraphModule, Request], Compiled],
         lower: Lower,
-        ranks: Ranks | None = None,
-        original: GraphModule | None = None,
-        returns_keep_idx: Callable[[Pruned, Request], bool] = Pruned.needs_keep_idx,
-        note_kept: Callable[[KeepIdxRecord], None] | None = None,
-        request_for: Callable[[CallBudget], Request] | None = None,
-        otherwise: Callable[[], Compiled] | None = None,
+        compare_ranks: Callable[[object], list[Any] | None],
+        request_for: Callable[[CallBudget], Request] | None,
+        otherwise: Callable[[], Compiled] | None,
     ) -> None:
-        self._config, self._module, self._request = config, module, request
-        self._original = module if original is None else original
-        self._returns_keep_idx, self._request_for = returns_keep_idx, request_for
-        self._note_kept, self._otherwise = note_kept, otherwise
+        self._module, self._original, self._request = module, original, request
         self._announce, self._rewrite, self._lower = announce, rewrite, lower
-        self._ranks = Ranks(module) if ranks is None else ranks
+        self._compile_pruned, self._compare_ranks = compile_pruned, compare_ranks
+        self._request_for, self._otherwise = request_for, otherwise
         self._embeds, self._ids = prompts(module)
         self._unpruned: Compiled | None = None
         self._pruned: dict[tuple[int | None, str], Compiled | None] = {}
@@ -151,7 +144,7 @@ class MaskDispatcher:
             mask, rows = incoming.record.mask, incoming.record.rows
             budget = self._budget()
             given = [] if budget is None else [budget.as_input((mask,))]
-            return pruned(*given, mask, mask.new_empty((rows, 0)), *self._ranks.inputs(args))
+            return pruned(*given, mask, mask.new_empty((rows, 0)), *args)
         if self._unpruned is None:
             with self._lock:
                 self._unpruned = self._unpruned or self._without_mask()
@@ -168,7 +161,7 @@ class MaskDispatcher:
         came = None if incoming is None else [incoming.embeds, incoming.like, incoming.record.rows]
         # A graph without embeddings has no notes on them, as in every decode step.
         asks = self._embeds or vision_mask.given() is not None
-        by_rank = self._ranks.alike(came) if asks else None
+        by_rank = self._compare_ranks(came) if asks else None
         if by_rank is None:
             return incoming
         self._announce(
@@ -213,25 +206,20 @@ class MaskDispatcher:
             key = incoming.embeds, "" if budget is None else budget.kind
             if key not in self._pruned:
                 outcome, module, _ = self._rewrite(request, incoming)
-                agreed = self._ranks.agree(outcome)
-                assert agreed is not None
-                outcome = agreed
+                assert outcome is not None
                 self._announce(outcome)
                 if isinstance(outcome, Unchanged) and outcome.all_retained:
                     self._all_retained.add(size)
                 else:
-                    self._pruned[key] = self._recorded(outcome, module, request)
+                    self._pruned[key] = self._compiled(outcome, module, request)
             return self._pruned.get(key)
 
-    def _recorded(self, outcome: Outcome, module: GraphModule, request: Request) -> Compiled | None:
-        if not isinstance(outcome, Pruned):
-            if request.varies:
-                raise not_honoured(getattr(outcome, "because", None))
-            return None
-        if not self._config.tokens and not self._returns_keep_idx(outcome, request):
-            return compile_apart(module, self._lower)
-        added = return_keep_idx(module, tokens=self._config.tokens)
-        return KeepIdxRecorder(compile_apart(module, self._lower), added, self._note_kept)
+    def _compiled(self, outcome: Outcome, module: GraphModule, request: Request) -> Compiled | None:
+        if isinstance(outcome, Pruned):
+            return self._compile_pruned(outcome, module, request)
+        if request.varies:
+            raise not_honoured(getattr(outcome, "because", None))
+        return None
 
 
 def _same_shape(one: torch.Size, other: torch.Size) -> bool:

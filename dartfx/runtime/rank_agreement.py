@@ -44,6 +44,7 @@ class Ranks:
 
     def __init__(self, module: GraphModule) -> None:
         self._module = module
+        self._input_count = len(module.graph.find_nodes(op="placeholder"))
         named = groups(module.graph)
         # Which of several groups is meant cannot be known; every rank refuses such a graph.
         self.group = min(named) if len(named) == 1 else ""
@@ -67,9 +68,13 @@ class Ranks:
         return self._module if self._local is None else self._local.module
 
     def inputs(self, given: Sequence[Any]) -> Sequence[Any]:
-        """What :attr:`module` takes, of what dynamo's graph takes."""
-        local = given if self._local is None else self._local.inputs(given)
-        return local if self._plain is None else self._plain.inputs(local)
+        """What :attr:`module` takes, of what dynamo's graph takes.
+
+        What a rewritten graph takes in front of that (a mask, a budget) stays as it is.
+        """
+        added = len(given) - self._input_count
+        local = given[added:] if self._local is None else self._local.inputs(given[added:])
+        return [*given[:added], *(local if self._plain is None else self._plain.inputs(local))]
 
     def place(self, index: int) -> int:
         """Where input ``index`` of dynamo's graph is among the inputs of :attr:`module`."""
@@ -109,8 +114,8 @@ class Ranks:
             may_retry_with_graph_breaks=first.may_retry_with_graph_breaks,
         )
 
-    def alike(self, fact: object) -> list[Any] | None:
-        """The ranks' ``fact`` (plain data) if they differ; None if they are the same everywhere."""
+    def compare(self, fact: object) -> list[Any] | None:
+        """Every rank's ``fact`` (plain data) where they differ, else None."""
         if not self.group:
             return None
         facts = [t["fact"] for t in _exchange(self.group, {"fact": fact})]
