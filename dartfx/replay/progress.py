@@ -1,4 +1,7 @@
-"""A progress bar on stderr, for work of more than five seconds."""
+"""A progress bar on stderr, for work of more than five seconds.
+
+Not tqdm: ``repro.py`` runs where dartfx alone is installed, and dartfx does not depend on tqdm.
+"""
 
 from __future__ import annotations
 

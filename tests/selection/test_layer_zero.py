@@ -13,6 +13,7 @@ from dartfx.errors import ConfigError
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked, oracle
 from dartfx.tools.zoo.registry import load
+from tests.support.families import PROMPTS, fresh
 from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
@@ -46,16 +47,9 @@ def generate(model: Any, inputs: dict[str, Tensor]) -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [
-        ("llava", "ragged"),
-        ("qwen2_5_vl", "pad2"),
-        *slow(("llava", "one"), ("gemma3", "one"), ("qwen3_vl", "pad2"), ("llava_next", "pad4")),
-    ],
-)
+@pytest.mark.parametrize(("name", "variant"), PROMPTS)
 def test_generate(name: str, variant: str) -> None:
-    family = load(name, layers=4 if name == "qwen3_vl" else 3)
+    family = fresh(name)
     inputs = family.make_inputs(variant)
     reference = hooked.pruned_generate(
         family.model,

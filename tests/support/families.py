@@ -23,6 +23,13 @@ MAIN = ["llava", *slow("qwen2_5_vl", "internvl")]
 ALL = [*MAIN, *slow("qwen3_vl")]  # only generate makes one graph of Qwen3-VL's DeepStack
 NAMES = ["llava", "qwen2_5_vl", "internvl", "qwen3_vl"]
 
+# Families and prompts for what concerns selection only: ragged and padded batches, tiles.
+PROMPTS = [
+    ("llava", "ragged"),
+    ("qwen2_5_vl", "pad2"),
+    *slow(("llava", "one"), ("gemma3", "one"), ("qwen3_vl", "pad2"), ("llava_next", "pad4")),
+]
+
 
 def fresh(name: str, attention: str = "sdpa") -> Family:
     """One layer after the cut; DeepStack, which writes after the third layer, needs another."""
