@@ -458,19 +458,35 @@ def select(
     lane = tl.arange(0, TURN)
     bounds = tl.zeros([COLUMNS], tl.int32)
     before = tl.zeros([TURN], tl.int32)  # what is taken of the positions before start
+    # What a pivot orders and which ranks that has depend on no round, so both are read two rounds
+    # and one ahead: a round then waits for memory only where it needs more than TURN positions.
+    slots = (column < SLOTS)[None, :]
+    at = tl.load(order_ptr + lane, mask=lane < _wanted(rest, pivots, 0), other=-1)
+    live = (at >= 0)[:, None] & slots
+    ranks_at = ranks_ptr + at[:, None] * SLOTS + column[None, :]
+    ranks = tl.load(ranks_at, mask=live, other=ABSENT)
+    more = lane < tl.where(pivots > 1, _wanted(rest, pivots, 1), 0)
+    at_next = tl.load(order_ptr + length + lane, mask=more, other=-1)
     for turn in range(pivots):
+        more = lane < tl.where(turn + 2 < pivots, _wanted(rest, pivots, turn + 2), 0)
+        at_later = tl.load(order_ptr + (turn + 2) * length + lane, mask=more, other=-1)
+        live = (at_next >= 0)[:, None] & slots
+        ranks_at = ranks_ptr + at_next[:, None] * SLOTS + column[None, :]
+        ranks_next = tl.load(ranks_at, mask=live, other=ABSENT)
         wanted = _wanted(rest, pivots, turn)
         quota = wanted - _wanted(rest, pivots, turn - 1)
-        taken = tl.full([], 0, tl.int32)
-        first = tl.full([], 0, tl.int32)
-        end = tl.full([], 0, tl.int32)
+        free = (at >= 0) & (_picked(ranks, bounds) == 0)
+        mine = free & (tl.cumsum(free.to(tl.int32), 0) <= quota)
+        before += (mine & (at < start)).to(tl.int32)
+        end = tl.max(tl.where(mine, lane + 1, 0), 0)
+        taken = tl.sum(mine.to(tl.int32), 0)
+        first = tl.full([], TURN, tl.int32)
         while (taken < quota) & (first < wanted):
             place = first + lane
             ranked = place < wanted
             at = tl.load(order_ptr + turn * length + place, mask=ranked, other=0)
-            live = ranked[:, None] & (column < SLOTS)[None, :]
             ranks_at = ranks_ptr + at[:, None] * SLOTS + column[None, :]
-            ranks = tl.load(ranks_at, mask=live, other=ABSENT)
+            ranks = tl.load(ranks_at, mask=ranked[:, None] & slots, other=ABSENT)
             free = ranked & (_picked(ranks, bounds) == 0)
             mine = free & (taken + tl.cumsum(free.to(tl.int32), 0) <= quota)
             before += (mine & (at < start)).to(tl.int32)
@@ -478,6 +494,9 @@ def select(
             taken += tl.sum(mine.to(tl.int32), 0)
             first += TURN
         bounds = tl.where(column == turn, end, bounds)
+        at = at_next
+        ranks = ranks_next
+        at_next = at_later
     kept = tl.sum(before, 0) + tl.sum((image & (image_pivot < start)).to(tl.int32), 0)
 
     # All text before these positions is kept, and of the pads all but the lowest.

@@ -26,15 +26,14 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Launch: TypeAlias = Callable[..., None]
 """(kernel, grid, *arguments, **constants): runs the kernel, or makes it a node of a graph."""
 
-# Tiles, in elements. Few positions per program of the two kernels that read keys and hidden
-# states, so that a prompt of a few hundred tokens already occupies every core of a large device.
-_NORM_TILE = (4, 1024)  # positions, channels
-_COSINE_TILE = (16, 512, 16)  # positions, bytes of channels, pivots
+# Tiles, in elements, as an H200 took them fastest (docs/kernel.md).
+_NORM_TILE = (8, 512)  # positions, channels
+_COSINE_TILE = (64, 256, 16)  # positions, bytes of channels, pivots
 _COSINE_WARPS = 4
 _SCAN_TILE = 2048
 _SHORTLIST_TILE = 2048
 _SHORTLIST_WARPS = 8
-_RANK_TILE = (32, 128)  # positions, those they are compared with at a time
+_RANK_TILE = (16, 128)  # positions, those they are compared with at a time
 _SELECT_TILE = (4096, 2048, 1024)  # positions times pivots: of a round, of the result; masks
 _SELECT_WARPS = 8
 
@@ -244,7 +243,7 @@ def _kept(
 
     batch, sequence, slots = ranks.shape
     keep_idx = torch.empty((batch, row.length), dtype=torch.int64, device=ranks.device)
-    columns = max(2, _power_of_two(slots))  # with 1, Triton 3.9 spills for sm_80
+    columns = max(4, _power_of_two(slots))  # with 1 or 2, Triton 3.9 spills for sm_80 or sm_90
     *tiles, scan = _SELECT_TILE
     turn, block = (size // max(8, columns) for size in tiles)
     launch(
