@@ -61,7 +61,7 @@ def install(ours: Ours) -> bool:
 
     ours: whether what dynamo calls with a frame's graph is that backend; no other torch.compile in
     the process changes.  Idempotent.  Returns whether all is installed; where torch differs from
-    what is expected that change is not made and one log line says so.
+    what is expected that change is not made, and one log line reports it.
     """
     global _attempted
     with _LOCK:
@@ -149,7 +149,7 @@ def _delayed_texts(ours: Ours) -> Wrap:
 
 
 def _delayed(part: Any, types: _Types) -> Any:
-    """A size waiting to be shown as text, as a text of its own to be made after the graph."""
+    """A size in an error text, which is formatted only after the graph has run."""
     if type(part) is not types.lazy or part.is_realized():
         return part
     waiting = part._cache.value

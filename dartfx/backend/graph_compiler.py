@@ -97,7 +97,7 @@ def compile_graph(
     try:
         compiled = graph.compile_merge(inputs) if may_merge_features(graph.flat.graph) else None
         compiled = compiled or graph.compile_without_merge(inputs)
-        # A dispatcher notes by itself, since its runs differ: a mask comes with some of them only.
+        # A dispatcher records its own runs: only some of them come with a mask.
         if not isinstance(compiled, MaskDispatcher):
             compiled = NotedRun(compiled, graph.concerns_vision_tokens)
         if (caller.knows_positions or config.tokens) and not caller.can_retry_with_graph_breaks:
@@ -124,11 +124,11 @@ def prepare_dynamo() -> None:
 
 
 class GraphCompiler:
-    """One graph on its way through the backend: what is announced, dumped and compiled."""
+    """Compiles one graph: rewrites, reports, dumps and lowers it."""
 
     def __init__(self, config: DartConfig, module: GraphModule, caller: CallerCapabilities) -> None:
         self.config, self.module, self.caller = config, module, caller
-        # What is compiled where nothing is pruned is dynamo's own module, regions and all.
+        # Where nothing is pruned, dynamo's own module is compiled, with its regions.
         self.flat = module = inline_higher_order(module)
         self.nodes = len(module.graph.nodes)
         self.reported: list[Report] = []
@@ -178,7 +178,7 @@ class GraphCompiler:
     def recorded(
         self, lower: Callable[..., Compiled], module: GraphModule, outcome: Pruned, request: Request
     ) -> Compiled:
-        """Compile a pruned graph, with a record of what each call keeps where somebody needs it."""
+        """Compile a pruned graph, which records the tokens that each call keeps where needed."""
         wanted = self.config.tokens or self.caller.knows_positions
         wanted = wanted or outcome.needs_keep_idx(request)
         added = return_keep_idx(module, tokens=self.config.tokens) if wanted else 0
@@ -187,7 +187,7 @@ class GraphCompiler:
         return self.ranks.wrap(run)
 
     def per_call(self, fixed: Compiled) -> Compiled:
-        """What runs ``fixed``, and for calls with a budget of their own a graph that takes it."""
+        """Dispatch to ``fixed``, or to a graph that takes the budget of a call as an input."""
         return BudgetDispatcher(fixed, self.with_budget) if self.caller.knows_positions else fixed
 
     def request_for(self, budget: CallBudget) -> Request:
@@ -205,7 +205,7 @@ class GraphCompiler:
         return self.announced_apart(outcome, module, request)
 
     def lower(self, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
-        """Compile a graph that the passes are done with."""
+        """Lower a graph, pruned or not."""
         compilation = self.reported[-1].compilation if self.reported else None
         lowered = lower(self.config, module, inputs, self.dump.note_output_code, compilation)
         wanted = self.caller.replays_prefills and not self.ranks.group
@@ -214,7 +214,7 @@ class GraphCompiler:
     def dispatcher(
         self, request: Request, otherwise: Callable[[], Compiled] | None = None
     ) -> MaskDispatcher:
-        """What runs this graph where its vision mask comes from outside of it."""
+        """A callable for this graph where its vision mask comes from outside of it."""
         rewrite = partial(rewrite_with_mask, self.flat, self.ranks, self.dump)
         return MaskDispatcher(
             self.flat,
@@ -259,18 +259,18 @@ class GraphCompiler:
 
     @property
     def concerns_vision_tokens(self) -> bool:
-        """Whether a report says what became of this graph's vision tokens."""
+        """Whether a report accounts for this graph's vision tokens."""
         outcomes = (report.outcome for report in self.reported)
         return any(not isinstance(o, Unchanged) or o.all_retained for o in outcomes)
 
     def discard_reports(self) -> None:
-        """Take back what was reported of this graph."""
+        """Discard this graph's reports."""
         for report in self.reported:
             discard(report)
         self.dump.abandon("dynamo traces its frame again")
 
     def announce(self, outcome: Outcome) -> None:
-        """Report, log and dump what became of the graph; a refusal as ``on_unsupported`` says."""
+        """Report, log and dump the graph's outcome; treat a refusal as ``on_unsupported`` says."""
         if (
             self.caller.can_retry_with_graph_breaks
             and isinstance(outcome, Declined)

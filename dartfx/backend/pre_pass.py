@@ -23,25 +23,25 @@ from dartfx.passes.selection import ByOperator
 
 __all__ = ["PrePass", "as_pre_pass"]
 
-_COMPILES = "the backend that hosts the pass compiles, not dartfx; give it to that backend"
+_COMPILES = "the host backend compiles, not dartfx; pass it to that backend"
 _NOT_HERE = {
     "lowering": _COMPILES,
     "inductor": _COMPILES,
     "mode": _COMPILES,
     "outline_layers": _COMPILES,
-    "tokens": "which tokens are kept is recorded around the compiled code, which the host makes; "
+    "tokens": "kept tokens are recorded around the compiled code, which belongs to the host; "
     'use backend="dart"',
     "check_ranks": 'tensor-parallel graphs are left to backend="dart", whose ranks agree',
 }
 _SEVERAL_RANKS = Declined(
     "this graph runs on several ranks, which must all prune it or none, and a pass on one graph "
-    "does not ask the others",
+    "cannot consult the others",
     advice='backend="dart"',
 )
 _WHOLE = 'fullgraph=True, model.generate, or backend="dart", which takes the mask at run time'
 _MERGES_FOR_LATER = Declined(
     "vision tokens are merged in this graph and enter the decoder in a later one, and a pass on "
-    "graphs cannot hand their mask on",
+    "one graph cannot forward their mask",
     advice=_WHOLE,
 )
 
@@ -49,26 +49,26 @@ _MERGES_FOR_LATER = Declined(
 def as_pre_pass(options: Mapping[str, object] | None = None) -> PrePass:
     """The passes as a callable on (dynamo's GraphModule, example inputs), returning a GraphModule.
 
-    For backends of one's own: ``compile_fx(pre_pass(module, inputs), inputs)``.  options: those of
+    For custom backends: ``compile_fx(pre_pass(module, inputs), inputs)``.  options: those of
     ``torch.compile(backend="dart", options=...)`` but for ``lowering``, ``inductor`` and ``mode``,
     which are the host's, and ``tokens``.  Raises ConfigError for these and for what is not valid.
     """
     for name, why in _NOT_HERE.items():
         if name in (options or {}):
-            raise ConfigError(f"{name} has no meaning for dartfx.as_pre_pass: {why}")
+            raise ConfigError(f"{name} does not apply to dartfx.as_pre_pass: {why}")
     return PrePass(DartConfig.from_options(options))
 
 
 class PrePass:
-    """Returns a graph pruned, or as it came; what it did is in ``dartfx.reports()``."""
+    """Returns a pruned graph, or the given one; ``dartfx.reports()`` has the outcome."""
 
     def __init__(self, config: DartConfig) -> None:
         self.config = config
 
     def uuid(self) -> str:
-        """What identifies the result, for the host's cache keys: options, source and versions.
+        """Identifies the result in the host's cache keys: options, source and versions.
 
-        The selection in a pruned graph carries it as well, so caches that hash the graph need
+        The selection in a pruned graph contains it as well, so caches that hash the graph need
         nothing more.
         """
         return self.config.fingerprint()
@@ -76,10 +76,10 @@ class PrePass:
     def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
         """``module`` itself where no vision tokens enter a decoder, else a pruned graph.
 
-        module: as dynamo gave it to the backend.  The result takes the same inputs.  Where tokens
-        were merged in an earlier graph of the call, or are given by :func:`dartfx.vision_tokens`,
-        the mask comes only at run time, which a pass does not see: refused, as everything is that
-        cannot be pruned, by ``on_unsupported``.  Raises UnsupportedGraphError when that is "error".
+        module: dynamo's graph.  The result takes the same inputs.  Where tokens were merged in an
+        earlier graph of the call, or are given by :func:`dartfx.vision_tokens`, the mask is known
+        only at run time, which a pass does not see: refused according to ``on_unsupported``, as is
+        everything that cannot be pruned.  Raises UnsupportedGraphError when that is "error".
         """
         return _Hosted(self.config, module, TORCH_COMPILE).rewritten(inputs)
 
@@ -117,7 +117,7 @@ class _Hosted(GraphCompiler):
         if dispatcher.incoming(inputs) is not None:
             declined = Declined(
                 "this graph's vision mask comes from outside of it, at run time, which a pass on "
-                "graphs does not see",
+                "one graph does not see",
                 advice=_WHOLE,
             )
             self.announce(declined)
@@ -127,7 +127,7 @@ class _Hosted(GraphCompiler):
 
 
 def _request(config: DartConfig) -> Request:
-    """The selection's name for the cut carries the fingerprint: graphs are all that hosts hash."""
+    """The selector's name in the cut includes the fingerprint: hosts hash nothing but graphs."""
     request = request_of(config, TORCH_COMPILE)
     stages = []
     for stage in request.stages:

@@ -25,7 +25,7 @@ class CallerCapabilities:
     can_retry_with_graph_breaks: compiles the same call in several graphs when NeedsGraphBreaks is
     raised; fixes_sliding_lengths: sets the token counts of sliding-window caches after each call;
     gathers_decode_mask: gathers the decode mask's columns by the keep_idx of a pruned graph;
-    knows_positions: tells its own caller which tokens are left, and answers PositionsAfterCut;
+    knows_positions: reports to its own caller which tokens are kept, and handles PositionsAfterCut;
     replays_prefills: says which of its calls may run as recordings (CUDA graphs).
     """
 

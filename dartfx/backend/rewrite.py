@@ -90,12 +90,12 @@ def _rewrite(
         return Rewritten(outcome, module)
     if embeds is None:
         return Rewritten(None, original)
-    merges = ReturnsMask("merges vision tokens and hands their mask on to a later graph")
+    merges = ReturnsMask("merges vision tokens and returns their mask for a later graph")
     return Rewritten(merges, module, embeds)
 
 
 def refuse(config: DartConfig, declined: Declined) -> None:
-    """Say that something stays unpruned, as loudly as ``on_unsupported`` asks.
+    """Report that something stays unpruned, as ``on_unsupported`` says.
 
     Raises UnsupportedGraphError when that is "error".
     """

@@ -21,10 +21,10 @@ COMMANDS = {
     "bench": ("dartfx.tools.bench", "time what dartfx does on this machine"),
     "diff": ("dartfx.cli.diff", "compare dumps: selectors, budgets, versions, ranks"),
     "doctor": ("dartfx.cli.doctor", "check that dartfx can work on this machine"),
-    "eval": ("dartfx.tools.evaluate", "measure what pruning costs in answers"),
+    "eval": ("dartfx.tools.evaluate", "measure what pruning costs in accuracy"),
     "explain": ("dartfx.cli.explain", "show what would be pruned of a prompt, and why"),
     "families": ("dartfx.tools.zoo.command", "prune all families and compare with the oracle"),
-    "profile": ("dartfx.cli.profile", "time each region of a pruned graph beside its FLOPs"),
+    "profile": ("dartfx.cli.profile", "time each region of a pruned graph next to its FLOPs"),
     "show": ("dartfx.cli.show", "draw the kept vision tokens over their image"),
 }
 

@@ -1,4 +1,4 @@
-"""``python -m dartfx profile``: measured time of each region beside its FLOPs and bytes."""
+"""``python -m dartfx profile``: measured time of each region with its FLOPs and bytes."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from dartfx.token_map.layout import Layout, layout_of
 
 __all__ = ["configure", "run"]
 
-_OPTIONS = "say how they lie by --grid, --tiles or --anyres"
+_OPTIONS = "give their layout by --grid, --tiles or --anyres"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--grid",
-        help="how the tokens lie, as 24x24 or frames as 8x12x16 (default: from the inputs)",
+        help="the grid of tokens, as 24x24 or frames as 8x12x16 (default: from the inputs)",
     )
     form.add_argument("--tiles", help="rows and columns of square tiles, as 2x3")
     form.add_argument(
@@ -66,7 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
         with _blaming(option):
             (kept,) = dartfx.kept_tokens([layout(tokens)])
     elif kept.layout is None:
-        note = next(iter(explanation.notes), "NOTE: the tokens make no square; name the layout")
+        note = next(
+            iter(explanation.notes), "NOTE: the tokens do not form a square; name the layout"
+        )
         raise InputError("image", f"{note.removeprefix('NOTE: ')}: {_OPTIONS}")
     with _blaming(option):
         _write(arguments, kept)

@@ -50,7 +50,7 @@ def canonical(value: object) -> str:
     if value is None or type(value) in (bool, int, float, str, bytes):
         return repr(value)
     identify = None if isinstance(value, type) else getattr(value, "uuid", None)
-    # A uuid() of None is how a custom pass tells Inductor not to cache.
+    # By a uuid() of None, a custom pass disables Inductor's cache.
     if callable(identify) and (identity := identify()) is not None:
         return f"{type(value).__module__}.{type(value).__qualname__}:{canonical(identity)}"
     return uuid.uuid4().hex

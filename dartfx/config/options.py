@@ -131,10 +131,10 @@ class DartConfig:
     def from_options(
         cls, options: Mapping[str, object] | None, mode: str | None = None
     ) -> DartConfig:
-        """The config that ``torch.compile(..., mode=mode, options=options)`` asks for.
+        """The config of ``torch.compile(..., mode=mode, options=options)``.
 
         Raises ConfigError for an unknown key, a value that is not valid, and two values that
-        contradict each other.  ``DARTFX_DUMP`` stands in for a ``dump`` that is not given.
+        contradict each other.  ``DARTFX_DUMP`` is the default of ``dump``.
         """
         if not isinstance(options, Mapping | None):
             raise ConfigError(f"options must be a dict, got {describe(options)}")
@@ -249,7 +249,7 @@ def _parsed(text: str) -> dict[str, object]:
     try:
         given = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{text!r} is no JSON ({error}); {example}") from error
+        raise ConfigError(f"{text!r} is not JSON ({error}); {example}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"it must hold a JSON object, got {describe(given)}; {example}")
     return given
@@ -257,7 +257,7 @@ def _parsed(text: str) -> dict[str, object]:
 
 def _refuse_inductor_options(config: DartConfig) -> None:
     for name, value in (("mode", config.mode), ("inductor", config.inductor)):
-        # mode="default" asks Inductor for nothing, so nothing would be ignored.
+        # mode="default" sets no option of Inductor, so nothing would be ignored.
         if value and value != "default":
             raise ConfigError(
                 f"{name}={value!r} is for Inductor, but lowering={config.lowering!r} does not use "

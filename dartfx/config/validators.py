@@ -112,7 +112,7 @@ def check_stages(layer: object, retain_tokens: object, reduction_ratio: object) 
 
 
 def check_first_layer(layers: Iterable[int], selector: str) -> None:
-    """Raise ConfigError where a selector would be asked for keys or queries before layer 0."""
+    """Raise ConfigError for a selector that needs keys or queries before layer 0."""
     if 0 in layers and needs_keys(selector):
         able = ", ".join(repr(name) for name in selector_names() if not needs_keys(name))
         raise ConfigError(
@@ -132,7 +132,7 @@ def check_frames(selector: str, quota: object) -> None:
 
 
 def check_merge(merge: str, layers: tuple[int, ...]) -> None:
-    """Raise ConfigError where tokens that stand for several would be merged once more."""
+    """Raise ConfigError where merged tokens would be merged again."""
     if merge != "none" and len(layers) > 1:
         raise ConfigError(
             f"merge={merge!r} merges at one layer, but layer={list(layers)} names {len(layers)}; "
@@ -145,9 +145,7 @@ def check_quota(
 ) -> None:
     """Raise ConfigError where quota and another option contradict each other."""
     if min_tokens != 1 and quota not in ("image", "frame"):
-        raise ConfigError(
-            f"min_tokens={min_tokens} has a meaning only with quota='image' or 'frame'"
-        )
+        raise ConfigError(f"min_tokens={min_tokens} applies only with quota='image' or 'frame'")
     if not isinstance(quota, tuple):
         return
     if layers > 1:
@@ -189,7 +187,7 @@ def _choice(valid: Callable[[], Iterable[str]], optional: bool = False) -> Check
 
 def require_kernel(kernel: str) -> None:
     """Raise KernelUnavailableError unless ``kernel`` can run on this machine."""
-    # The model's device is not known yet; the operator asks again with the one it runs on.
+    # The model's device is not known yet; the operator checks again with the one it runs on.
     registration.choose_kernel(kernel, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -240,7 +238,7 @@ def _pattern(name: str, value: object) -> object:
     try:
         re.compile(value)
     except re.error as error:
-        raise ConfigError(f"{name} is no regular expression: {value!r}: {error}") from error
+        raise ConfigError(f"{name} is not a regular expression: {value!r}: {error}") from error
     return value
 
 

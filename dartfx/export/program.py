@@ -101,7 +101,7 @@ def _place_in_modules(module: GraphModule, original: Graph) -> None:
     """
     known = {n.name for n in original.nodes}
     stacks = [s for n in original.nodes if (s := n.meta.get("nn_module_stack"))]
-    # What stands behind every module is of the outermost one.
+    # Nodes outside of every inner module belong to the outermost one.
     stack = dict(itertools.islice(stacks[0].items(), 1)) if stacks else {}
     for node in reversed(module.graph.nodes):
         if node.name in known:

@@ -40,7 +40,7 @@ _NOT_HERE = {
     "quota": "the number of images is read on the host, which a program without dartfx cannot do",
     "min_tokens": "it belongs to quota, which reads the number of images on the host",
     "outline_layers": _COMPILES,
-    "check_ranks": "it compares the ranks of a tensor-parallel model, which a program knows not of",
+    "check_ranks": "it compares tensor-parallel ranks, and an exported program has none",
 }
 
 
@@ -79,10 +79,10 @@ def prune_exported(program: ExportedProgram, **options: object) -> ExportedProgr
 def _config(options: Mapping[str, object]) -> DartConfig:
     for name, why in _NOT_HERE.items():
         if name in options:
-            raise ConfigError(f"{name} has no meaning for dartfx.prune_exported: {why}")
+            raise ConfigError(f"{name} does not apply to dartfx.prune_exported: {why}")
     if options.get("kernel") == "triton":
         raise ConfigError(
-            "kernel='triton' has no meaning for dartfx.prune_exported: the selection becomes plain "
+            "kernel='triton' does not apply to dartfx.prune_exported: the selection becomes plain "
             "ATen, so that the program runs without dartfx; use kernel='auto' or 'torch'"
         )
     given = {"on_unsupported": "error", **options, "kernel": "torch"}

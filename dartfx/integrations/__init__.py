@@ -10,7 +10,7 @@ __all__ = ["lmms_eval_manifest"]
 def lmms_eval_manifest() -> Any:
     """What lmms-eval reads from the entry point group ``lmms_eval.models``: its model "dartfx".
 
-    Returns lmms-eval's ModelManifest.  Names the classes only: lmms-eval asks for this whenever it
+    Returns lmms-eval's ModelManifest.  Names the classes only: lmms-eval calls this whenever it
     starts, and imports a class when a run wants it.
     """
     from lmms_eval.models.registry_v2 import ModelManifest

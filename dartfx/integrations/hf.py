@@ -98,7 +98,7 @@ def _check_folder(name: str) -> None:
     if name.startswith((".", "/", "~")) and not path.exists():  # no name on the hub does
         raise InputError("model", f"there is no folder {name!r}")
     if path.exists() and not (path / "config.json").is_file():
-        raise InputError("model", f"{name!r} is no folder with a model: it has no config.json")
+        raise InputError("model", f"{name!r} is not a model folder: it has no config.json")
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -116,7 +116,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
-        raise InputError("dtype", f"{dtype!r} is no torch dtype, such as bfloat16")
+        raise InputError("dtype", f"{dtype!r} is not a torch dtype, such as bfloat16")
     return found
 
 

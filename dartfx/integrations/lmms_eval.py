@@ -186,4 +186,4 @@ def _value(name: str, given: Any) -> Any:
     try:
         return json.loads(given)
     except ValueError as error:
-        raise ConfigError(f"{name} is {given!r}, which is no JSON: {error}") from error
+        raise ConfigError(f"{name} is {given!r}, which is not JSON: {error}") from error

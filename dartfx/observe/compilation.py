@@ -27,7 +27,7 @@ class Compilation:
     """Filled in while a graph is compiled.
 
     seconds: by step, of wall time; "kernels" is what Inductor waits for the C++ or Triton compiler,
-    which also runs beside the other steps.  kernels: calls of kernels in the code; 0 from a cache.
+    which may overlap with other steps.  kernels: calls of kernels in the code; 0 from a cache.
     cached: whether Inductor or AOTAutograd had the code in its cache.  outlined: for every subgraph
     that stands for equal layers, its calls and its operators; flat: why there is none.
     """

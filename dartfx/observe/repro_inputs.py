@@ -42,7 +42,7 @@ def save(module: GraphModule, inputs: Sequence[Any], folder: Path) -> None:
 
 
 def load(folder: Path) -> dict[str, Tensor]:
-    """What :func:`save` wrote there; empty if it wrote nothing or the file is gone."""
+    """What :func:`save` wrote there; empty if it wrote nothing or the file is missing."""
     file = folder / FILE
     recorded: dict[str, Tensor] = torch.load(file, weights_only=True) if file.is_file() else {}
     return recorded

@@ -97,7 +97,7 @@ def main(arguments=None):
     )
     parser.add_argument(
         "--profile", metavar="TRACE",
-        help="time each region beside its FLOPs, and write this Chrome trace (.json)",
+        help="time each region next to its FLOPs, and write this Chrome trace (.json)",
     )
     parser.add_argument(
         "--export", metavar="FILE",

@@ -72,11 +72,11 @@ def in_prompt(picker: Tensor, before: Tensor, vision_mask: Tensor) -> Tensor:
 
     picker: [B, S'] int64, as :func:`picked_by` gives it for a sequence that was cut already.
     before: [B, S'] int64, the prompt's position of each position of that sequence.  vision_mask:
-    [B, S] bool, of the prompt.  Returns [B, S] int64, -1 at all that was gone by then, too.
+    [B, S] bool, of the prompt.  Returns [B, S] int64, -1 also at tokens dropped by earlier cuts.
     """
     named = torch.where(picker >= 0, before.gather(1, picker.clamp(min=0)), -1)
-    nobody = torch.full_like(vision_mask, -1, dtype=torch.int64)
-    return nobody.scatter(1, before, named)
+    unnamed = torch.full_like(vision_mask, -1, dtype=torch.int64)
+    return unnamed.scatter(1, before, named)
 
 
 @in_prompt.register_fake

@@ -40,7 +40,7 @@ __all__ = ["KERNELS", "TEXT_LOST", "assertion", "checked", "choose_kernel"]
 KERNELS = ("auto", "torch", "triton")
 
 TEXT_LOST = (
-    "dartfx.select_tokens: row {row} has more valid text than fits beside its vision tokens in "
+    "dartfx.select_tokens: row {row} has more valid text than fits with its vision tokens in "
     "the S - N + R positions that rows keep; text is never dropped. Give all rows as many vision "
     "tokens, pad the batch further, or run the row alone"
 )
@@ -94,7 +94,7 @@ def choose_kernel(
     if kernel not in KERNELS:
         names = ", ".join(map(repr, KERNELS))
         raise ConfigError(f"unknown kernel {kernel!r}; valid names: {names}")
-    # Interpreted kernels run on a CPU, but nobody wants them who did not name them.
+    # Interpreted kernels run on a CPU, but only where they were named explicitly.
     if kernel == "torch" or (kernel == "auto" and device.type != "cuda"):
         return "torch"
     reason = triton_launch.unavailable(device) or unsupported()
@@ -125,7 +125,7 @@ def selection(
     traced: bool = False,
 ) -> Tensor:
     pivots = {"pivot_image_tokens": pivot_image_tokens, "pivot_text_tokens": pivot_text_tokens}
-    # Behind the name may stand what identifies the result, for caches that hash the call.
+    # The name may be followed by what identifies the result, for caches that hash the call.
     selector = selector.partition(" @ ")[0]
     validation.check_arguments(
         hidden, keys, vision_mask, valid_mask, queries, retain=retain, **pivots
@@ -187,14 +187,14 @@ def _largest(plan: BatchPlan, retain: Size) -> Size:
 
 
 def _optional_inputs(selector: str, given: Mapping[str, Any], spans: bool) -> dict[str, Any]:
-    """Those of the given inputs that the selector asks for by name."""
-    asked = registry.optional_inputs(selector)
-    if "before" in asked and not spans:
+    """Those of the given inputs that the selector requests by name."""
+    requested = registry.optional_inputs(selector)
+    if "before" in requested and not spans:
         raise validation.fail("quota", f"must be 'frame' or 'image' for selector {selector!r}")
-    for name in asked:
+    for name in requested:
         if given.get(name, name) is None:
-            raise validation.fail(name, f"must be given: selector {selector!r} asks for them")
-    return {name: given[name] for name in asked if name in given}
+            raise validation.fail(name, f"must be given: selector {selector!r} requests them")
+    return {name: given[name] for name in requested if name in given}
 
 
 def checked(kept: Tensor, vision_mask: Tensor, budget: Tensor, who: str) -> Tensor:

@@ -43,7 +43,7 @@ def _scan(name: str, tensors: str, others: str, run: Run, fake: Run) -> Any:
     def run_backward(
         grad_outputs: Tensor, grad_state: Tensor, needed: Sequence[bool], *call: Any
     ) -> list[Tensor]:
-        """The gradients of the operands that need one, by running the scan once more."""
+        """The gradients of the operands that need one, by running the scan again."""
         places = [place for place, need in enumerate(needed) if need]
 
         def again(*wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ __all__ = ["select_spans"]
 
 
 # Opaque: how many images there are is known only from the mask's values, so it waits for the device
-# once, and cannot stand in a CUDA graph.
+# once, and cannot be part of a CUDA graph.
 @custom_op(
     "dartfx::select_spans",
     mutates_args=(),
@@ -53,7 +53,7 @@ def select_spans(
     most, before = int(budgets.max()), before_in_frames(spans)
     given = {"queries": queries, "valid_mask": valid_mask, "most": most, "before": before}
     keywords: dict[str, Any] = {name: given[name] for name in registry.optional_inputs(selector)}
-    # What a selector of dartfx ranks by depends on no other positions, unless it asks for them.
+    # What a selector of dartfx ranks by depends on no other positions, unless it requests them.
     narrow = keywords.keys() <= {"most"} and registry.is_exact(selector)
     keywords.update(pivot_image_tokens=pivot_image_tokens, pivot_text_tokens=pivot_text_tokens)
     kept = torch.zeros_like(vision_mask)

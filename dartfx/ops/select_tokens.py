@@ -71,7 +71,7 @@ def _check_quota(quota: str | Sequence[int], retain: int) -> None:
 
 
 def _read_vision_tokens(vision_mask: Tensor, valid_mask: Tensor | None, retain: int) -> int:
-    """N, with what only the masks' values can tell checked; the host read of ``select_tokens``."""
+    """N, after checks that need the masks' values; the host read of ``select_tokens``."""
     valid = torch.ones_like(vision_mask) if valid_mask is None else valid_mask
     counts = [vision_mask, vision_mask & ~valid, valid & ~vision_mask]
     vision, invalid, text = torch.stack([mask.sum(1) for mask in counts]).tolist()

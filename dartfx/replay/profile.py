@@ -1,4 +1,4 @@
-"""Measured time of each region of a graph, unpruned and pruned, beside its FLOPs and bytes.
+"""Measured time of each region of a graph, unpruned and pruned, with its FLOPs and bytes.
 
 ``repro.py --profile`` and ``dartfx profile`` show it.  Operators run one by one: Inductor fuses
 across regions, so that its kernels belong to none.
@@ -115,7 +115,7 @@ def _regions(module: GraphModule, outcome: Pruned, tower: set[str]) -> dict[Node
     """The region of every call of the unpruned graph.
 
     Layers are known by their module, the tower by what the vision features are computed from;
-    what stands between layers and belongs to none counts to the layer before it.
+    nodes between layers count towards the layer before them.
     """
     calls = _calls(module)
     layer_of = {node: layer for node in calls if (layer := _layer(node, outcome.stack)) is not None}

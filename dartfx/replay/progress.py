@@ -11,7 +11,7 @@ from types import TracebackType
 
 __all__ = ["Progress"]
 
-_LONG = 5.0  # seconds; anything shorter ends before a bar would tell anything
+_LONG = 5.0  # seconds; anything shorter needs no bar
 _WIDTH = 30
 
 

@@ -187,7 +187,7 @@ class Replay:
         folder: Path,
         trace: str | None,
     ) -> Profile:
-        """Time of each region beside its FLOPs; arguments as of :meth:`run`, writes ``trace``.
+        """Time of each region and its FLOPs; arguments as of :meth:`run`, writes ``trace``.
 
         Raises NotPruned where there is no pruned graph, or where it cannot run here.
         """

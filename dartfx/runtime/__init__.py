@@ -1,1 +1,1 @@
-"""What runs around compiled code: vision masks, kept indices, caches, agreement between ranks."""
+"""What runs around compiled code: vision masks, keep_idx, recordings, agreement between ranks."""

@@ -52,7 +52,7 @@ class CallBudget:
 
     @property
     def example(self) -> int:
-        """What stands for the number while a graph is rewritten: 0 and 1 would be no symbols."""
+        """The example of the number while a graph is rewritten: 0 and 1 would not be symbolic."""
         return max(self.number, 2)
 
     def as_input(self, args: tuple[Any, ...]) -> Tensor:
@@ -79,7 +79,7 @@ def not_honoured(because: str | None) -> SelectionError:
 
 @contextmanager
 def requested_for(model: object, budget: CallBudget) -> Iterator[None]:
-    """Let calls of ``model`` in this context keep so many vision tokens."""
+    """Set the number of vision tokens that calls of ``model`` in this context keep."""
     token = _requested.set({**_requested.get(), id(model): budget})
     try:
         yield

@@ -36,7 +36,7 @@ def note_run(vision: bool) -> None:
 def warn_at_limit() -> None:
     """Warn where dynamo compiles the code of a pruned graph for the last time.
 
-    Past its limit it runs the code as it is, and nothing of ours runs that could say so.
+    Past its limit it runs the code as it is, and no code of ours runs that could report it.
     """
     context, settings = compat.find("CompileContext"), compat.find("dynamo_config")
     frame = None if context is None else context.current_compile_id()

@@ -1,7 +1,7 @@
 """The keep_idx [B, S'] that pruned graphs return: for the option ``tokens`` and for decode masks.
 
 Such a graph returns up to three small index tensors more, so that recording works the same under
-Inductor, in CUDA graphs and across graph breaks.  Where nobody needs them nothing is added.
+Inductor, in CUDA graphs and across graph breaks.  Where they are not needed nothing is added.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class MaskDispatcher:
         ]
 
     def prepare(self, inputs: Sequence[Any]) -> None:
-        """Build now what the call that is being compiled is going to need.
+        """Compile what the current call needs.
 
         Raises UnsupportedGraphError through ``announce`` when that call cannot be pruned.
         """
@@ -160,14 +160,14 @@ class MaskDispatcher:
         incoming = self.incoming(inputs)
         came = None if incoming is None else [incoming.embeds, incoming.like, incoming.record.rows]
         # A graph without embeddings has no notes on them, as in every decode step.
-        asks = self._embeds or vision_mask.given() is not None
-        by_rank = self._compare_ranks(came) if asks else None
+        may_come = self._embeds or vision_mask.given() is not None
+        by_rank = self._compare_ranks(came) if may_come else None
         if by_rank is None:
             return incoming
         self._announce(
             Declined(
-                "the vision tokens that came with a call are not the same on every rank of a "
-                f"tensor-parallel model (input, its like, feature rows by rank: {by_rank})",
+                "the vision tokens of a call differ between the ranks of a tensor-parallel model "
+                f"(input, input of the mask's shape, feature rows, by rank: {by_rank})",
                 advice="the same inputs, and dartfx.vision_tokens, on every rank",
             )
         )
@@ -223,7 +223,7 @@ class MaskDispatcher:
 
 
 def _same_shape(one: torch.Size, other: torch.Size) -> bool:
-    """Whether two shapes are equal for every input; asking it installs no guard."""
+    """Whether two shapes are equal for every input; installs no guard."""
     return len(one) == len(other) and all(map(same_size, one, other))
 
 

@@ -1,9 +1,9 @@
-"""Tensor parallelism: the processes that compile one graph together, and decide together.
+"""Tensor parallelism: ranks that compile the same graph and agree on its outcome.
 
 Every rank compiles the same graphs in the same order, each on its own shards.  A graph that is
-pruned on one rank only would leave the others waiting in a collective, so what became of it is
-exchanged before it is compiled.  That goes through the process group's key-value store: it can say
-which rank did not answer, and never gets between the collectives of the model.
+pruned on one rank only would leave the others waiting in a collective, so ranks exchange a graph's
+outcome before they compile it.  They use the process group's key-value store, which can name the
+rank that did not answer and does not interfere with the model's collectives.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Ranks:
         self._module = module
         self._input_count = len(module.graph.find_nodes(op="placeholder"))
         named = groups(module.graph)
-        # Which of several groups is meant cannot be known; every rank refuses such a graph.
+        # With several groups it is unknown which one counts; every rank refuses such a graph.
         self.group = min(named) if len(named) == 1 else ""
 
     @cached_property
@@ -68,27 +68,27 @@ class Ranks:
         return self._module if self._local is None else self._local.module
 
     def inputs(self, given: Sequence[Any]) -> Sequence[Any]:
-        """What :attr:`module` takes, of what dynamo's graph takes.
+        """The inputs of :attr:`module` for these of dynamo's graph.
 
-        What a rewritten graph takes in front of that (a mask, a budget) stays as it is.
+        Inputs that a rewritten graph has in front of them (a mask, a budget) are not changed.
         """
         added = len(given) - self._input_count
         local = given[added:] if self._local is None else self._local.inputs(given[added:])
         return [*given[:added], *(local if self._plain is None else self._plain.inputs(local))]
 
     def place(self, index: int) -> int:
-        """Where input ``index`` of dynamo's graph is among the inputs of :attr:`module`."""
+        """The position of dynamo's input ``index`` among the inputs of :attr:`module`."""
         local = index if self._local is None else self._local.taken.index(index)
         return local if self._plain is None else self._plain.starts[local]
 
     def wrap(self, compiled: Compiled) -> Compiled:
-        """Code that was compiled for :attr:`module`, to be called as dynamo's graph is."""
+        """A callable that takes dynamo's inputs, around code compiled for :attr:`module`."""
         if self._local is None and self._plain is None:
             return compiled
         return lambda *args: compiled(*self.inputs(args))
 
     def agree(self, outcome: Outcome | None) -> Outcome | None:
-        """What became of this graph on all ranks: ``outcome`` if it is the same on each.
+        """The outcome of this graph on all ranks: ``outcome`` if it is the same on each.
 
         Every rank must call it for the same graphs.  Where one declined, all do.  Raises RanksError
         when a rank does not answer in time.
@@ -102,7 +102,7 @@ class Ranks:
         refused = [(rank, t) for rank, t in enumerate(outcomes) if t.kind == "Declined"]
         if not refused:
             return Declined(
-                f"the ranks would do different things: {_listed(outcomes)}; {_ALL_OR_NONE}"
+                f"the ranks have different outcomes: {_listed(outcomes)}; {_ALL_OR_NONE}"
             )
         rank, first = refused[0]
         if isinstance(outcome, Declined):
@@ -124,7 +124,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class _RankOutcome:
-    """What a rank tells the others of an outcome; what must be equal on all of them."""
+    """The part of an outcome that ranks exchange and that must be equal on all of them."""
 
     kind: str
     what: str = ""
@@ -197,13 +197,13 @@ def _timeout() -> float:
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise ConfigError(f"{TIMEOUT_VARIABLE}={given!r} is no positive number of seconds")
+        raise ConfigError(f"{TIMEOUT_VARIABLE}={given!r} is not a positive number of seconds")
     return seconds
 
 
 def _unanswered(group: str, me: int, late: Sequence[int]) -> RanksError:
     return RanksError(
         f"rank {me} waited {_timeout():g} s for ranks {list(late)} of process group {group!r} to "
-        "say what became of the same graph. They failed, were given another call, or are still "
+        "report their outcome of the same graph. They failed, received another call, or are still "
         f"compiling: see their own output; {TIMEOUT_VARIABLE} sets another number of seconds"
     )

@@ -149,7 +149,7 @@ class _Stretches:
         most = max(most, 1)
         parts = (count + STRETCH - 1).div(STRETCH, rounding_mode="floor").clamp(min=1)
         number = torch.arange(-(-most // STRETCH) + 1, device=members.device).clamp(max=parts)
-        # Token t lies in stretch t * parts // count, so that a stretch begins at the next multiple.
+        # Token t is in stretch t * parts // count, so that a stretch begins at the next multiple.
         starts = (number * count + parts - 1).div(parts, rounding_mode="floor")
         self.sizes = starts.diff(dim=1)
         slot = torch.arange(min(STRETCH, most), device=members.device)
@@ -196,7 +196,7 @@ def _attention_to(queries: Tensor, keys: Tensor, members: Tensor, readers: Tenso
     grouped = query.view(query.shape[0], keys.shape[1], -1, keys.shape[3])
     with torch.autocast(keys.device.type, enabled=False):
         scores = grouped @ keys.to(dtype).transpose(-1, -2) / math.sqrt(keys.shape[3])
-    # All vision tokens stand before these readers, so a causal mask would hide none of them.
+    # All vision tokens precede these readers, so a causal mask would hide none of them.
     shares = scores.masked_fill(~members[:, None, None], -math.inf).softmax(-1)
     shares = shares.view(*queries.shape[:2], _READERS, -1).mean(1)
     slot = torch.arange(_READERS, device=keys.device)

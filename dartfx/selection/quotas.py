@@ -1,8 +1,8 @@
 """Budgets for each image of a row: spans of the vision mask, and how many tokens each keeps.
 
-A span is a run of vision tokens without another token in between: an image, a tile or a frame where
-the prompt sets text between them.  With quota="frame" a run is cut where a frame ends, which only
-the arguments of the call say.
+A span is a contiguous run of vision tokens: an image, or a tile or frame where the prompt puts text
+between them.  With quota="frame" a run is split at frame boundaries, which only the arguments of
+the call determine.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _frame_lengths: ContextVar[FrameLengths | None] = ContextVar("dartfx_frames", de
 
 @contextmanager
 def frames_by(lengths: FrameLengths) -> Iterator[None]:
-    """Let selections within it know where frames end.
+    """Provide frame boundaries to the selections inside the ``with`` block.
 
-    Where ``lengths`` raises ValueError, what an outer ``frames_by`` knows holds: ``generate`` knows
-    more of the pictures than the calls that it makes.
+    Where ``lengths`` raises ValueError, an outer ``frames_by`` applies: ``generate`` has more
+    information about the images than the calls that it makes.
     """
     outer = _frame_lengths.get()
 

@@ -77,11 +77,11 @@ class Selector(Protocol):
 
 _F = TypeVar("_F", bound=Selector)
 
-# Names of methods that stand under another one here.
+# Published methods that have another name here.
 _ELSEWHERE = {
     "divprune": (
         "; DivPrune's farthest point is 'spread' here, which also counts how far apart two tokens "
-        "stand in vision order"
+        "are in vision order"
     ),
 }
 

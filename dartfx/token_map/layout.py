@@ -49,7 +49,7 @@ class Layout:
     """The cells of an image's vision tokens.
 
     views: rows and columns of each view; a view shows the whole image, or one frame of a video.
-    cells: one per token in prompt order; None for a token that stands for no cell.  tiling: of the
+    cells: one per token in prompt order; None for a token without a cell.  tiling: of the
     view that is cut into tiles, None where there is none, or how it is cut is not known.
     """
 

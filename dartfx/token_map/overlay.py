@@ -42,7 +42,7 @@ def overlay(
 
     image: a Pillow image, a file, or a list of them for a video's frames.  kept: one image's entry
     of :func:`dartfx.kept_tokens`.  grid: (rows, columns), (frames, rows, columns) or a Layout;
-    default: the record's own.  Views (overview and tiles, frames) stand side by side.  Raises
+    default: the record's own.  Views (overview and tiles, frames) are drawn side by side.  Raises
     ValueError when the grid does not fit the tokens, ImportError without Pillow.
     """
     from PIL import Image as images

@@ -29,7 +29,7 @@ class Watched:
 
     dims: token dims.  flat: dims of batch times tokens.  batch: the batch's dim, if any.  tail: of
     all keys, as many of the last are returned; 0 for what is returned whole.  cuts: those keys have
-    been through so many cuts in the pruned graph.
+    passed that many cuts in the pruned graph.
     """
 
     name: str
@@ -55,7 +55,7 @@ def watched_tail(node: Node, sites: Sequence[Site], axes: TokenAxes) -> Watched:
 
 
 def layer_values(site: Site, axes: TokenAxes) -> dict[int, Node]:
-    """The hidden state that each decoder layer hands on, where one is to be found."""
+    """The hidden state that each decoder layer returns, where one is found."""
     found = {}
     for layer in range(site.stack.layers):
         inside = set(site.stack.nodes(layer))

@@ -64,7 +64,7 @@ def broken(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("image", "{root}/half.png", "cannot read"),
         ("image", "{root}", "cannot read"),
         ("model", "{root}/none", "there is no folder"),
-        ("model", "{root}/text.png", "is no folder with a model"),
+        ("model", "{root}/text.png", "is not a model folder"),
         ("model", "{root}", "it has no config.json"),
         ("model", "{root}/no_processor", "processor"),
         ("model", "{root}/no_weights", "cannot load the model"),

@@ -87,7 +87,7 @@ def test_show_says_which_option_names_a_layout_that_is_not_known(
     assert call("show", saved, "--out", str(tmp_path / "kept.png")) == 2
     error = capsys.readouterr().err
     assert "is not known: tiles of unknown numbers; name it" in error
-    assert error.endswith("say how they lie by --grid, --tiles or --anyres\n")
+    assert error.endswith("give their layout by --grid, --tiles or --anyres\n")
 
 
 @pytest.mark.parametrize(

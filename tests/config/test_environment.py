@@ -27,7 +27,7 @@ def test_it_stands_in_for_options_that_are_not_given(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("retain_tokens=64", "is no JSON"),
+        ("retain_tokens=64", "is not JSON"),
         ("[64]", "must hold a JSON object"),
         ('{"retain_token": 64}', "did you mean 'retain_tokens'"),
         ('{"retain_tokens": "64"}', "retain_tokens must be an int"),

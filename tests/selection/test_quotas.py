@@ -157,7 +157,7 @@ def test_budgets_that_do_not_fit(retain: int, options: dict[str, Any], said: str
         ({"quota": [4, 3], "retain_tokens": 6}, "adds up to 7, but retain_tokens=6"),
         ({"quota": [4, 3], "reduction_ratio": 0.5}, "reduction_ratio both set"),
         ({"quota": [4, 3], "layer": [1, 2], "retain_tokens": [9, 7]}, "layer names 2 cuts"),
-        ({"min_tokens": 4}, "min_tokens=4 has a meaning only with quota='image' or"),
+        ({"min_tokens": 4}, "min_tokens=4 applies only with quota='image' or"),
         ({"quota": "image", "kernel": "triton"}, "kernel='triton'.*quota='image'"),
     ],
 )

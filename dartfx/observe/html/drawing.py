@@ -1,4 +1,4 @@
-"""Where everything stands in the picture of a graph: bars of sequence length, side inputs, cut."""
+"""The layout of a graph's picture: bars of sequence length, side inputs, cut."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Prompts padded to few lengths, so that few recordings serve them all.
 
-A pad is a token in front of the prompt that attention never sees.  It is gone from what the call
+A pad is a token in front of the prompt that attention masks.  It is removed from what the call
 returns: the caches hold no column of it, and positions count without it.
 """
 
@@ -19,7 +19,7 @@ __all__ = ["crop_caches", "cropped", "is_plain_prefill", "padded", "without_mask
 
 _IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
 
-# Arguments of a prompt's length, and what stands for a pad in them; ids are the model's own.
+# Arguments of a prompt's length, and the value of a pad in them; ids are the model's own.
 _PADS = {_MASK: 0, "token_type_ids": 0, "mm_token_type_ids": 0, _POSITIONS: 1}
 
 # With these a call returns or takes more of the prompt than padding knows of.
@@ -69,7 +69,7 @@ def without_mask(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def padded(kwargs: Mapping[str, Any], pads: int, token: Any) -> dict[str, Any]:
     """The arguments with ``pads`` pads in front, and a mask in any case, so that calls are alike.
 
-    token: the id that stands for a pad, an int or a tensor; not one that stands for an image.
+    token: the id of a pad, an int or a tensor; not that of an image.
     """
     ids = kwargs[_IDS]
     found = {_MASK: torch.ones_like(ids), **{k: v for k, v in kwargs.items() if v is not None}}

@@ -36,7 +36,7 @@ class Prefills:
         return padded(kwargs, pads, self._pad(ids)), pads
 
     def _pad(self, ids: Any) -> Any:
-        """A token that stands for no image: one that begins or ends texts, or the prompt's last."""
+        """A token id that is not an image's: of the begin or end of text, or the prompt's last."""
         settings = getattr(self._model, "generation_config", None)
         for name in ("bos_token_id", "eos_token_id"):
             if isinstance(found := getattr(settings, name, None), int):
