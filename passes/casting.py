@@ -17,7 +17,7 @@ _NOTE = "dartfx_autocast"
 
 
 def note_autocast(graph: Graph) -> None:
-    """Note on every node the regions that it stands in."""
+    """Note on every node the autocast regions that it is in."""
     opened: dict[Node, tuple[Any, ...]] = {}
     enter, leave = compat.enter_autocast, compat.exit_autocast  # a lookup takes its time
     for node in graph.nodes:

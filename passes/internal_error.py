@@ -1,4 +1,4 @@
-"""A bug of our own, as a refusal that shows where it is and how to report it."""
+"""An internal error as a refusal that shows where it is and how to report it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def internal_error(name: str, error: Exception) -> Declined | Unchanged:
-    """A bug of our own in pass ``name``, as a refusal: called while handling ``error``.
+    """An internal error in pass ``name``, as a refusal: called while handling ``error``.
 
     Were it to escape, dynamo would take some kinds of error for a graph break of the model's and
     go on unpruned without a word.

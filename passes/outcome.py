@@ -1,4 +1,4 @@
-"""What became of a graph: pruned, declined, or unchanged."""
+"""The outcome for a graph: pruned, declined, or unchanged."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Pruned:
 
     @property
     def crossings(self) -> tuple[Crossing, ...]:
-        """The values gathered at the first cut; at later ones they are gathered once more."""
+        """The values gathered at the first cut; later cuts gather them again."""
         return self.cuts[0].crossings
 
     def needs_keep_idx(self, request: Request) -> bool:

@@ -59,4 +59,4 @@ class Refusal(Exception):
 
 
 class NoDecoder(Refusal):
-    """The graph is none of ours: a mask given for a whole call comes by every graph of it."""
+    """Not a decoder's graph: a mask given for a whole call reaches every graph of it."""

@@ -1,4 +1,4 @@
-"""What the caller wants of the pipeline: where to cut, how much to retain, which KV layout."""
+"""What a caller requests: where to cut, how much to retain, which KV layout."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Observer(Protocol):
-    """Is shown the graph after each pass, and the site of the cut once it is known."""
+    """Receives the graph after each pass, and the site of the cut once it is known."""
 
     def __call__(self, name: str, module: GraphModule, site: Site | None = None, /) -> None: ...
 

@@ -24,7 +24,7 @@ from dartfx.passes.op_sets import (
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.site import Stack
 
-# An addend that takes a key from a query: e^-1000 is no weight at all in any dtype.
+# An addend that masks a key: e^-1000 underflows to zero in every dtype.
 HIDING = -1e3
 
 
@@ -139,7 +139,7 @@ def queries_of(stack: Stack, index: int) -> Queries:
 
 
 def _core(stack: Stack, index: int) -> Node:
-    """The one attention operation of a layer."""
+    """The single attention operation of a layer."""
     cores = _cores(stack, index)
     if len(cores) != 1:
         later = range(index + 1, stack.layers - 1)
@@ -170,7 +170,10 @@ def _eager_attention(softmax: Node) -> _Scores:
                 continue
             unknown = packet(node) not in SCORE_MASKING or argument(node, "alpha", 1) != 1
             if mask.node is not None or unknown or _product_above(other) is not None:
-                raise Refusal("attention scores meet a tensor that is no mask we know", node)
+                raise Refusal(
+                    "attention scores are combined with a tensor that is not a recognised mask",
+                    node,
+                )
             if not _fills_with_a_score(node):
                 mask = Mask(other, hides=_hides(node, scores))
         node = scores
@@ -201,7 +204,9 @@ def _require_whole_weights(weights: Node) -> None:
         elif _is_elementwise(user):
             others = [n for n in user.all_input_nodes if n is not weights and tensor(n) is not None]
             if not all(is_one(sizes(n)[-1]) for n in others if sizes(n)):
-                raise Refusal("attention weights meet a tensor that may hide keys", user)
+                raise Refusal(
+                    "attention weights are combined with a tensor that may hide keys", user
+                )
 
 
 def _queries(product: Node) -> Node:

@@ -38,7 +38,7 @@ class Axes:
     """
 
     def __init__(self) -> None:
-        # networkx is 285 modules that no one needs before a graph is pruned.
+        # networkx is 285 modules, not needed before a graph is pruned.
         from networkx.utils import UnionFind
 
         self._same: UnionFind = UnionFind()
@@ -133,7 +133,7 @@ class Axes:
             self._parts[self._same[positive(var)]] = tuple(map(positive, parts))
 
     def _unify_parts(self, parts: tuple[Var, ...], others: tuple[Var, ...]) -> None:
-        """Two joined dims that are one axis; each layer's cache has a length of its own."""
+        """Two joined dims that are one axis; each layer's cache may have another length."""
         if len(parts) == len(others):
             lengths = zip(map(factor_length, parts), map(factor_length, others), strict=True)
             self.equal_lengths += [pair for pair in lengths if not same_size(*pair)]
@@ -144,7 +144,7 @@ class Axes:
         return tuple(p for part in known for p in self.parts(part) or (part,))
 
     def follow_write(self, node: Node) -> None:
-        """What an in-place call writes reaches its operand, and what that is a view of."""
+        """An in-place call's result reaches its operand, and the bases of that view."""
         for base in (b for written in mutated_operands(node) for b in bases(written)):
             for dim in range(len(sizes(node)) if tensor(node) is not None else 0):
                 for other in range(len(sizes(base)) if tensor(base) is not None else 0):

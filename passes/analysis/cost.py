@@ -1,4 +1,4 @@
-"""What a graph costs: floating-point operations and KV-cache bytes, from shapes alone."""
+"""A graph's cost: floating-point operations and KV-cache bytes, from shapes alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cut changes: everything that the hidden states entering layer K reach.  Read-only."""
+"""The region of a cut: everything that the hidden states entering layer K reach.  Read-only."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CutRegion:
         # All that the hidden states at K reach.
         starts = [u for u in self.site.hidden.users if u.op != "output"]
         if self.site.layer == 0:
-            # Masks and positions are made of the embeddings' sizes, too, and must not be cut.
+            # Masks and positions are computed from the embeddings' sizes, too, and must not be cut.
             starts = [u for u in starts if u in self.site.stack.layer_of]
         reached = downstream(self.site.hidden.graph, starts)
         self.nodes = [n for n in reached if n.op != "output"]
@@ -75,7 +75,7 @@ def _anchor(site: Site, first: Node) -> Node:
 
 
 def _refuse_opaque(nodes: list[Node], axes: TokenAxes) -> None:
-    # A dict keeps the order and answers what is inside quickly.
+    # A dict: ordered, with fast membership tests.
     found = axes.opaque(dict.fromkeys(nodes))
     if found is not None:
         node, operand = found
@@ -91,11 +91,11 @@ def _refuse_opaque(nodes: list[Node], axes: TokenAxes) -> None:
                 f"torch.{node.target} is called with {operand}, which has the token axis, and what "
                 "its subgraphs do with it is not looked into",
                 node,
-                advice="the same without that call behind the cut",
+                advice="the same model without that call behind the cut",
             )
         raise Refusal(
             f"{node.target} reads the token axis of {operand} in a way that dropping tokens "
             "would change, or that no rule describes",
             node,
-            advice="please report the operator; meanwhile this model runs unpruned",
+            advice="please report the operator; until it has a rule, this model runs unpruned",
         )

@@ -37,7 +37,7 @@ def final_norm(graph: Graph, stack: Stack, last: Node) -> tuple[Node, ...]:
     for norm in found.values():
         return norm
     raise Refusal(
-        f"no norm module beside {stack.path} takes its last layer's output in this graph, "
+        f"no norm module next to {stack.path} takes its last layer's output in this graph, "
         "so the decoder is not whole here",
         last,
         advice=ONE_GRAPH,

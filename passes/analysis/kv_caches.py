@@ -68,7 +68,7 @@ def plan_cache_layout(region: CutRegion, length: Size, request: Request) -> Cach
 def _require_known_columns(
     site: Site, returned: Iterable[Node], axes: TokenAxes, request: Request
 ) -> None:
-    """Raise Refusal where nobody will know which tokens a continued cache's columns are."""
+    """Raise Refusal where no caller tracks which tokens a continued cache's columns are."""
     if not request.gathers_decode_mask:
         raise Refusal(
             "vision tokens come on a KV cache that already holds tokens (a system prompt, an "

@@ -46,7 +46,7 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
     Covers ``masked_scatter`` and ``index_put`` with one bool mask, in place or not, into [B, S, D]
     or into its rows [B * S, D].  spread: those that spread rows over zeros (canonicalise.py), which
     are added to embeddings rather than replacing them; omitted otherwise.  One row [D] may be an
-    image of one token, but beside other merges it is a marker of images.
+    image of one token, but next to other merges it is a marker of images.
     """
     merges: list[Merge] = []
     rest: list[Merge] = []
@@ -64,7 +64,7 @@ def find_merges(graph: Graph, spread: bool = False) -> list[Merge]:
             continue
         whole = rows.ndim >= 1 and not is_one(rows.shape[-1])
         if whole and (rows.ndim == 1 or is_one(rows.shape[-2])):
-            # One row for many positions is no feature: a mask token, pads set to zero.
+            # One row for many positions is not a feature: a mask token, pads set to zero.
             whole = not _float_inputs(features) <= _float_inputs(argument(node, "self"))
         if only_of_state(features):
             continue  # a learned prompt
@@ -176,7 +176,7 @@ def _refuse_unknown_layers(graph: Graph, stacks: Sequence[Stack], embeds: Node) 
     for path, layers in runs.items():
         if len(layers) > 1 and not any(path.startswith(k) for k in known):
             opaque = next(filter(_is_opaque_attention, chain(*layers.values())), None)
-            seen = "" if opaque is None else f"; into {opaque.target} no pass can look"
+            seen = "" if opaque is None else f"; {opaque.target} is opaque to the passes"
             raise Refusal(
                 f"vision tokens enter {path}, whose modules hold no attention that is recognised "
                 f"(scaled_dot_product_attention, or a softmax of query-key products){seen}",
@@ -186,7 +186,7 @@ def _refuse_unknown_layers(graph: Graph, stacks: Sequence[Stack], embeds: Node) 
 
 
 def _is_opaque_attention(node: Node) -> bool:
-    """Whether a call may be attention in an operator of a library's own: of q, k and v."""
+    """Whether a call may be attention in a custom operator: of q, k and v."""
     library = getattr(node.target, "namespace", "aten")
     tensors = [n for n in node.all_input_nodes if tensor(n) is not None and len(sizes(n)) > 2]
     return library not in ("aten", "prims", "dartfx") and len(tensors) > 2
@@ -224,7 +224,7 @@ def entering_embeddings(graph: Graph, stack: Stack) -> Node:
         and any(len(h) == 3 and all(map(same_size, h, value.shape)) for h in outputs)
     }
     if len(found) != 1:
-        raise Refusal(f"{len(found)} values look like the embeddings that enter {stack.path}")
+        raise Refusal(f"{len(found)} values may be the embeddings that enter {stack.path}")
     return found.pop()
 
 

@@ -1,6 +1,6 @@
 """Which operators behind a cut mix tokens by their order, and whether that was allowed.  Read-only.
 
-Attention weighs tokens by what they hold and by the positions they keep.  A causal convolution or a
+Attention weighs tokens by their content and their original positions.  A causal convolution or a
 recurrence along the sequence reads which token came before: behind a cut that is the kept token
 before, as for an eager model that is pruned by hooks.
 """

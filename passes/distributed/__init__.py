@@ -1,1 +1,1 @@
-"""Tensor-parallel graphs: local tensors, placements, a selection that every rank shares."""
+"""Tensor-parallel graphs: local tensors, placements, one selection on all ranks."""

@@ -1,9 +1,9 @@
 """Which values of a tensor-parallel graph are the same on every rank.  Read-only.
 
 A rank is one process of a group that runs this same graph on its own shards of the parameters.
-Where a parameter is sharded is known from its DTensor (:mod:`.shards`); what a call brings is the
-same on every rank, which is what running tensor parallel means.  From there the operators' rules
-say how a shard travels, and a collective makes values the same again.
+How a parameter is sharded is known from its DTensor (:mod:`.shards`); inputs of a call are the same
+on every rank, as tensor parallelism requires.  From there the operators' rules propagate shards,
+and a collective makes values the same again.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class RankPlacements:
                 self.add(node)
 
     def of(self, node: Node) -> RankPlacement:
-        """Where this value is."""
+        """The placement of this value."""
         return self._of.get(node, Replicate)
 
     def add(self, node: Node) -> None:
@@ -197,7 +197,7 @@ def _is_random(node: Node) -> bool:
 
 
 class _DimPairs:
-    """Stands in for :class:`Axes` while one operator's rule says which dims go where."""
+    """A substitute for :class:`Axes` that records how one operator's rule maps dims."""
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Var, Var]] = []
@@ -218,11 +218,11 @@ class _DimPairs:
             self.unify(var, factors[0])
 
     def factors(self, var: Factor) -> tuple[Factor, ...]:
-        """Of what a dim is a product is not known from one operator."""
+        """A single operator does not show the factors of a dim."""
         return ()
 
     def join(self, user: Node, var: Var, parts: tuple[Var, ...]) -> None:
-        """A range of a part is no range of the whole."""
+        """A range of a part is not a range of the whole."""
 
     def preserve_opaque(self, user: Node, a: Var, b: Var) -> None:
         """Positions are read: a range of them is not enough to know."""

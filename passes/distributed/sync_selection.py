@@ -1,6 +1,6 @@
-"""Under tensor parallelism: let every rank select the same tokens, and the same as one process.
+"""Under tensor parallelism: make every rank select the tokens that one process would.
 
-The selection looks at hidden states, masks and keys.  The graph must show that the first two are
+The selection reads hidden states, masks and keys.  The graph must show that the first two are
 the same on every rank; keys are mostly split by heads, and what the selection reads of them is
 combined by one collective in front of it.
 
@@ -130,7 +130,7 @@ def _all_heads(emit: Emitter, local: Node, placements: RankPlacements) -> Node:
 
 
 def _checked(keep: Node, placements: RankPlacements) -> Node:
-    """``keep`` once all ranks were seen to have selected alike."""
+    """``keep`` after a check that all ranks selected the same."""
     emit = Emitter(keep.next)
     mine = emit(torch.ops.dartfx.hash_indices.default, keep)
     of_all = emit(_c10d.all_gather_into_tensor.default, mine, placements.ranks, placements.group)

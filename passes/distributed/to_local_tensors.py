@@ -43,7 +43,7 @@ from dartfx.passes.refusal import Refusal
 
 @dataclass(frozen=True)
 class LocalGraph:
-    """The graph over local tensors, and how to call it with what dynamo's graph is called with.
+    """The graph over local tensors, and how to call it with dynamo's inputs.
 
     taken: which of dynamo's inputs the graph still has; device meshes are left out.
     """
@@ -92,7 +92,7 @@ def _mesh(value: Any) -> Any:
 
 @dataclass
 class _Part:
-    """Calls that hand DTensors to one another, in graph order."""
+    """Calls connected by DTensors, in graph order."""
 
     calls: list[Node] = field(default_factory=list)
 
@@ -141,7 +141,7 @@ class _Rewriting:
             if operand not in self.copies or (node.op == "output" and is_dtensor(example(operand))):
                 raise Refusal(
                     "a tensor that is distributed over the ranks, or their device mesh, is used "
-                    "by an operator that is no tensor operator",
+                    "by something that is not a tensor operator",
                     node,
                 )
         copied = self.copies[node] = self.new.node_copy(node, self.copies.__getitem__)

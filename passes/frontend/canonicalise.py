@@ -1,4 +1,4 @@
-"""Spellings that hide what they do token by token, rewritten to ones that show it.
+"""Rewrites computations to equivalent ones that show what they do token by token.
 
 Each rewrite computes the same values.  It runs on every graph that may be pruned, before any
 analysis.  Rows picked by a mask and put back (N depends on data; rows have no token axis)::
@@ -51,7 +51,7 @@ from dartfx.passes.op_sets import ASSERTIONS, BROADCASTS, INDEX_PUT, MASKED_SCAT
 
 
 def canonicalise(graph: Graph) -> None:
-    """Rewrite what can be; leave everything else as it is."""
+    """Apply every rewrite where it matches."""
     for node in list(graph.nodes):
         if packet(node) in INDEX_PUT:
             _inverse_permutation(node)
@@ -106,7 +106,7 @@ def _lengths(*nodes: Node) -> list[Any]:
 
 
 def _written_alone(target: Node, write: Node) -> bool:
-    """Whether nothing else can see what ``write`` writes into ``target``."""
+    """Whether nothing else reads what ``write`` writes into ``target``."""
     if target.op != "call_function" or is_view(target):
         return False
     order = {n: i for i, n in enumerate(target.graph.nodes)}

@@ -81,7 +81,7 @@ def _single(node: Node, name: str, default: int) -> Any:
 
 
 def _padded_in_front(x: Node, amount: int) -> Node | None:
-    """What ``x`` was before so many zeros were put in front of it."""
+    """``x`` without that many zeros in front of it."""
     if packet(x) not in PADS or list(argument(x, "pad")) != [amount, 0]:
         return None
     zeros = argument(x, "mode", "constant") == "constant" and not argument(x, "value")

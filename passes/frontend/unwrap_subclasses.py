@@ -1,9 +1,9 @@
 """A dynamo graph over tensors that wrap others -> the same graph over what they wrap.
 
-Quantised parameters (torchao) are tensor subclasses: codes and scales that say themselves how to
-be multiplied.  A trace would take what is inside them for constants.  Here codes and scales are the
-inputs, and the first thing the graph does is to put the subclass together again; traced, that is
-nothing at all, and the linear layers are the operators that the subclass makes of them.
+Quantised parameters (torchao) are tensor subclasses: codes and scales, with their own dispatch of
+matrix products.  A trace would treat the inner tensors as constants.  Here codes and scales are the
+inputs, and the graph begins by rebuilding the subclass; in the trace, rebuilding is no operator,
+and linear layers become the operators that the subclass dispatches to.
 
 Before, with a weight that wraps two tensors::
 
@@ -81,7 +81,7 @@ def _require_no_own_gradients(wrapped: Sequence[Node]) -> None:
         value = node.meta["example_value"]
         if torch.is_grad_enabled() and value.requires_grad:
             raise Refusal(
-                f"gradients of a parameter that is no plain tensor ({type(value).__name__})",
+                f"gradients of a parameter that is not a plain tensor ({type(value).__name__})",
                 node,
                 advice="torch.no_grad(), or requires_grad_(False) on such parameters",
             )

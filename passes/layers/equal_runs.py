@@ -21,7 +21,7 @@ from dartfx import compat
 from dartfx.passes.graph import argument, argument_names, bases, expr, mutated_operands, packet
 from dartfx.passes.op_sets import ASSERTIONS, PROJECTIONS
 
-_SMALLEST = 12  # calls in a copy: a region costs a call of its own at run time
+_SMALLEST = 12  # calls in a copy: calling a region has a cost at run time
 _PERIODS = 32  # how many of the most frequent distances are tried
 
 Copy = tuple[Node, ...]
@@ -63,14 +63,14 @@ def value_of(node: Node) -> Any:
 
 
 def nodes_in(node: Node) -> list[Node]:
-    """Every node among a call's arguments, one that stands there twice twice."""
+    """Every node among a call's arguments, with repetitions."""
     found: list[Node] = []
     map_arg((node.args, node.kwargs), found.append)
     return found
 
 
 def _key(node: Node) -> Hashable:
-    """Equal for calls that are alike; an object of its own for one that no region may hold."""
+    """Equal for calls that are alike; unique for a call that no region may hold."""
     target: Any = node.target
     if hasattr(target, "overloadpacket"):
         checks = packet(node) in ASSERTIONS or target.namespace.startswith("_c10d")
@@ -186,7 +186,7 @@ def _operands(copies: Sequence[Copy]) -> tuple[tuple[Node, ...], ...] | None:
 
 
 def _may_be_region(run: EqualRun) -> bool:
-    """Whether a call of a subgraph can stand for each copy, and is worth it."""
+    """Whether a call of a subgraph can replace each copy, and is worth it."""
     inside = set(run.copies[0])
     first = run.copies[0]
     works = any(packet(n) in PROJECTIONS for n in first)

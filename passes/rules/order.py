@@ -1,4 +1,4 @@
-"""Operators that read where a value stands along a dim."""
+"""Operators that depend on positions along a dim."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def causal_window(axes: Axes, node: Node, out: Node) -> None:
 def causal_scan(axes: Axes, node: Node, out: Node) -> None:
     """Operands [B, S, H, ..]: outputs [B, S, H, D] and the state [B, H, ..] behind the last token.
 
-    Opaque where a state comes with the call: it stands for tokens that were dropped, too.
+    Opaque where a state comes with the call: it also represents dropped tokens.
     """
     initial, along_tokens = _SCANS[qualified_name(node)]
     if argument(node, initial) is not None:

@@ -19,7 +19,7 @@ from dartfx.passes.rules.table import rule
     )
 )  # fmt: skip
 def by_row(axes: Axes, node: Node, out: Node) -> None:
-    """x [M, I] times a weight, packed in a way of its own: [M, O]."""
+    """x [M, I] times a weight in a packed format: [M, O]."""
     axes.preserve(node, (node.all_input_nodes[0], 0), (out, 0))
 
 

@@ -1,4 +1,4 @@
-"""Dims that move, split, join, repeat or leave."""
+"""Dims that are moved, split, joined, repeated or removed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def unsqueeze(axes: Axes, node: Node, out: Node) -> None:
 
 @rule(*named("squeeze"))
 def squeeze(axes: Axes, node: Node, out: Node) -> None:
-    """Size-1 dims leave."""
+    """Size-1 dims are removed."""
     first = argument(node, "self")
     rank, dims = len(sizes(first)), argument(node, "dim")
     chosen = range(rank) if dims is None else (dims if isinstance(dims, list) else [dims])
@@ -264,7 +264,7 @@ def repeat(axes: Axes, node: Node, out: Node) -> None:
 
 @rule(*named("repeat_interleave"))
 def repeat_interleave(axes: Axes, node: Node, out: Node) -> None:
-    """The copies of a value stand together; other dims stay."""
+    """The copies of a value are adjacent; other dims stay."""
     first, at, times = argument(node, "self"), argument(node, "dim"), argument(node, "repeats")
     if at is None or isinstance(times, Node):
         return

@@ -86,7 +86,7 @@ class Gatherer:
         return {v: done for (v, _), done in self.done.items() if packet(done) not in REPEATED_VIEWS}
 
     def crosses(self, value: Node) -> bool:
-        """Whether the value has a token axis, in a dim of its own or not."""
+        """Whether the value has a token axis, as a dim or as a factor of one."""
         axes = self.axes
         return bool(axes.dims(value) or axes.flat_dims(value) or axes.joined_dims(value))
 

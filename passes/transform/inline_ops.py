@@ -70,7 +70,7 @@ def _replace(call: Node, body: Body) -> list[Node]:
 
 
 def _use(results: Node | Sequence[Node], call: Node) -> None:
-    """Let the users of ``call`` take what it returned from elsewhere."""
+    """Redirect the users of ``call`` to its replacement."""
     if isinstance(results, Node):
         call.replace_all_uses_with(results)
         return
@@ -91,5 +91,5 @@ def _traced(call: Node, body: Body, operands: list[Node]) -> Graph:
 
 
 def _position(call: Node) -> dict[str, Any]:
-    """Where a call stands in the model, for the calls that replace it."""
+    """A call's module path and source line, for the calls that replace it."""
     return {k: call.meta[k] for k in ("nn_module_stack", "stack_trace") if k in call.meta}

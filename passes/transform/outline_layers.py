@@ -52,7 +52,7 @@ class Outlined:
         self.module = module
         self.layers: list[tuple[int, int]] = []
         self.copied: list[Node] = []
-        self._now: dict[Node, Node] = {}  # what stands for a value that a call returns
+        self._now: dict[Node, Node] = {}  # the replacement of a value that a call returns
 
     def replace(self, run: EqualRun, name: str) -> None:
         """Replace the copies of one run by calls of the subgraph ``name``."""

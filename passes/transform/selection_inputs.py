@@ -1,4 +1,4 @@
-"""What a selection looks at, computed in front of the cut: of the tokens of this call alone.
+"""The inputs of a selection, computed in front of the cut, for the tokens of this call only.
 
 A call that continues a KV cache brings the keys and mask columns of earlier tokens as well.  Those
 are kept whatever they are, and no pivots: their hidden states are not at hand.  Three of them::
@@ -123,7 +123,7 @@ def layer_queries(emit: Emitter, site: Site, axes: TokenAxes) -> Node:
     """Queries of layer K-1, so scaled that ``q @ k.T / sqrt(Dh)`` are its scores."""
     if site.layer == 0:
         raise Refusal(
-            "no layer before layer 0 has queries, which the selector asks for",
+            "no layer before layer 0 has queries, which the selector requests",
             advice="layer=1 or a later one, or a selector that takes no queries",
         )
     found = queries_of(site.stack, site.layer - 1)

@@ -26,7 +26,7 @@ from dartfx.passes.op_sets import SIZED
 
 
 def shrink_sizes(region: CutRegion, length: int | Node) -> None:
-    """Let the region's sizes mean the new length; length: S' as an argument."""
+    """Replace the region's token-axis sizes by the new length; length: S' as an argument."""
     reroute_sizes(region.nodes, region.axes, region.site.hidden)
     shrink(region.nodes, region.axes, length)
 
@@ -76,7 +76,7 @@ def _combined(emit: Emitter, made: Composed, axes: TokenAxes, length: int | Node
 
 
 def _size(emit: Emitter, factor: Factor, axes: TokenAxes) -> int | Node:
-    """A factor's size, read off a value that stands above where it is used."""
+    """A factor's size, read off a value in front of its use."""
     if not isinstance(factor, tuple):
         return factor
     # A product is known by the dims that some view split it into, and that view may come later.

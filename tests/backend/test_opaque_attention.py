@@ -1,4 +1,4 @@
-"""Attention in an operator that no pass can look into, registered with transformers as users do."""
+"""Attention in an operator that is opaque to the passes, registered as users of transformers do."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def outcomes(built: Family, attention: Any, variant: str = "one") -> tuple[list[
 
 def test_in_the_decoder_it_is_named(built: Family) -> None:
     [declined], _ = outcomes(built, NAME)
-    assert "dartfx_test.attention.default no pass can look" in declined.because
+    assert "dartfx_test.attention.default is opaque to the passes" in declined.because
     assert 'attn_implementation="sdpa"' in declined.advice
 
 

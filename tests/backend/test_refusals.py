@@ -149,7 +149,7 @@ class StaticLayer(Layer):
 CANNOT = {
     "layer of the depth": (Decoder, Layer, {"layer": 2}, "layer=2, but the decoder stack"),
     "layer beyond": (Decoder, Layer, {"layer": 9}, "a layer from 0 to 1"),
-    "no final norm": (NoNorm, Layer, {}, "no norm module beside"),
+    "no final norm": (NoNorm, Layer, {}, "no norm module next to"),
     "features after the cut": (FeatureDecoder, FeatureLayer, {}, "aten.masked_scatter"),
     "static cache": (Decoder, StaticLayer, {}, "the cache is static"),
 }

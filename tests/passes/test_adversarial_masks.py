@@ -102,7 +102,7 @@ UNCLEAR: dict[str, Weigh] = {
 
 @pytest.mark.parametrize("weigh", UNCLEAR.values(), ids=UNCLEAR)
 def test_mask_that_is_not_understood(weigh: Weigh) -> None:
-    assert_declined(Masked(weigh), padded(), "meet a tensor", retain_tokens=16)
+    assert_declined(Masked(weigh), padded(), "combined with a tensor", retain_tokens=16)
 
 
 # --- rows picked by a mask and put back between layers ------------------------------------------

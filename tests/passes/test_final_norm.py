@@ -20,7 +20,7 @@ class NoNorm(Decoder):
 
 def test_square_head_is_no_norm() -> None:
     z = Sizes(layers=2, vocab=Sizes.hidden)
-    assert_declined(NoNorm(z), prompt(z), "no norm module beside")
+    assert_declined(NoNorm(z), prompt(z), "no norm module next to")
 
 
 class TwoNorms(Decoder):
