@@ -23,17 +23,21 @@
 # steps of `bench generate` compile side by side, each with a model of its own on the device, and
 # are timed one after the other.
 #
-# What no GPU has run yet, in an order for 8 minutes on an H200 (minutes estimated
-# from steps that were measured, four side by side in 4 minutes; 106 GB in the last line):
+# Run on an H200 on 2026-11-27: tests, kernel, profile, profile-graphs, qwen2.5-vl-7b; before that
+# selectors and the first runs of decode, decode-static, batch-4, batch-16, images-5 (docs/benchmarks.md).
+# What no GPU has run yet: today's tiles of the kernels in `tests` and `kernel`, images-6 (17,622
+# tokens), turns, and decode-static since static caches got shorter. decode, decode-static, batch-16
+# and turns, four compiling at once, did not end in 190 s: --dynamic takes more than 3 minutes to
+# compile 32 layers. So, in an order for 15 minutes (minutes estimated):
 #   docs/measure_gpu.sh FOLDER tests kernel                                          1.5
-#   docs/measure_gpu.sh -j FOLDER profile profile-graphs qwen2.5-vl-7b               2.5
-#   docs/measure_gpu.sh -j FOLDER decode decode-static batch-16 images-6             4
-# then, if there is time, -j batch-2 batch-8 and turns-plain turns-dart. images-6 is a prompt of
-# 17,622 tokens; its peak memory and that of `kernel` (shape video, 16,384) are in the JSON.
+#   SECONDS_EACH=400 docs/measure_gpu.sh -j FOLDER decode-static images-6            5
+#   SECONDS_EACH=400 docs/measure_gpu.sh -j FOLDER turns-plain turns-dart            7
+# then, if there is time, -j batch-16 decode, and -j batch-2 batch-8. The peak memory of images-6 and
+# of `kernel` (shape video, 16,384 tokens) is in their JSON.
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,32s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,36s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
