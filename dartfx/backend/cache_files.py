@@ -1,4 +1,4 @@
-"""What torch compiled in one process, in a file that other processes start warm from."""
+"""torch's compiled code in a file, from which other processes start warm."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save_cache(path: str | os.PathLike[str]) -> None:
 
 
 def load_cache(path: str | os.PathLike[str]) -> None:
-    """Let this process compile from what :func:`save_cache` wrote; load trusted files only.
+    """Load compiled code that :func:`save_cache` wrote; load trusted files only.
 
     Graphs that the file does not hold are compiled as usual.  Raises InputError for a file that is
     none of save_cache's, or that was made by other versions or for another processor, naming them.

@@ -1,7 +1,7 @@
 """Code that fails on the shorter sequence behind a pruned graph: which errors these are.
 
 Dynamo traces what follows a graph break (a loss in a compiled function that calls the model, say)
-without calling a backend, so its errors know nothing of dartfx.  They get a note that does.
+without calling a backend, so its errors do not mention dartfx.  They get a note that does.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def cut_that_caused(error: BaseException, reports: Sequence[Report]) -> Pruned |
 
 
 def note_on_errors() -> None:
-    """Let dynamo's errors say that the sequence is shorter; torch.compiler.reset() ends that."""
+    """Make dynamo's errors mention the shorter sequence, until torch.compiler.reset()."""
     try:
         callbacks = compat.callback_handler.end_callbacks
     except (Unavailable, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""What compiles a graph once the passes are done with it."""
+"""Lowering: what compiles a graph after the passes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _replacement: ContextVar[Lower | None] = ContextVar("dartfx_lower", default=None
 def lowering_with(replacement: Lower) -> Iterator[None]:
     """Lower the graphs compiled inside the ``with`` block by ``replacement``; it may call lower.
 
-    For tools that run what the passes made in a way of their own.
+    For tools that run rewritten graphs in another way.
     """
     token = _replacement.set(replacement)
     try:

@@ -1,4 +1,4 @@
-"""Scans along the tokens, which dynamo takes for one operator where it traces for this backend.
+"""Scans along the tokens, which dynamo traces as one operator for this backend.
 
 transformers puts a faster implementation in place of a Python function by the function's name
 (``use_kernel_func_from_hub_with_fallback``); this goes by the same names, in whichever model's file

@@ -1,4 +1,4 @@
-"""A call's arguments by what they are, however they are passed: by position, by name, nested."""
+"""A call's arguments by their role, however they are passed: by position, by name, nested."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Arguments:
 
     @cached_property
     def leaves(self) -> list[tuple[str, Any]]:
-        """What lists and dicts hold in the end, each with the innermost name."""
+        """The leaves of lists and dicts, each with the innermost name."""
         return [leaf for name, value in self.named.items() for leaf in leaves_of(name, value)]
 
     @cached_property
@@ -102,7 +102,7 @@ class Arguments:
         return [name for name, value in self.named.items() if _has_media(name, value)]
 
     def with_swaps(self, swaps: Mapping[int, Any]) -> Arguments:
-        """The same call with other objects in place of those with these ``id``."""
+        """The same call with the objects of these ``id`` replaced."""
         if not swaps:
             return self
         args = tuple(swapped(value, swaps) for value in self.args)
@@ -154,7 +154,7 @@ def leaves_of(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str,
 
 
 def swapped(value: Any, swaps: Mapping[int, Any], depth: int = _DEPTH) -> Any:
-    """``value``, copied as far as needed, with the swaps made inside."""
+    """``value`` with the swaps applied, copied as far as needed."""
     if id(value) in swaps:
         return swaps[id(value)]
     if not depth or not isinstance(value, Mapping | list | tuple):
@@ -172,7 +172,7 @@ def swapped(value: Any, swaps: Mapping[int, Any], depth: int = _DEPTH) -> Any:
 
 
 def with_decode_masks(call: Arguments, caches: Sequence[Any]) -> Arguments:
-    """The call with its masks gathered as the caches were."""
+    """The call with its masks gathered like the caches."""
     swaps = {}
     for kv in filter(kv_cache.pruned_length, caches):
         for name, value in call.leaves:
@@ -190,7 +190,7 @@ def _covers(kv: Any, name: str, value: Tensor, tokens: int) -> bool:
 
 
 def may_be_mask(name: str, value: Any) -> bool:
-    """Whether an argument may say which tokens are to be seen, whatever its name."""
+    """Whether an argument may be an attention mask, whatever its name."""
     if not isinstance(value, Tensor) or value.ndim not in (2, 4):
         return False
     return name == "attention_mask" or (value.ndim == 2 and not value.is_floating_point())

@@ -1,7 +1,7 @@
 """What ``dartfx.compile`` attaches to a model's instance: its call, ``generate``, replicas.
 
-All of it stands in for the class's own methods, so taking it off restores the model.  A copy of the
-model, pickled or by ``copy.deepcopy``, is an uncompiled model with its class's methods.
+All of it overrides the class's methods on the instance, so removing it restores the model.  A copy
+of the model, pickled or by ``copy.deepcopy``, is an uncompiled model with its class's methods.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["attach", "detach"]
 def attach(
     model: nn.Module, compiled: CompiledModel, *, static: bool, dynamic: bool | None = None
 ) -> None:
-    """Put what was compiled in the place of a model's call.
+    """Replace a model's call by the compiled one.
 
     static: ``generate`` uses a static cache where its caller names none; dynamic: as in
     ``torch.compile``, for models inside whose ``generate`` this model's calls.
@@ -49,7 +49,7 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Take off whatever :func:`attach` put on this model, or on the one it was made of."""
+    """Remove what :func:`attach` put on this model, or on the one it was copied from."""
     model._compiled_call_impl = None
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _through_call:
@@ -64,11 +64,11 @@ def _through_call(*_: object) -> None:
     function compiled around it would never come to what was compiled here."""
 
 
-_REPLICATE = "_replicate_for_data_parallel"  # what DataParallel calls, for every call of its own
+_REPLICATE = "_replicate_for_data_parallel"  # DataParallel calls it in every one of its calls
 
 
 class _Attached:
-    """Stands in for a method of one model.  A copy of the model has its class's method."""
+    """Overrides a method of one model.  A copy of the model has its class's method."""
 
     def __init__(self, model: nn.Module, compiled: CompiledModel, name: str) -> None:
         self.__self__, self._compiled, self._name = model, compiled, name
@@ -106,7 +106,7 @@ class _Generate(_Attached):
                 stack.enter_context(_INSIDE)
                 stack.enter_context(vision_mask.text_of(model, kwargs.get("input_ids")))
                 stack.enter_context(self._inside.in_place())
-            # It passes the pictures' features to the call, without the sizes that say where frames
+            # It passes the images' features to the call, without the sizes that say where frames
             # end.
             stack.enter_context(frames_by(partial(frame_lengths, kwargs)))
             result = self._own(model, *args, **kwargs)
@@ -160,7 +160,7 @@ class _GenerateInside(_Attached):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Stand in for the model's own, unless something else does."""
+        """Override the model's own, unless something else does."""
         attributes = vars(self.__self__)
         if "generate" in attributes:
             yield

@@ -23,7 +23,7 @@ def prepare_capturing(model: nn.Module) -> None:
     install = compat.find("maybe_install_capturing_hooks")
     if install is None:  # then the first call has a graph break, and is compiled as several graphs
         return
-    # Installing on a model installs on every model inside, once more where that was done before.
+    # Installing on a model installs on every model inside, again where that was done before.
     for module in model.modules():
         if isinstance(module, transformers.PreTrainedModel) and not any(
             getattr(inner, "_output_capturing_hooks_installed", False) for inner in module.modules()
@@ -46,7 +46,7 @@ _COLLECTOR = "_active_collector"
 
 
 class Collector:
-    """What collects outputs now: a variable of each thread, in code that dynamo traces, too.
+    """The current collector: a variable of each thread, also in code that dynamo traces.
 
     transformers' own is a ContextVar where the model's forward is not traced.  Dynamo cannot trace
     its ``get``, so the hooks broke the graph in every decoder layer; it can trace a thread's.

@@ -166,7 +166,7 @@ class CompiledModel:
         return restore_length(result, call.tokens) if self.full_logits else result
 
     def _fill(self, cache: Any, call: Arguments) -> Any:
-        """The call with a growing cache instead of another one, which gets its new tokens."""
+        """The call with a dynamic cache in place of another one, which then gets its new tokens."""
         swaps: dict[int, Any] = {id(cache): (dynamic := filling.growing_copy(cache))}
         if (mask := call.named.get("attention_mask")) is not None:
             swaps[id(mask)] = filling.strip_free_slots(cache, mask, call.tokens)
@@ -218,7 +218,7 @@ class CompiledModel:
                 self.history.reports.extend(made)
 
     def refuse(self, declined: Declined) -> None:
-        """Report something of the whole call that stays unpruned; see :func:`refuse`."""
+        """Report why the whole call stays unpruned; see :func:`refuse`."""
         report.record(0, declined)
         folders.note_unpruned_call(self.config.dump, declined)
         refuse(self.config, declined)

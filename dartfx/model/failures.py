@@ -66,7 +66,7 @@ def failure_after_cut(error: Exception) -> Declined:
 
 
 def nothing_merged(brought: str, graphs: int) -> Declined:
-    """A refusal for a call that brought something to ``graphs`` that made nothing of it."""
+    """A refusal for a call with vision inputs none of whose ``graphs`` merges them."""
     if not graphs:
         return Declined(
             f"the call was given {brought}, but torch ran the model without any compiled graph, as "
@@ -99,7 +99,7 @@ def _how_to_give_a_mask() -> str:
 
 
 def past_limit(brought: str) -> Declined:
-    """A refusal for a call that dynamo compiles no more."""
+    """A refusal for a call past dynamo's limit of compilations."""
     return Declined(
         f"the call was given {brought}, and dynamo has compiled this model as often as "
         "torch._dynamo.config.recompile_limit or accumulated_recompile_limit allows",
@@ -109,7 +109,7 @@ def past_limit(brought: str) -> Declined:
 
 
 def runs_eagerly() -> Declined | None:
-    """A refusal where torch would compile nothing of a call that is made now."""
+    """A refusal where torch would not compile a call at present."""
     settings = compat.find("dynamo_config")
     if getattr(settings, "disable", False) or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return Declined(

@@ -1,4 +1,4 @@
-"""What a compiled model did: its reports and the tokens that it kept last, bounded.
+"""A compiled model's history: its reports and the tokens that it kept last, bounded.
 
 ``dartfx.reports()`` and ``dartfx.kept_tokens()`` show those of all models in the process, which are
 bounded as well: a server compiles new shapes for as long as it runs.

@@ -1,4 +1,4 @@
-"""A model that a caller names directly or by a bound method, and another call in its stead."""
+"""A model given directly or by a bound method, and a replacement of its call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Call = Callable[..., Any]
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The model that a wrapper's calls and ``generate`` end in; itself where it is no wrapper.
+    """The model that a wrapper's calls and ``generate`` reach; itself where it is no wrapper.
 
     PEFT's wrappers put adapters into a model in place and then pass calls on to it, some of them
     past what would be compiled with the wrapper.
@@ -50,7 +50,7 @@ def model_of(target: nn.Module | Call, function: str) -> tuple[Call, nn.Module]:
 
 @contextmanager
 def replaced_call(model: nn.Module, call: Call) -> Iterator[None]:
-    """Let calls of ``model`` run ``call`` inside the ``with`` block, as compiled ones do."""
+    """Make calls of ``model`` run ``call`` inside the ``with`` block, as compiled ones do."""
     current = model._compiled_call_impl
     model._compiled_call_impl = call
     try:

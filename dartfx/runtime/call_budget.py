@@ -1,4 +1,4 @@
-"""How many vision tokens a call keeps where that is not what its graphs were compiled for.
+"""The budget of a single call, where it is not the one that its graphs were compiled for.
 
 The number reaches a graph as the size of an empty input, so the compiler treats it as a symbol like
 any other length, and one graph serves every number.
@@ -56,7 +56,7 @@ class CallBudget:
         return max(self.number, 2)
 
     def as_input(self, args: tuple[Any, ...]) -> Tensor:
-        """The graph's input that says the number, on the device of the others."""
+        """The graph's input whose size is the number, on the device of the others."""
         device = next((a.device for a in args if isinstance(a, Tensor)), None)
         size = torch.empty((self.number, 0), device=device)
         if (mark := compat.find("maybe_mark_dynamic")) is not None:

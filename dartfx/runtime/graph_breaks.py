@@ -1,4 +1,4 @@
-"""Why a call is not one graph: what dynamo said of it, for the refusals of its several graphs."""
+"""Why a call is not one graph: dynamo's reason, for the refusals of its several graphs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _current: ContextVar[GraphBreak | None] = ContextVar("dartfx_graph_break", defau
 
 @contextmanager
 def broken_by(graph_break: GraphBreak | None) -> Iterator[None]:
-    """Calls inside the ``with`` block are several graphs for this reason."""
+    """Record that calls inside the ``with`` block are several graphs for this reason."""
     token = _current.set(graph_break)
     try:
         yield

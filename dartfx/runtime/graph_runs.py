@@ -1,8 +1,8 @@
-"""Which compiled graphs ran in a call, and whether vision tokens had to do with any of them.
+"""Which compiled graphs ran in a call, and whether any of them concerned vision tokens.
 
-A graph that was compiled says what became of its vision tokens, once.  A call whose graphs torch
-did not run (past ``recompile_limit``, under a stance, inside another mode) says nothing at all, so
-every graph notes that it ran.
+A graph reports the outcome for its vision tokens once, when it is compiled.  A call whose graphs
+torch did not run (past ``recompile_limit``, under a stance, inside another mode) reports nothing,
+so every graph notes that it ran.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which tokens of the prompt a pruned graph's outputs hold, and graphs that must not take them.
+"""The prompt positions of a pruned graph's outputs, and later graphs that must not take these.
 
 Outputs with a token axis carry keep_idx [B, S'] with them: to the caller, who may look up labels
 or the last token by it, and to later graphs of the call.  Such a graph (behind a graph break) may
@@ -39,7 +39,7 @@ _METHODS = {"gather", "index_select", "take_along_dim"}
 
 
 class PositionsAfterCut(SelectionError):
-    """A later graph of a call indexes what a pruned one returned by positions of the prompt."""
+    """A later graph of a call indexes a pruned graph's outputs by positions of the prompt."""
 
 
 def kept_positions(output: Any) -> Tensor | None:
@@ -47,7 +47,7 @@ def kept_positions(output: Any) -> Tensor | None:
 
     output: what a model returned that :func:`dartfx.compile` compiled, or a tensor of it [B, S',
     ...].  None where nothing was pruned: then positions are the prompt's.  Gather labels by it for
-    a loss of your own: ``kept = dartfx.kept_positions(output); labels.gather(1, kept)``.
+    your own loss: ``kept = dartfx.kept_positions(output); labels.gather(1, kept)``.
     """
     found: Tensor | None = _attached(output)
     return found
@@ -64,7 +64,7 @@ def _attached(output: Any) -> Tensor | None:
 
 
 def mark(outputs: Sequence[Any], keep_idx: Tensor) -> None:
-    """Let outputs [B, S', ...] carry keep_idx [B, S']."""
+    """Attach keep_idx [B, S'] to outputs [B, S', ...]."""
     for output in outputs:
         if isinstance(output, Tensor) and output.ndim > 2 and output.shape[:2] == keep_idx.shape:
             setattr(output, _KEPT, keep_idx)

@@ -1,1 +1,1 @@
-"""What dartfx.compile does to the KV caches of transformers."""
+"""How dartfx.compile handles the KV caches of transformers."""

@@ -1,7 +1,7 @@
-"""Caches that no graph fills: static ones, and such as lie on the host.
+"""Caches that no graph fills: static and offloaded ones.
 
 A static cache has slots for all tokens from the start, so that every decode step has the same
-shapes (CUDA graphs); an offloaded one moves its layers in streams of its own.  A call with an image
+shapes (CUDA graphs); an offloaded one moves its layers in separate streams.  A call with an image
 fills a growing cache instead, whose new tokens in every layer (uniform) are then copied over, one
 pass over the KV bytes.  Slots are allocated at the first copy, and only those that the tokens left
 can come to need.
@@ -100,7 +100,7 @@ def growing_copy(cache: Any) -> Any:
     dynamic = sys.modules["transformers"].DynamicCache()
     held = held_in_slots(cache)
     if held and is_offloaded(cache):
-        torch.accelerator.synchronize()  # a layer may be on its way, in a stream of its own
+        torch.accelerator.synchronize()  # a layer may be in transfer, on another stream
     for n, layer in enumerate(cache.layers if held else ()):
         keys, values = layer.keys[:, :, :held], layer.values[:, :, :held]
         dynamic.update(keys.to(layer.device), values.to(layer.device), n)

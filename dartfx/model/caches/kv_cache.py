@@ -1,4 +1,4 @@
-"""What :func:`dartfx.compile` does to transformers' KV caches around a compiled call.
+"""How :func:`dartfx.compile` handles transformers' KV caches around a compiled call.
 
 After a pruned prefill a cache's layers become such as know what they lack
 (``pruned_layers.py``), so that transformers makes positions and masks of later calls.  What
@@ -136,7 +136,7 @@ def mark_pruned(
     before: Held | None = None,
     weights: Weights | None = None,
 ) -> None:
-    """Let the layers of a cache that this call filled know which tokens they lack.
+    """Record on the layers of a cache that this call filled which tokens they lack.
 
     tokens: S; keep_idx: [B, S'] of each graph that returned it; masks: those of the call that may
     say which tokens are no pads, [B, columns] or [B, 1, S, columns]; weights: the model's.
@@ -189,7 +189,7 @@ def held_tokens(layer: Any) -> int | None:
 
 @contextmanager
 def fitting_masks(caches: Sequence[Any]) -> Iterator[None]:
-    """Let pruned layers know that masks are gathered for them inside the ``with`` block."""
+    """Mark that masks are gathered for pruned layers inside the ``with`` block."""
     layers = [layer for cache in caches for layer in pruned_layers(cache)]
     for layer in layers:
         layer.masks_fit = True
@@ -256,7 +256,7 @@ def with_traced_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _without_pads(mask: Tensor, kept: KeptColumns, first: int) -> Tensor:
     """A static cache's mask [B, 1, t, slots], as ``generate`` makes it, with pads hidden.
 
-    first: the column of the cache's tokens that stands in the first slot.
+    first: the column of the cache's tokens that is in the first slot.
     """
     if kept.valid is None:
         return mask

@@ -1,8 +1,8 @@
-"""Cache layers that lack tokens which pruning dropped, and say so to transformers.
+"""Cache layers that lack dropped tokens, and report both lengths to transformers.
 
-transformers asks a cache layer how many tokens it has seen, from which positions and what is still
-to be computed follow, and how many columns it holds and where they begin, from which masks follow.
-Its sliding windows answer the two differently, and so do these.
+transformers derives positions, and which tokens are new, from the number of tokens that a cache
+layer has seen, and masks from the number of columns that it holds and where they begin.  Its
+sliding windows report different values for the two, and so do these layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["KeptColumns", "PrunedLayer", "extended", "make_pruned"]
 class KeptColumns:
     """Which tokens the first columns of a cache hold.
 
-    tokens: how many tokens they stand for, all until the last image that was pruned; keep_idx:
+    tokens: how many tokens they represent, all until the last image that was pruned; keep_idx:
     [B, columns] int64, positions among them, ascending, None where layers hold different ones;
     valid: [B, columns] bool, false at pads, None where all calls came without a mask; weights: what
     tells apart those that computed them, None where nothing does.
@@ -109,8 +109,8 @@ class PrunedLayer:
     """Mixin in front of a transformers cache layer, whose keys lack ``dropped`` tokens per row.
 
     kept: of which tokens its first columns are; None before anything was pruned.
-    masks_fit: whether whoever calls the model gathers masks as the columns were.
-    offloaded: whether its cache moves it to the host and back, in streams of its own.
+    masks_fit: whether the caller gathers masks as the columns were.
+    offloaded: whether its cache moves it to the host and back, in separate streams.
     """
 
     keys: Any

@@ -1,4 +1,4 @@
-"""Which weights filled a KV cache, so that another model's of the same shape does not go unseen."""
+"""Which weights filled a KV cache, to detect another model's cache of the same shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAMPLES = 64  # of each parameter
 
 
 class Weights:
-    """A model's weights, told apart by some numbers of its first and last decoder layer.
+    """A model's weights, identified by a sample of its first and last decoder layer.
 
     In bfloat16, so that a model moved to another device or dtype is the same, and one loaded in
     another process.  Parameters that are shards, quantised or not in memory are left out.
@@ -30,7 +30,7 @@ class Weights:
         self._continued: KeptColumns | None = None
 
     def digest(self) -> str | None:
-        """What tells them apart, or None; computed again only where parameters changed."""
+        """Their digest, or None; recomputed only where parameters changed."""
         sampled = self._sampled()
         state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in sampled]
         if state != self._state:
