@@ -1,1 +1,1 @@
-"""``python -m dartfx``: one module a command."""
+"""``python -m dartfx``: one module per command."""

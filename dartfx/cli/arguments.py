@@ -1,4 +1,4 @@
-"""The arguments that explain and show share: which model, image, prompt and options."""
+"""The arguments that commands share: model, image, prompt and options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Arguments that say which model, image, question and options.
+    """Add arguments for the model, image, question and options.
 
     required: whether a command needs the model and the image.
     """
@@ -48,7 +48,7 @@ def options(arguments: argparse.Namespace) -> dict[str, object]:
 
 def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model that the arguments name, and its inputs.  Raises InputError."""
-    # What fails fast comes first: weights may take minutes to load.
+    # Fast failures first: weights may take minutes to load.
     image = hf.read_image(arguments.image)
     processor = hf.load_processor(arguments.model)
     inputs = hf.prompt_inputs(processor, image, arguments.prompt)

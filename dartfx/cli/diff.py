@@ -1,4 +1,4 @@
-"""``python -m dartfx diff``: what two dumps did differently."""
+"""``python -m dartfx diff``: the differences between two dumps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m dartfx doctor``: whether dartfx can work on this machine, and what to do if not."""
+"""``python -m dartfx doctor``: whether dartfx works on this machine, and how to fix it if not."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine(lowering: str, quick: bool = False) -> Iterator[Finding]:
-    """All findings, each check on its own: one that fails does not stop the next."""
+    """All findings, check by check: one that fails does not stop the next."""
     checks: list[Callable[[], Finding]] = [
         _python,
         lambda: _version("torch", needed=True),
@@ -76,7 +76,7 @@ def examine(lowering: str, quick: bool = False) -> Iterator[Finding]:
     for check in checks:
         try:
             yield check()
-        except Exception as error:  # whatever is broken is a finding
+        except Exception as error:  # any failure is a finding
             text = f"{type(error).__name__}: {error}"
             yield Finding("bad", text.strip().split("\n")[0], "see the error; please report it if "
                           "it comes from dartfx")  # fmt: skip
@@ -172,17 +172,17 @@ def _no_model() -> Finding:
     return Finding("note", "no model was pruned and compiled (--quick)")
 
 
-# Half of it is spent once per machine: Inductor tries vector instructions and compiles a header.
+# Half of it occurs once per machine: Inductor probes vector instructions and compiles a header.
 _LONG = ", which takes about half a minute where Inductor's cache is empty"
 
 
 def _say(what: str) -> None:
-    """What takes long now, on stderr: stdout holds only findings."""
+    """Print the current step on stderr: stdout holds only findings."""
     print(f"...    {what}", file=sys.stderr, flush=True)
 
 
 def _tiny_model(lowering: str) -> Finding:
-    """Compile a tiny model, and hold its output against the same pruning run eagerly."""
+    """Compile a tiny model, and compare its output with the same pruning run eagerly."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)

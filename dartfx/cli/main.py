@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status, 2 for a wrong call as argparse does."""
+    """Run one command; returns its exit status, 2 for invalid arguments as argparse does."""
     argv = list(sys.argv[1:] if argv is None else argv)
     script = Path(sys.argv[0]).name == "dartfx"
     parser = argparse.ArgumentParser(
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except InputError as error:
-        # A positional argument goes by its metavar.
+        # A positional argument is named by its metavar.
         name = error.argument if error.argument.isupper() else f"--{error.argument}"
         print(f"error: argument {name}: {error}", file=sys.stderr)
     except ConfigError as error:

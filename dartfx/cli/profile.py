@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _graph(folder: Path) -> Path:
-    """The graph's folder that is meant."""
+    """The folder of the graph to profile."""
     if (folder / "repro.py").is_file():
         return folder
     if not folder.is_dir():
@@ -74,7 +74,7 @@ def _newest_pruned(folder: Path) -> Path | None:
 
 
 def _dumped(arguments: argparse.Namespace, folder: Path) -> tuple[Path | None, Explanation]:
-    """Dump one prefill of the model that the arguments name: the pruned graph, what was said."""
+    """Dump one prefill of the named model: the pruned graph, and the explanation."""
     model, inputs = load(arguments)
     quiet_dynamo()
     _say("tracing the model's prefill")
@@ -87,7 +87,7 @@ def _dumped(arguments: argparse.Namespace, folder: Path) -> tuple[Path | None, E
 
 
 def _profile(folder: Path, trace: Path | None, *, keep: bool) -> int:
-    """Profile one graph.  keep: add what was found to its report."""
+    """Profile one graph.  keep: add the result to its report."""
     script = runpy.run_path(str(folder / "repro.py"))
     replay = Replay()
     script["graph"](replay)
@@ -116,5 +116,5 @@ def _write(folder: Path, profile: Profile, trace: Path | None, keep: bool) -> No
 
 
 def _say(what: str) -> None:
-    """What takes long now, on stderr: stdout holds only the table."""
+    """Print the current step on stderr: stdout holds only the table."""
     print(f"...    {what}", file=sys.stderr, flush=True)

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _blaming(option: str) -> Iterator[None]:
-    """A layout that does not fit the tokens is a fault of the option that named it."""
+    """Attribute a layout that does not fit the tokens to the option that gave it."""
     try:
         yield
     except ValueError as error:
@@ -87,7 +87,7 @@ def _blaming(option: str) -> Iterator[None]:
 
 
 def _named(arguments: argparse.Namespace) -> tuple[str, Callable[[int], Layout] | None]:
-    """The option that names a layout, and that as a function of the number of vision tokens."""
+    """The option that gives a layout, and the layout by the number of vision tokens."""
     if arguments.grid is not None:
         grid = _numbers("grid", arguments.grid, (2, 3), "24x24 or 8x12x16")
         return "grid", lambda tokens: layout_of(grid)

@@ -1,4 +1,4 @@
-"""The options of the backend: what they mean, what is valid, what identifies a result."""
+"""The options of the backend: their meaning, validation, and the fingerprint of a result."""
 
 from dartfx.config.options import DartConfig
 

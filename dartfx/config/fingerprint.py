@@ -1,4 +1,4 @@
-"""What identifies a result, as one digest: plain values, the source behind it, and versions."""
+"""The fingerprint of a result, as one digest: plain values, the source behind it, and versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 __all__ = ["canonical", "digest", "source_digest"]
 
 
-# Folders that use what is compiled, or watch; an edit there leaves compiled code as it is.
+# Folders that use or observe compiled code; an edit there does not change it.
 _CHANGE_NO_RESULT = {
     (folder,)
     for folder in ["cli", "integrations", "observe", "replay", "token_map", "tools", "verification"]
@@ -38,9 +38,9 @@ def digest(facts: Mapping[str, object]) -> str:
 def canonical(value: object) -> str:
     """Text that is equal exactly for equal values of plain data (None, numbers, text, containers).
 
-    An object with a ``uuid()``, as Inductor's custom passes have, is identified by its answer.  Any
-    other object gets text that no other call returns: what it does cannot be read off it, so it
-    must not be taken for anything met before.
+    An object with a ``uuid()``, as Inductor's custom passes have, is identified by its result.  Any
+    other object gets text that no other call returns: its behaviour is unknown, so it
+    must not count as equal to anything seen before.
     """
     if isinstance(value, Mapping):
         items = sorted((canonical(k), canonical(v)) for k, v in value.items())

@@ -1,4 +1,4 @@
-"""The options of the backend: what they mean, what is valid, and what identifies a result."""
+"""The options of the backend: their meaning, validation, and the fingerprint of a result."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ __all__ = ["DUMP_VARIABLE", "OPTIONS_VARIABLE", "DartConfig"]
 DUMP_VARIABLE = "DARTFX_DUMP"
 OPTIONS_VARIABLE = "DARTFX_OPTIONS"
 
-# None reaches a tensor: they say how loudly a refusal is reported and which graphs are written.
+# None affects a tensor: they control how a refusal is reported and which graphs are written.
 _NO_EFFECT_ON_RESULT = frozenset({"dump", "dump_graphs", "dump_passes", "on_unsupported"})
 
-# The same option for tokens of any kind: of audio, say.
+# A synonym for tokens of any kind, audio for example.
 _SYNONYMS = {"pivot_media_tokens": "pivot_image_tokens"}
 
 # Compiled code does size arithmetic in 64 bits. Below this numerator, 2 * N * p + q stays inside
@@ -168,7 +168,7 @@ class DartConfig:
     def of_call(cls, options: Mapping[str, object] | None, mode: str | None = None) -> DartConfig:
         """The config of a call: of its options, of ``DARTFX_OPTIONS`` (JSON) where it gives none.
 
-        The two are not mixed, so nothing that the caller gives contradicts what it does not see.
+        The two are not mixed, so a caller's options never conflict with ones it does not know of.
         Raises ConfigError as :meth:`from_options`; it names the variable where the options are
         from there.
         """

@@ -1,4 +1,4 @@
-"""What each option accepts: one function per kind of value, and the table that assigns them."""
+"""Validation of options: one function per kind of value, and the table that assigns them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Check = Callable[[str, object], object]
 
 
 def describe(value: object) -> str:
-    """``value`` as an error message shows it: its repr and its type."""
+    """``value`` for an error message: its repr and its type."""
     return f"{value!r} ({type(value).__name__})"
 
 

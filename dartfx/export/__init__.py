@@ -1,1 +1,1 @@
-"""Exported programs: ``dartfx.prune_exported`` and what a C++ package needs."""
+"""Exported programs: ``dartfx.prune_exported``, also for C++ packages."""

@@ -1,6 +1,6 @@
-"""What was pruned in an exported program, written into the program itself.
+"""What was pruned in an exported program, stored in the program itself.
 
-It travels through ``torch.export.save`` and ``load``.
+It survives ``torch.export.save`` and ``load``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def exported_pruning(program: ExportedProgram) -> ExportedPruning | None:
 def note_pruning(
     pruned: ExportedProgram, original: ExportedProgram, outcome: Pruned, config: DartConfig
 ) -> None:
-    """Write into ``pruned`` what was done to ``original``."""
+    """Store in ``pruned`` how it differs from ``original``."""
     changed = _changed(pruned, original)
     noted = ExportedPruning(
         stack=outcome.stack,

@@ -29,7 +29,7 @@ __all__ = ["finished", "require_plain_signature", "state_of"]
 
 
 def state_of(program: ExportedProgram) -> set[str]:
-    """Names of the placeholders that a call does not bring: parameters, buffers, constants."""
+    """Names of the placeholders that are not inputs of a call: parameters, buffers, constants."""
     specs = program.graph_signature.input_specs
     return {s.arg.name for s in specs if s.kind is not InputKind.USER_INPUT}
 
@@ -51,7 +51,7 @@ def require_plain_signature(program: ExportedProgram) -> None:
 def finished(program: ExportedProgram, module: GraphModule, tokens: bool) -> ExportedProgram:
     """The program that computes the pruned graph ``module``, in plain ATen.
 
-    tokens: return what is left of the prompt as well.  Shares weights and example inputs with
+    tokens: return the kept positions as well.  Shares weights and example inputs with
     ``program``.  Raises what torch's verifier finds wrong.
     """
     signature = copy.deepcopy(program.graph_signature)
@@ -84,7 +84,7 @@ def finished(program: ExportedProgram, module: GraphModule, tokens: bool) -> Exp
 
 
 def _return_kept(module: GraphModule) -> None:
-    """Append the positions in the prompt that are left after the last cut to what is returned."""
+    """Append the positions that are kept after the last cut to the outputs."""
     (output,) = module.graph.find_nodes(op="output")
     output.args = ((*output.args[0], keep_idx_in_prompt(module.graph)[-1]),)
 

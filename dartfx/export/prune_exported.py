@@ -1,4 +1,4 @@
-"""``dartfx.prune_exported``: the same passes on what ``torch.export`` gives."""
+"""``dartfx.prune_exported``: the same passes on programs of ``torch.export``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _NOT_HERE = {
 
 
 def prune_exported(program: ExportedProgram, **options: object) -> ExportedProgram:
-    """A pruned program of what ``torch.export.export`` gave; ``program`` is not modified.
+    """A pruned version of a program of ``torch.export.export``, which is not modified.
 
     options: those of :class:`DartConfig`, but for ``lowering``, ``inductor`` and ``mode``, which
     say how to compile, and ``kernel="triton"``: the selection becomes plain ATen, so that the
@@ -57,7 +57,7 @@ def prune_exported(program: ExportedProgram, **options: object) -> ExportedProgr
     tokens; :func:`exported_pruning` of the result says which.  Weights are shared.  The result has
     passed torch's verifier and the passes' own check.
 
-    Raises ConfigError for an option that is not valid or means nothing here, TypeError for anything
+    Raises ConfigError for an option that is not valid or does not apply, TypeError for anything
     but an ExportedProgram, UnsupportedGraphError with the reason when the program cannot be pruned,
     which includes one without vision tokens and one with nothing to drop.
     """
@@ -90,7 +90,7 @@ def _config(options: Mapping[str, object]) -> DartConfig:
 
 
 def _declined(outcome: Outcome) -> Declined:
-    """Why there is no pruned program, with advice that fits an exported one."""
+    """Why there is no pruned program, with advice for exported programs."""
     assert not isinstance(outcome, Pruned)
     if not isinstance(outcome, Declined):
         return Declined(outcome.because)
@@ -104,14 +104,14 @@ def _declined(outcome: Outcome) -> Declined:
 
 
 class _Exported:
-    """One exported program on its way through the passes."""
+    """Runs the passes on one exported program."""
 
     def __init__(self, program: ExportedProgram, config: DartConfig) -> None:
         self.program, self.config = program, config
         self.dump = ExportDump(config, program.graph_module)
 
     def pruned(self) -> tuple[Outcome, ExportedProgram | None]:
-        """What became of the program, and the pruned one where there is one."""
+        """The outcome, and the pruned program where there is one."""
         guards: Any = None
 
         def trace() -> GraphModule:

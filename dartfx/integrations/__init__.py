@@ -1,4 +1,4 @@
-"""Where other programs take dartfx in: a module for each, which needs that program installed."""
+"""Adapters for other programs: a module for each, which needs that program installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def lmms_eval_manifest() -> Any:
     """What lmms-eval reads from the entry point group ``lmms_eval.models``: its model "dartfx".
 
     Returns lmms-eval's ModelManifest.  Names the classes only: lmms-eval calls this whenever it
-    starts, and imports a class when a run wants it.
+    starts, and imports a class when a run needs it.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -1,4 +1,4 @@
-"""A Hugging Face vision-language model that answers many prompts, pruned: what adapters share.
+"""A Hugging Face vision-language model that answers many prompts, pruned; adapters share it.
 
 Answers must not depend on the batch size.  Every row of a batch drops as many tokens, so only
 prompts whose images give as many vision tokens share one; text is padded on the left, which changes
@@ -84,7 +84,7 @@ class Tally:
 
     @property
     def all_retained(self) -> bool:
-        """Whether the options ask to keep every vision token of some prompt."""
+        """Whether the options keep every vision token of some prompt."""
         outcomes = (made.outcome for made in self.reports)
         return any(isinstance(o, Unchanged) and o.all_retained for o in outcomes)
 
@@ -228,7 +228,7 @@ _UNPRUNED = (
 
 
 def _without_pads(row: Tensor, pad: int | None) -> int:
-    """How many tokens a row has before those that fill it up."""
+    """How many tokens a row has before its padding."""
     filled = (row != pad).nonzero() if pad is not None else row.nonzero()
     return int(filled[-1]) + 1 if len(filled) else 0
 

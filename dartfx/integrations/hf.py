@@ -1,4 +1,4 @@
-"""The one place that loads a Hugging Face model, and makes its inputs of an image and a prompt.
+"""Loads Hugging Face models, and makes their inputs of an image and a prompt.
 
 Everything here raises :class:`~dartfx.errors.InputError`, which names what cannot be used and says
 what to do.  Loading runs code of transformers, of the tokeniser and of Pillow, each of which raises
@@ -43,7 +43,7 @@ def load_model(
     (attn_implementation, revision, trust_remote_code).  Raises InputError when transformers is
     missing, or the device, the model or its processor cannot be used.
     """
-    # The processor first: it loads in no time, and a model without one is of no use.
+    # The processor first: it loads fast, and a model without one cannot be used.
     processor = load_processor(
         name, **{k: v for k, v in arguments.items() if k in ("revision", "trust_remote_code")}
     )
@@ -121,7 +121,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
 
 
 def read_image(path: str | Path) -> Any:
-    """The picture at ``path`` as RGB, read whole, so that one cut short is noticed here.
+    """The image at ``path`` as RGB, read completely, so that a truncated file fails here.
 
     Raises InputError when Pillow or the file is missing, or the file is no picture.
     """
@@ -141,7 +141,7 @@ def read_image(path: str | Path) -> Any:
 
 
 def prompt_inputs(processor: Any, image: Any, prompt: str, **settings: Any) -> dict[str, Any]:
-    """What the processor makes of one image and a prompt, on the CPU.
+    """The processor's inputs for one image and a prompt, on the CPU.
 
     The prompt becomes the user's turn of the processor's chat template, after the image.  One that
     holds the image token is taken as it is.  settings: of the processor, as do_resize.  Raises
@@ -182,7 +182,7 @@ def quiet_dynamo() -> None:
 
 
 def _line(error: BaseException) -> str:
-    """The error's text in one line; its type too where it says nothing by itself."""
+    """The error's text in one line; with its type where the text alone says nothing."""
     text = " ".join(str(error).split())
     short = text if len(text) <= 300 else f"{text[:297]}..."
     return (

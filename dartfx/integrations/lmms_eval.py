@@ -99,7 +99,7 @@ class Dartfx(lmms):  # type: ignore[misc]
         ]
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Each continuation's mean negative log-likelihood, and whether the model would say it.
+        """Each continuation's mean negative log-likelihood, and whether it is the greedy one.
 
         Not the likelihood's logarithm, as lmms-eval's own description has it: its multiple choice
         takes the smallest of what models return, and its models return losses.
@@ -151,7 +151,7 @@ class Dartfx(lmms):  # type: ignore[misc]
         return [found[number] for number in range(len(requests))]
 
     def _tell(self, seconds: float, written: int) -> None:
-        """Say what was pruned, in the log and in the results' "throughput"."""
+        """Report what was pruned, in the log and in the results' "throughput"."""
         tally = self._answering.tally
         logger.info(f"dartfx: {tally}")
         figures: dict[str, float] = {

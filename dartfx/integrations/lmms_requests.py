@@ -1,4 +1,4 @@
-"""What lmms-eval's requests say, in the terms of Hugging Face; needs no lmms-eval.
+"""lmms-eval's requests in the terms of Hugging Face; needs no lmms-eval.
 
 The arguments of a request are a tuple whose order depends on its kind and on the kind of model
 (``construct_requests`` in lmms-eval's api/task.py):
@@ -78,7 +78,7 @@ def from_visuals(context: str, visuals: Sequence[Any] | None) -> Conversation:
 
 
 def settings_of(given: Mapping[str, Any], ignored: set[str]) -> Settings:
-    """How a task wants answers generated; names that mean nothing here are added to ``ignored``.
+    """A task's generation settings; unsupported names are added to ``ignored``.
 
     A temperature of 0 means greedy, whatever ``do_sample`` says.
     """

@@ -1,4 +1,4 @@
-"""Checks before a command's work begins that it can write where its arguments say."""
+"""Checks, before a command starts to work, that it can write its outputs."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def _parts(conversation: Conversation) -> Iterator[dict[str, Any]]:
 
 
 class Prompts:
-    """What a processor makes of conversations, ``batch_size`` at a time.
+    """Conversations as a processor's inputs, ``batch_size`` at a time.
 
     num_frames: frames sampled of each video; None is what the processor does by itself.
     """
@@ -77,7 +77,7 @@ class Prompts:
     def _form(self, conversation: Conversation) -> tuple[int, Hashable]:
         """Length of the prompt, and all that decides how many vision tokens it has.
 
-        That are the shapes of what is not text, and integers, which hold grids and sizes.
+        These are the shapes of everything but text, and integers, which hold grids and sizes.
         """
         if not _has_vision(conversation):
             return len(self.text(conversation)), None

@@ -1,1 +1,1 @@
-"""What happened, for people and programs; nothing here changes a result."""
+"""Reports, dumps and pages of what the compiler did; nothing here changes a result."""

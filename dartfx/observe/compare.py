@@ -146,7 +146,7 @@ def compare(one: Path, other: Path) -> Comparison:
 
 
 def _graphs(directory: Path) -> list[Graph]:
-    """The graphs that count, oldest first."""
+    """The graphs to compare, oldest first."""
     if directory.name.startswith("graph_"):
         found, _ = graphs(directory.parent)
         return [graph for graph in found if graph.folder == directory]
@@ -181,7 +181,7 @@ def _pair(one: Graph, other: Graph) -> Pair:
 
 
 def facts(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Difference]:
-    """What two reports say of a graph that is not the same."""
+    """The facts in which two reports of a graph differ."""
     for name, words in FACTS.items():
         if (a := one.get(name)) != (b := other.get(name)):
             yield Difference(words, _shown(a, name), _shown(b, name))
@@ -199,7 +199,7 @@ def facts(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Difference]:
 
 
 def _collectives(*both: list[str]) -> Iterator[Difference]:
-    """Where the order of collectives parts; a rank that waits for another there waits forever."""
+    """Where the order of collectives diverges; ranks would wait for each other there forever."""
     one, other = map(collectives, both)
     for number, (a, b) in enumerate(zip_longest(one, other, fillvalue="none"), start=1):
         if a != b:
@@ -208,7 +208,7 @@ def _collectives(*both: list[str]) -> Iterator[Difference]:
 
 
 def collectives(calls: list[str]) -> list[str]:
-    """The collectives' own names: ``_c10d_functional.all_reduce.default`` is ``all_reduce``.
+    """The collectives' short names: ``_c10d_functional.all_reduce.default`` is ``all_reduce``.
 
     Without the waits, of which each has one.
     """
@@ -248,7 +248,7 @@ def _operators(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Differenc
 
 
 def kept_differences(one: Path, other: Path) -> Iterator[Difference]:
-    """Where the first calls of two graphs kept other tokens."""
+    """Where the first calls of two graphs kept different tokens."""
     files = [read_json(folder / KEPT) for folder in (one, other)]
     for common in kept_in_common(*files):
         if common.share < 1:

@@ -1,4 +1,4 @@
-"""What compiling a graph took: seconds by step, kernels, and the layers that were compiled once."""
+"""The cost of compiling a graph: seconds by step, kernels, and layers compiled once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Compilation:
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Note what torch does inside the ``with`` block; nothing where it has other timers."""
+        """Measure torch inside the ``with`` block; nothing where it has other timers."""
         timers, counts = compat.find("compilation_time_metrics"), _counts()
         before = {name: len(entries) for name, entries in (timers or {}).items()}
         start = time.perf_counter()

@@ -89,7 +89,7 @@ class Dump:
             log.warning("no %s in %s: %s", repro_inputs.FILE, self._folder, error)
 
     def finish(self, report: Report) -> None:
-        """What became of the graph, for people (``report.txt``) and programs (``report.json``)."""
+        """Write the outcome, for people (``report.txt``) and programs (``report.json``)."""
         _trace("dartfx_report", "json", lambda: as_json(report))
         self._report = report
         if self._folder is None:
@@ -102,7 +102,7 @@ class Dump:
         self._write_report()
 
     def _described(self, report: Report) -> str:
-        """The line that the option dump_graphs is searched in."""
+        """The line that the option dump_graphs is matched against."""
         assert self._folder is not None
         kind, where = type(report.outcome).__name__.lower(), self._compilation["where"]
         return f"{self._folder.name} {kind} {where}"
@@ -115,7 +115,7 @@ class Dump:
         self._write_report()
 
     def abandon(self, why: str) -> None:
-        """The graph is not used after all; why: for the index, which still lists it."""
+        """Mark the graph as unused; why: for the index, which still lists it."""
         self._compilation["abandoned"] = why
         self._save_compilation()
         self._write_index()
@@ -186,7 +186,7 @@ def _trace(name: str, encoding: str, payload: Callable[[], str]) -> None:
 def _recorded_mask(
     dynamo: GraphModule, normalised: GraphModule, site: Site | None
 ) -> repro_script.RecordedMask | None:
-    """How a vision mask came to the graph: as two inputs in front of dynamo's own."""
+    """The graph's incoming vision mask, if any: two inputs in front of dynamo's own."""
     inputs = [n for n in normalised.graph.nodes if n.op == "placeholder"]
     own = sum(n.op == "placeholder" for n in dynamo.graph.nodes)
     if len(inputs) != own + 2:
@@ -205,7 +205,7 @@ def _recorded_mask(
 
 
 def _wants(pattern: str | None, name: str) -> bool:
-    """Whether a filter lets this through; without one everything is."""
+    """Whether this passes a filter; without one everything does."""
     return pattern is None or re.search(pattern, name) is not None
 
 

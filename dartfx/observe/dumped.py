@@ -1,4 +1,4 @@
-"""Reading a dump: its graphs with what became of each, and the calls that no pruned graph ran."""
+"""Reading a dump: its graphs with their outcomes, and the calls in which no pruned graph ran."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def is_dump(directory: Path) -> bool:
 
 
 def unpruned_calls(directory: Path) -> list[dict[str, Any]]:
-    """Calls with vision tokens that no pruned graph ran, by reason; the latest first."""
+    """Calls with vision tokens in which no pruned graph ran, by reason; the latest first."""
     files = [*directory.glob(UNPRUNED), *directory.glob(f"rank_*/{UNPRUNED}")]
     found = [call for file in files for call in read_json(file) or []]
     return sorted(found, key=lambda call: float(call["last"]), reverse=True)

@@ -77,7 +77,7 @@ def new_folder(directory: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Remove a graph's folder that no filter wants."""
+    """Remove a graph's folder that the filters exclude."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -94,7 +94,7 @@ def _of_rank(directory: Path) -> Path:
 
 
 def describe(module: GraphModule) -> dict[str, Any]:
-    """What is known of a graph when its compilation begins, as plain data.
+    """Facts about a graph when its compilation begins, as plain data.
 
     frame: dynamo's number of the frame and how often it compiled it before, as "0/1"; where: the
     innermost function that holds all of the graph; recompiled: the guard that failed.
@@ -128,7 +128,7 @@ def _where(module: GraphModule) -> str:
 
 
 def note_unpruned_call(directory: str | os.PathLike[str] | None, declined: Declined) -> None:
-    """Count a call that brought vision tokens and ran without any pruned graph, for the index."""
+    """Count a call with vision tokens that ran without any pruned graph, for the index."""
     if directory is None:
         return
     mine = _of_rank(Path(directory))

@@ -1,4 +1,4 @@
-"""One line that says what to do when nothing was pruned: ``explain`` ends with it, and warnings."""
+"""One line of advice when nothing was pruned, at the end of ``explain`` and of warnings."""
 
 from __future__ import annotations
 

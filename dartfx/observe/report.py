@@ -34,7 +34,7 @@ MOST_REPORTS = 1000  # a server compiles new shapes for as long as it runs
 
 @dataclass(frozen=True)
 class Report:
-    """One graph of a compiled call and what became of it.
+    """One graph of a compiled call and its outcome.
 
     graph: running number since the last reset; nodes: the graph's size as dynamo gave it;
     outcome: Pruned (every figure of the cut), Declined (why, where, what to try), Unchanged

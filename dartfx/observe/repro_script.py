@@ -1,7 +1,7 @@
 """Writes ``repro.py``: a script that rebuilds one dynamo graph and compiles it.
 
 The script holds operators, shapes, module paths and source lines; no weights, no inputs, no model.
-Integer and bool inputs are in a file of their own (:mod:`dartfx.observe.repro_inputs`).
+Integer and bool inputs are in a separate file (:mod:`dartfx.observe.repro_inputs`).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a dump's ``repro.py`` runs: rebuilds its graph, compiles it, runs it pruned and unpruned."""
+"""The code behind ``repro.py``: rebuilds a graph, compiles it, runs it pruned and unpruned."""

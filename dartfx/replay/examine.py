@@ -1,4 +1,4 @@
-"""What the arguments of ``repro.py`` ask of a graph, as lines to print."""
+"""The output of ``repro.py`` for its arguments, as lines to print."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ran(NamedTuple):
 def wanted_lines(
     ran: Ran, time: str | None, trace: str | None, tolerance: float | None
 ) -> Iterator[str]:
-    """What --profile TRACE, --bisect (with its tolerance) or a plain run prints."""
+    """The output of --profile TRACE, --bisect (with its tolerance) or a plain run."""
     if trace is not None:
         return _profile_lines(ran, trace)
     return _run_lines(ran, time) if tolerance is None else _bisect_lines(ran, tolerance)

@@ -1,4 +1,4 @@
-"""What a profile found, as a table, as plain data, and in the report of a dumped graph."""
+"""The result of a profile, as a table, as plain data, and in the report of a dumped graph."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A graph before and after pruning as one file for Model Explorer (ai-edge-model-explorer).
 
-Its own format rather than an exported program: that one it reads only where the operators of dartfx
-are registered, and not where a value is a number; Netron reads none with an operator of others.
+In its own format rather than as an exported program, which it reads only where dartfx's operators
+are registered, and not with numbers as values; Netron reads no program with custom operators.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def run_both(
     try:
         outputs = _Located(module).run(*copies(values))
     except _Failure as failure:
-        # torch adds its own account of where, in lines of its own.
+        # torch appends its own location, in separate lines.
         yield f"unpruned, it fails on random floats: {_first_line(failure)}"
         return
     yield f"unpruned outputs: {_shown(outputs)}"
@@ -75,7 +75,7 @@ def run_both(
 
 @contextlib.contextmanager
 def mask_present(mask: RecordedMask | None, inputs: Sequence[Any]) -> Iterator[None]:
-    """Let a vision mask come with one of the inputs, fake or real, as in the recorded call."""
+    """Provide a vision mask for one of the inputs, fake or real, as in the recorded call."""
     if mask is None:
         yield
         return
@@ -117,7 +117,7 @@ class _Located(Interpreter):
     def run_node(self, n: Node) -> Any:
         try:
             return super().run_node(n)
-        except Exception as error:  # any operator may refuse a value, each in its own way
+        except Exception as error:  # any operator may refuse a value, with any exception
             message = f"{n.name} ({source_line(n)}): {_first_line(error)}"
             raise _Failure(message) from error
 

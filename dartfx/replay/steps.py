@@ -1,4 +1,4 @@
-"""What ``repro.py`` does beyond running: stop after a pass, find the wrong pass, time."""
+"""Options of ``repro.py``: stop after a pass, find the wrong pass, time."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def bisect(
 def _tried(
     graph: GraphModule, values: Sequence[Any], wanted: Sequence[Tensor]
 ) -> tuple[float, str]:
-    """How far a graph's outputs are from the wanted ones, and how to say it."""
+    """How far a graph's outputs are from the expected ones, as a number and as text."""
     try:
         apart = _apart(wanted, _outputs(graph, values))
     except Exception as error:  # a wrong graph may fail in any way
@@ -116,7 +116,7 @@ def _tried(
 def _snapshots(
     module: GraphModule, config: DartConfig, caller: CallerCapabilities
 ) -> tuple[Outcome | None, list[tuple[str, GraphModule]]]:
-    """What became of the graph with all tokens retained, and the graph after each pass."""
+    """The outcome with all tokens retained, and the graph after each pass."""
     request = request_of(config, caller)
     everything = [dataclasses.replace(s, retain=lambda n: n) for s in request.stages]
     unshortened = dataclasses.replace(request, stages=tuple(everything), always=True)

@@ -1,1 +1,1 @@
-"""The selectors besides DART that come with dartfx, by subject; the registry names them."""
+"""DART and the other built-in selectors, the batch rule and the registry."""

@@ -32,7 +32,7 @@ Size: TypeAlias = Any
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What each row of a batch keeps besides the choice of vision tokens.
+    """What each row of a batch keeps in addition to the chosen vision tokens.
 
     text: [B, S] bool, valid non-vision positions.  text_after: the part of it after the row's
     last vision token.  pads: [B, S] bool.  budget: [B] int64, vision tokens to keep.
@@ -125,7 +125,7 @@ def positions_with_text(
     kept: Tensor, text: Tensor, pads: Tensor, pads_kept: Tensor, length: Size
 ) -> Tensor:
     """Positions of kept vision tokens, text, and the last ``pads_kept`` pads of each row."""
-    # Counted from the end of the row: the lowest pads are the first to go.
+    # Counted from the end of the row: the lowest pads are dropped first.
     behind = pads.sum(1, keepdim=True) - pads.cumsum(1)
     pads = pads & (behind < pads_kept[:, None])
     return positions_of(kept | text | pads, length)

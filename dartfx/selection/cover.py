@@ -1,4 +1,4 @@
-"""Selectors that let every vision token have a similar one among those kept: facility location."""
+"""Facility location: every vision token has a similar one among those kept."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""``report.html``: one graph's way through the passes, as a page that needs no network."""
+"""``report.html``: a graph after each pass, as a self-contained page."""

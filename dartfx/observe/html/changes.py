@@ -44,14 +44,14 @@ class Change:
 
     @property
     def nothing(self) -> bool:
-        """Whether the graph is as it was before the pass."""
+        """Whether the pass changed nothing."""
         return not (self.added or self.removed or self.changed)
 
 
 def change(
     name: str, file: str, seconds: float | None, before: Mapping[str, str], after: Mapping[str, str]
 ) -> Change:
-    """Compare two moments of a graph, each as its lines by the name of the node.
+    """Compare two states of a graph, each as its lines by the name of the node.
 
     Nodes keep their names from pass to pass, so that names say which lines belong together.
     """

@@ -79,7 +79,7 @@ class Drawing:
 
 
 def _shown(part: Part, place: int, step: float) -> str:
-    """Layers are many and in order: every fourth says which it is."""
+    """Layers are many and in order: every fourth is labelled."""
     if part.layer < 0:
         return part.label
     return part.label if part.layer % (1 if step >= 30 else 4) == 0 else ""

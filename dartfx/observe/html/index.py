@@ -1,4 +1,4 @@
-"""``index.html`` of a dump: what became of each graph, newest first."""
+"""``index.html`` of a dump: the outcome of each graph, newest first."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Ranks(NamedTuple):
 
 
 def write_index(directory: Path) -> None:
-    """Write the page for all that is in the dump now."""
+    """Write the page for the dump's current contents."""
     write(directory / "index.html", index(directory))
 
 

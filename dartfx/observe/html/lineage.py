@@ -1,4 +1,4 @@
-"""Who gave a value its token axis: the shortest chain of rules back to the merged embeddings."""
+"""The origin of a value's token axis: the shortest chain of rules from the merged embeddings."""
 
 from __future__ import annotations
 

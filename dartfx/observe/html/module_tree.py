@@ -34,7 +34,7 @@ class Module:
 
     @cached_property
     def does(self) -> tuple[Any, ...]:
-        """What it does, without its name: equal for equal modules."""
+        """Its contents, without its name: equal for equal modules."""
         below = tuple((_name(c.path), c.does) for c in self.children.values())
         return (*self.flops, *self.held, *self.nodes, frozenset(self.operators.items()), below)
 

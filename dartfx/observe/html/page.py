@@ -1,4 +1,4 @@
-"""Observes a graph on its way through the passes and renders ``report.html``."""
+"""Observes a graph after each pass and renders ``report.html``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Stage(NamedTuple):
 
 
 class Page:
-    """Observes one graph on its way through the passes; :meth:`html` then shows it."""
+    """Observes one graph after each pass; :meth:`html` then renders it."""
 
     def __init__(self) -> None:
         self._before: dict[str, Value] = {}
@@ -89,7 +89,7 @@ class Page:
         index: str = "",
         kept: dict[str, Any] | None = None,
     ) -> str:
-        """The page of one graph: all that was observed, and what became of it.
+        """The page of one graph: everything that was observed, and its outcome.
 
         files: names of the dump's other files, which the page links to; output_code: Inductor's;
         index: where the page of all graphs is; kept: kept.json.
@@ -248,7 +248,7 @@ def _total(found: Any) -> Part:
 
 
 def _warnings(report: Report) -> Iterator[str]:
-    """What the top of the page says when not everything was pruned."""
+    """The warnings at the top of the page when not everything was pruned."""
     outcome = report.outcome
     if isinstance(outcome, Declined):
         yield f"NOT pruned: {outcome.because}"

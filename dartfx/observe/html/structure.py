@@ -1,4 +1,4 @@
-"""A graph's parts (layers, embeddings, norm, head), what they cost and how they feed each other."""
+"""A graph's parts (layers, embeddings, norm, head), their costs and the data flow between them."""
 
 from __future__ import annotations
 

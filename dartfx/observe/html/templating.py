@@ -1,4 +1,4 @@
-"""What all pages share: templates that escape everything."""
+"""The templates of all pages, with escaping."""
 
 from __future__ import annotations
 

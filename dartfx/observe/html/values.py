@@ -1,4 +1,4 @@
-"""A graph's values at one moment, as plain data that outlives the graph's rewriting."""
+"""A graph's values in one state, as plain data that outlives the graph's rewriting."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _value(node: Node, code: str) -> Value:
 
 
 def _head(node: Node, found: torch.Tensor | None) -> str:
-    """An input has no line of its own in the graph's code."""
+    """The line of an input, which has none in the graph's code."""
     if found is None:
         return f"{node.name} ({node.op})"
     dtype = str(found.dtype).removeprefix("torch.")
