@@ -169,7 +169,7 @@ def test_continuations_without_a_likelihood(text: str, message: str) -> None:
 
 
 def test_an_unknown_dtype_is_named() -> None:
-    with pytest.raises(InputError, match="'floaty' is no torch dtype"):
+    with pytest.raises(InputError, match="'floaty' is not a torch dtype"):
         load_model(str(TINY / "model"), "cpu", "floaty")
 
 

@@ -180,7 +180,7 @@ def test_the_optional_inputs_of_a_selector_are_read_off_its_signature() -> None:
 
 
 def test_a_selector_that_asks_for_queries_must_be_given_them() -> None:
-    with pytest.raises(SelectionError, match="queries must be given: selector 'fastv' asks"):
+    with pytest.raises(SelectionError, match="queries must be given: selector 'fastv' requests"):
         select_tokens(**batch(), selector="fastv")
 
 
