@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
@@ -24,6 +26,7 @@ ENGINE: dict[str, Any] = {
     "block_size": 32,
     "gpu_memory_utilization": 0.1,
     "limit_mm_per_prompt": {"image": 2},
+    **json.loads(os.environ.get("VLLM_TEST_ENGINE", "{}")),
 }
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -32,9 +35,22 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support/vllm_start'}",
 }
+# Model Runner V2 needs Triton; where there is no GPU its interpreter will do.
+INTERPRETED = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+RUNNERS = {
+    "V1": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    "V2": {"VLLM_USE_V2_MODEL_RUNNER": "1", **INTERPRETED},
+}
 
 
-def serve(folder: Path, requests: list[Any], *, in_process: bool = True, **engine: Any) -> Any:
+def serve(
+    folder: Path,
+    requests: list[Any],
+    *,
+    in_process: bool = True,
+    runner: str = "V1",
+    **engine: Any,
+) -> Any:
     """What a run answered; raises AssertionError with the end of its log where it failed."""
     given, made = folder / "in.json", folder / "out.json"
     given.write_text(json.dumps({"engine": ENGINE | engine, "requests": requests}))
@@ -42,7 +58,7 @@ def serve(folder: Path, requests: list[Any], *, in_process: bool = True, **engin
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.vllm_serving", given, made],
         cwd=ROOT,
-        env=os.environ | ENVIRONMENT | multiprocessing,
+        env=os.environ | ENVIRONMENT | multiprocessing | RUNNERS[runner],
         capture_output=True,
         text=True,
     )
@@ -85,17 +101,37 @@ def watch(llm: Any) -> dict[str, Any]:
         return preempt(request, *arguments, **named)
 
     scheduler.schedule, scheduler._preempt_request = watched, counted
+    count_drafts(scheduler, seen)
     return seen
+
+
+def count_drafts(scheduler: Any, seen: dict[str, Any]) -> None:
+    """Speculative decoding: tokens that were drafted, and those that stayed."""
+    seen["drafts"] = seen["accepted"] = 0
+    observe = scheduler.make_spec_decoding_stats
+
+    def verified(stats: Any, **counts: Any) -> Any:
+        seen["drafts"] += counts["num_draft_tokens"]
+        seen["accepted"] += counts["num_accepted_tokens"]
+        return observe(stats, **counts)
+
+    scheduler.make_spec_decoding_stats = verified
 
 
 def figures(llm: Any, seen: dict[str, Any]) -> dict[str, Any]:
     """The figures as plain data, with those of the model."""
     scheduler = seen.pop("scheduler")
-    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    model = runner.model
     pruned = model.__dict__.get("dartfx_decoder")
     rows = (pruned.tokens, pruned.tokens_behind_cut) if pruned is not None else None
     counters = str(getattr(scheduler, "counters", ""))
-    return seen | {"rows": rows, "counters": counters, "model": type(model).__name__}
+    return seen | {
+        "rows": rows,
+        "counters": counters,
+        "model": type(model).__name__,
+        "runner": type(runner).__module__,
+    }
 
 
 def logits_of(completion: Any) -> list[list[float]]:

@@ -124,12 +124,17 @@ def starts_of(rows: Sequence[int]) -> Tensor:
     return starts
 
 
-def where_stored(rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """[T'] int64 request and position of the last ``rows[i]`` of ``lengths[i]`` tokens of each."""
+def where_stored(rows: Sequence[int], lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """[T'] int64 request and position of the last ``rows[i]`` of ``lengths[i]`` tokens of each.
+
+    lengths: [B], on the device that the result is for.  With drafts only the device knows how many
+    of the last ones were accepted, so the host's lengths are too large.
+    """
     counts = torch.tensor(rows)
     request = torch.repeat_interleave(torch.arange(len(rows)), counts)
-    first = torch.tensor(lengths) - counts - starts_of(rows)[:-1]
-    return request, first[request] + torch.arange(len(request))
+    first = lengths.long() - (counts + starts_of(rows)[:-1]).to(lengths.device)
+    request = request.to(lengths.device)
+    return request, first[request] + torch.arange(len(request), device=lengths.device)
 
 
 def compact_slots(block_table: Tensor, request: Tensor, position: Tensor, block: int) -> Tensor:

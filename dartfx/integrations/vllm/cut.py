@@ -196,14 +196,14 @@ class Piece:
         counts, after = [rows[i] for i in here], [lengths[i] for i in here]
         device, at = batch.seq_lens.device, torch.tensor(here)
         self.requests = at.to(device)
-        request, position = where_stored(counts, after)
-        self.request, self.position = request.to(device), position.to(device)
         starts, left = starts_of(counts), torch.tensor(after, dtype=torch.int32)
         lost = (batch.seq_lens_cpu_upper_bound[at] - left).to(device)
+        stored = batch.seq_lens[self.requests] - lost
+        self.request, self.position = where_stored(counts, stored)
         self.common = {
             "query_start_loc": starts.to(device),
             "query_start_loc_cpu": starts,
-            "seq_lens": batch.seq_lens[self.requests] - lost,
+            "seq_lens": stored,
             "seq_lens_cpu_upper_bound": left,
             "num_reqs": len(here),
             "num_actual_tokens": sum(counts),

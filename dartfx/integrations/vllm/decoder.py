@@ -19,7 +19,7 @@ from dartfx.config import DartConfig
 from dartfx.errors import ConfigError
 from dartfx.integrations.vllm import attention, cut, vllm_api
 from dartfx.integrations.vllm.batch import Part, pieces, plan_step
-from dartfx.integrations.vllm.prompts import prompts_of
+from dartfx.integrations.vllm.runners.prompts import prompts_of
 
 __all__ = ["PrunedDecoder"]
 

@@ -18,7 +18,7 @@ from prometheus_client import Counter
 
 from dartfx.integrations.vllm import options, vllm_api
 from dartfx.integrations.vllm.batch import Prompt
-from dartfx.integrations.vllm.prompts import write
+from dartfx.integrations.vllm.runners.prompts import write
 
 __all__ = [
     "BeforeCutSpec",

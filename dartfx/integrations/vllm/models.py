@@ -100,6 +100,11 @@ def attach(model: Any, vllm_config: Any, config: DartConfig) -> PrunedDecoder:
     decoder = find_decoder(model)
     attentions = attentions_of(model, decoder, config.layers[0])
     own_blocks = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    if vllm_config.use_v2_model_runner:
+        from dartfx.integrations.vllm.runners import v2
+
+        if why := v2.attach(model, vllm_config):
+            raise refused(model, f"{why}; or set VLLM_USE_V2_MODEL_RUNNER=0 in the environment")
     pruned = PrunedDecoder(decoder, attentions, vllm_config, config, own_blocks)
     pruned.install(decoder)
     blocks = (

@@ -11,7 +11,7 @@ from dartfx.selection.registry import is_random, optional_inputs, uses_key_norms
 
 __all__ = [
     "KEY",
-    "LOGITS_PROCESSOR",
+    "LOGITS_PROCESSORS",
     "OPTIONS",
     "SCHEDULER",
     "check_ranks",
@@ -24,7 +24,10 @@ KEY = "dartfx"
 
 # As vLLM's options name classes.
 SCHEDULER = "dartfx.integrations.vllm.memory.PrunedScheduler"
-LOGITS_PROCESSOR = "dartfx.integrations.vllm.prompts:PromptRows"
+LOGITS_PROCESSORS = {
+    "V1": "dartfx.integrations.vllm.runners.v1:Requests",
+    "V2": "dartfx.integrations.vllm.runners.v2:Requests",
+}
 
 # The others are about graphs that dartfx compiles; here vLLM compiles.
 OPTIONS = (

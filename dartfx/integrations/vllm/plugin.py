@@ -42,8 +42,9 @@ def prepare(vllm_config: Any) -> None:
     options.check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
     vllm_config.scheduler_config.scheduler_cls = options.SCHEDULER
     processors = list(vllm_config.model_config.logits_processors or [])
-    if options.LOGITS_PROCESSOR not in processors:
-        vllm_config.model_config.logits_processors = [*processors, options.LOGITS_PROCESSOR]
+    ours = options.LOGITS_PROCESSORS["V2" if vllm_config.use_v2_model_runner else "V1"]
+    if ours not in processors:
+        vllm_config.model_config.logits_processors = [*processors, ours]
 
 
 class _Check:

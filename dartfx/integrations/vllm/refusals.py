@@ -36,6 +36,10 @@ def _other_scheduler(config: Any) -> bool:
     return config.scheduler_config.scheduler_cls not in (None, options.SCHEDULER)
 
 
+def _drafts_by_ngrams(config: Any) -> bool:
+    return getattr(config.speculative_config, "method", None) in ("ngram", "ngram_gpu")
+
+
 def _video_pruning(config: Any) -> object:
     return getattr(config.model_config.multimodal_config, "video_pruning_rate", None)
 
@@ -44,12 +48,6 @@ _BOTH_WAYS = "image tokens attend to each other in both directions, which kept t
 _SHARED = "blocks that hold dropped and kept tokens of one prompt cannot be shared"
 
 REFUSALS = (
-    Refusal(
-        "Model Runner V2",
-        lambda c: c.use_v2_model_runner,
-        "dartfx prunes in Model Runner V1",
-        "set VLLM_USE_V2_MODEL_RUNNER=0 in the environment",
-    ),
     Refusal(
         "a scheduler of your own",
         _other_scheduler,
@@ -72,10 +70,16 @@ REFUSALS = (
         """--compilation-config '{"cudagraph_mode": "NONE"}', or --enforce-eager""",
     ),
     Refusal(
-        "speculative decoding",
-        lambda c: c.speculative_config,
-        "with drafts vLLM takes no logits processor, and one tells rows of the batch apart",
-        "leave out --speculative-config",
+        "n-gram drafts in Model Runner V1",
+        lambda c: _drafts_by_ngrams(c) and not c.use_v2_model_runner,
+        "with drafts it takes no logits processor, and one tells rows of the batch apart",
+        "set VLLM_USE_V2_MODEL_RUNNER=1 in the environment, or leave out --speculative-config",
+    ),
+    Refusal(
+        "speculative decoding by a model",
+        lambda c: c.speculative_config and not _drafts_by_ngrams(c),
+        "a draft model reads the hidden states of all tokens or has layers that are not pruned",
+        "leave out --speculative-config, or give it the method ngram",
     ),
     Refusal(
         "pipeline parallelism",

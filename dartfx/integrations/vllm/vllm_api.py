@@ -36,6 +36,7 @@ _HALVES = "the decoder runs in two compiled halves"
 _METADATA = "layers behind the cut see the kept tokens only"
 _MEMORY = "layers behind the cut hold KV blocks for the kept tokens only"
 _PROMPTS = "text pivots come from the prompt only"
+_V2_STATES = "vllm.v1.worker.gpu.model_states"
 
 NAMES: dict[str, PrivateName] = {
     # Tables that take entries.
@@ -55,8 +56,18 @@ NAMES: dict[str, PrivateName] = {
     **_names("vllm.v1.kv_cache_interface", "FullAttentionSpec", _MEMORY),
     **_names("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager", _MEMORY),
     **_names("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", _MEMORY),
+    # Model Runner V1
     **_names(
         "vllm.v1.sample.logits_processor.interface", "LogitsProcessor MoveDirectionality", _PROMPTS
+    ),
+    # Model Runner V2
+    **_names(_V2_STATES, "resolve_model_state_cls", _PROMPTS),
+    **_names(f"{_V2_STATES}.default", "DefaultModelState", _PROMPTS),
+    "LogitsProcessorV2": PrivateName(
+        "vllm.v1.worker.gpu.sample.logits_processor.interface",
+        "LogitsProcessor",
+        "requests are checked",
+        f"vLLM {TESTED}.0",
     ),
 }
 

@@ -62,7 +62,7 @@ def test_more_rows_than_layers_take_go_in_pieces(most: int) -> None:
 def test_slots_are_those_of_the_last_tokens_in_a_row_of_blocks(block: int) -> None:
     rows, lengths = [4, 1, 3], [4, 10, 5]
     blocks = torch.randperm(3 * 10).view(3, 10)
-    made = compact_slots(blocks, *where_stored(rows, lengths), block).tolist()
+    made = compact_slots(blocks, *where_stored(rows, torch.tensor(lengths)), block).tolist()
     wanted = [
         int(blocks[i, p // block]) * block + p % block
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True))

@@ -11,7 +11,7 @@ from torch import nn
 
 from dartfx.errors import ConfigError
 from dartfx.integrations.vllm import options, vllm_api
-from tests.support.vllm_serving import ENGINE, ENVIRONMENT, serve
+from tests.support.vllm_serving import ENGINE, ENVIRONMENT, RUNNERS, serve
 
 pytestmark = [
     pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),
@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT | RUNNERS["V1"]).items():
         monkeypatch.setenv(name, value)
 
 
@@ -49,7 +49,7 @@ def test_the_options_decide_what_compiled_code_is_reused(checkpoint: Path) -> No
 def test_the_config_gets_what_pruning_needs(checkpoint: Path) -> None:
     config = config_of(checkpoint, {"retain_tokens": 64})
     assert config.scheduler_config.scheduler_cls == options.SCHEDULER
-    assert config.model_config.logits_processors == [options.LOGITS_PROCESSOR]
+    assert config.model_config.logits_processors == [options.LOGITS_PROCESSORS["V1"]]
     plain = config_of(checkpoint, None)
     assert plain.scheduler_config.scheduler_cls is None
     assert not plain.model_config.logits_processors
@@ -110,15 +110,15 @@ def test_prompts_follow_the_rows_of_the_batch() -> None:
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
-    from dartfx.integrations.vllm import prompts
     from dartfx.integrations.vllm.batch import Prompt
+    from dartfx.integrations.vllm.runners import prompts, v1
 
     forged = SamplingParams(extra_args={"dartfx": {"tokens": 9, "first": 0, "dropped": 5}})
     own = SamplingParams(extra_args={"other": 1})
     drops = [prompts.write(own, Prompt(9 + i, 1, 5)) for i in range(2)]
     assert own.extra_args == {"other": 1}
     assert drops[0].extra_args["other"] == 1
-    processor = prompts.PromptRows(SimpleNamespace(instance_id="a test"), None, False)
+    processor = v1.Requests(SimpleNamespace(instance_id="a test"), None, False)
 
     def update(**changes: Any) -> dict[int, int]:
         given: Any = {"batch_size": 3, "removed": [], "added": [], "moved": []} | changes

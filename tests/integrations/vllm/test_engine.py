@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 PRUNED = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
+COMPILED = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "NONE"}}
 LOGITS = {"logprobs_mode": "raw_logits", "max_logprobs": -1}
 VISION = 576
 PIVOTS = 16
@@ -216,7 +217,7 @@ def test_many_prompts_begun_at_once_and_pushed_out_in_their_middle(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [4096, BUDGET])
-@pytest.mark.parametrize("how", [{"enforce_eager": False}, {"tensor_parallel_size": 2}])
+@pytest.mark.parametrize("how", [COMPILED, {"tensor_parallel_size": 2}])
 def test_compiled_and_on_two_ranks(
     how: dict[str, Any],
     budget: int,

@@ -94,15 +94,18 @@ def served(**changes: Any) -> Any:
     return SimpleNamespace(**plain, **{k: SimpleNamespace(**v) for k, v in groups.items()})
 
 
+NGRAMS = SimpleNamespace(method="ngram")
 ON: dict[str, tuple[dict[str, Any], str]] = {
-    "Model Runner V2": ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
     "a scheduler of your own": (
         {"scheduler_config__scheduler_cls": "of.the_user"}, "--scheduler-cls"),
     "prefix caching without the hybrid KV cache manager": (
         {"scheduler_config__disable_hybrid_kv_cache_manager": True}, "--no-enable-prefix-caching"),
     "CUDA graphs": (
         {"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL")}, "cudagraph_mode"),
-    "speculative decoding": ({"speculative_config": object()}, "--speculative-config"),
+    "n-gram drafts in Model Runner V1": (
+        {"speculative_config": NGRAMS}, "VLLM_USE_V2_MODEL_RUNNER=1"),
+    "speculative decoding by a model": (
+        {"speculative_config": SimpleNamespace(method="eagle")}, "the method ngram"),
     "pipeline parallelism": (
         {"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
     "data parallelism": ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size 1"),
@@ -132,6 +135,7 @@ ON: dict[str, tuple[dict[str, Any], str]] = {
 def test_every_refusal_is_tested() -> None:
     assert [refusal.feature for refusal in refusals.REFUSALS] == list(ON)
     refusals.check(served())
+    refusals.check(served(use_v2_model_runner=True, speculative_config=NGRAMS))
 
 
 @pytest.mark.parametrize("feature", ON)
@@ -146,8 +150,8 @@ def test_a_refusal_names_the_feature_and_the_flag(feature: str) -> None:
 
 
 def test_all_refusals_come_at_once() -> None:
-    config = served(kv_transfer_config=object(), speculative_config=object())
-    with pytest.raises(ConfigError, match=r"(?s)speculative decoding.*KV transfer"):
+    config = served(kv_transfer_config=object(), speculative_config=NGRAMS)
+    with pytest.raises(ConfigError, match=r"(?s)n-gram drafts.*KV transfer"):
         refusals.check(config)
 
 
@@ -161,8 +165,10 @@ def wanted(**changes: Any) -> Any:
 
 
 @pytest.mark.usefixtures("installed")
-def test_what_pruning_needs_is_added_once() -> None:
-    config = wanted(model_config__logits_processors=["of:the_user"])
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_what_pruning_needs_is_added_once(runner: str) -> None:
+    v2 = {"use_v2_model_runner": runner == "V2"}
+    config = wanted(model_config__logits_processors=["of:the_user"], **v2)
     for _ in range(2):
         plugin.prepare(config)
         assert config.scheduler_config.scheduler_cls == (
@@ -170,18 +176,18 @@ def test_what_pruning_needs_is_added_once() -> None:
         )
         assert config.model_config.logits_processors == [
             "of:the_user",
-            "dartfx.integrations.vllm.prompts:PromptRows",
+            f"dartfx.integrations.vllm.runners.{runner.lower()}:Requests",
         ]
 
 
 @pytest.mark.usefixtures("installed")
 def test_refusals_come_while_the_config_is_put_together() -> None:
     with pytest.raises(ConfigError, match="leave out --speculative-config"):
-        plugin.prepare(wanted(speculative_config=object()))
+        plugin.prepare(wanted(speculative_config=NGRAMS))
 
 
 def test_without_the_key_a_config_stays_as_it_is() -> None:
-    config = served(additional_config={}, speculative_config=object())
+    config = served(additional_config={}, speculative_config=NGRAMS)
     plugin.prepare(config)
     assert config.scheduler_config.scheduler_cls is None
     assert config.model_config.logits_processors is None
