@@ -54,6 +54,7 @@ def fold_windows(graph: Graph) -> None:
             continue
         x, missing = argument(node, "input"), _window(node) - 1
         if _single(node, "padding", 0) == missing:
+            _skip_whole_slices(node)
             # Unless what lies behind the last entry is read, too.
             if all(_is_head(user, x) for user in node.users):
                 _fold(node, x, list(node.users))
@@ -99,6 +100,23 @@ def _fold(node: Node, x: Node, results: list[Node]) -> None:
         node.graph.erase_node(result)
     if node not in results:
         node.graph.erase_node(node)
+
+
+def _skip_whole_slices(node: Node) -> None:
+    """Read ``node`` itself where a slice keeps all of it.
+
+    ``x[:, :, :n]`` slices the other dims, too, where torch cannot tell that nothing is cut off.
+    """
+    for user in list(node.users):
+        if packet(user) is aten.slice and _keeps_all(user, node):
+            user.replace_all_uses_with(node)
+            node.graph.erase_node(user)
+            _skip_whole_slices(node)
+
+
+def _keeps_all(user: Node, x: Node) -> bool:
+    starts = argument(user, "start") in (None, 0) and is_one(argument(user, "step", 1))
+    return starts and all(map(same_size, sizes(user), sizes(x)))
 
 
 def _is_head(user: Node, x: Node) -> bool:

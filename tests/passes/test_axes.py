@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dartfx.passes.analysis.token_axes import infer_axes
-from dartfx.passes.graph import sizes
+from dartfx.passes.frontend.causal_windows import CAUSAL_CONV1D, fold_windows
+from dartfx.passes.frontend.normalise import normalise
+from dartfx.passes.graph import aten, sizes
+from tests.passes.golden.graph_text import dynamo_graph
 
 Pairs = set[tuple[int, int]]
 
@@ -198,3 +202,19 @@ def test_embedding_keeps_the_dims_of_its_indices() -> None:
     found = traced(lambda w, i: F.embedding(i.long(), w), (4, 4), (4, 4))
     assert found.ties(1) == {(0, 0), (1, 1)}
     assert (0, 0) not in found.ties(0)
+
+
+def test_a_causal_window_is_found_behind_slices_that_keep_all() -> None:
+    """Of 32 rows torch slices the batch, too, which it does not of two."""
+    conv = nn.Conv1d(4, 4, 3, groups=4, padding=2)
+
+    def window(x: Tensor) -> Tensor:
+        whole: Tensor = conv(x)
+        return whole[:, :, : x.shape[2]]
+
+    x = torch.rand(32, 4, 6)
+    module = normalise(dynamo_graph(window, x, symbolic=[(0, 0), (0, 2)]))
+    assert len(module.graph.find_nodes(op="call_function", target=aten.slice.Tensor)) == 2
+    fold_windows(module.graph)
+    targets = [n.target for n in module.graph.nodes if n.op == "call_function"]
+    assert targets == [CAUSAL_CONV1D.default]
