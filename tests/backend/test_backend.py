@@ -110,18 +110,18 @@ def test_retaining_all_is_the_identity_and_says_so(
 
 
 @pytest.mark.parametrize("policy", ["warn", "error", "ignore"])
-def test_a_refusal_is_as_loud_as_asked(policy: str) -> None:
+def test_a_refusal_follows_on_unsupported(policy: str) -> None:
     model, inputs = Decoder().eval(), prompt(Sizes())
     options = {**BARE, "layer": 9, "on_unsupported": policy}
     fast = torch.compile(model, backend="dart", fullgraph=True, options=options)
-    told = r"(?s)layer=9, but the decoder stack .*layers has \d layers here.*: a layer from 0 to"
+    message = r"(?s)layer=9, but the decoder stack .*layers has \d layers here.*: a layer from 0 to"
     if policy == "error":
-        with pytest.raises(BackendCompilerFailed, match=told) as failed:
+        with pytest.raises(BackendCompilerFailed, match=message) as failed:
             fast(**inputs)
         assert isinstance(failed.value.inner_exception, dartfx.UnsupportedGraphError)
         return
     if policy == "warn":
-        with pytest.warns(dartfx.PruningWarning, match=told):
+        with pytest.warns(dartfx.PruningWarning, match=message):
             outputs = fast(**inputs)
     else:
         outputs = fast(**inputs)

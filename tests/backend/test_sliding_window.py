@@ -83,7 +83,7 @@ def test_padded_rows_in_a_window_that_is_full(dynamic: bool | None) -> None:
     assert {layer.get_seq_length() for layer in output.past_key_values.layers} == {seen}
 
 
-def test_refused_where_nobody_counts_the_tokens_anew(family: Family) -> None:
+def test_refused_where_no_caller_fixes_the_token_count(family: Family) -> None:
     inputs = family.make_inputs()
     options = {"retain_tokens": RETAIN, "lowering": "eager"}
     family.model.compile(backend="dart", options=options, fullgraph=True)

@@ -17,7 +17,7 @@ from tests.support.generating import (
     family,
     fast,
     pruned,
-    told,
+    settings_of,
     without_mask,
 )
 from tests.support.slow import slow
@@ -41,7 +41,7 @@ def test_static_cache(name: str, variant: str, compiles: str) -> None:
         how["compile_config"]._compile_all_devices = True
     model = fast(built)
     for _ in range(2):  # the second run has the same cache, emptied
-        ours = model.generate(**inputs, **told(how))
+        ours = model.generate(**inputs, **settings_of(how))
         torch.testing.assert_close(torch.stack(ours.logits), torch.stack(oracle.logits), **CLOSE)
     cache = ours.past_key_values
     assert type(cache).__name__ == "StaticCache"
@@ -56,7 +56,7 @@ def test_decode_static_in_one_line() -> None:
     built = family("llava")
     inputs = built.make_inputs()
     model = fast(built, decode="static")
-    ours = model.generate(**inputs, **told({}))
+    ours = model.generate(**inputs, **settings_of({}))
     assert type(ours.past_key_values).__name__ == "StaticCache"
     assert ours.sequences.tolist() == by_hooks(built, inputs, "uniform").sequences.tolist()
 

@@ -48,16 +48,16 @@ def broken(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights.write_bytes(weights.read_bytes()[:1000])
     (root / "bad_config/config.json").write_text("{")
     tokenizer = root / "no_words/tokenizer.json"
-    told = json.loads(tokenizer.read_text())
-    words = {w: n for w, n in told["model"]["vocab"].items() if w != "<unk>"}
-    told["model"] = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
-    told["pre_tokenizer"] = {"type": "WhitespaceSplit"}
-    tokenizer.write_text(json.dumps(told))
+    message = json.loads(tokenizer.read_text())
+    words = {w: n for w, n in message["model"]["vocab"].items() if w != "<unk>"}
+    message["model"] = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+    message["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    tokenizer.write_text(json.dumps(message))
     return root
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "message"),
     [
         ("image", "{root}/none.png", "there is no file"),
         ("image", "{root}/text.png", "is not a picture"),
@@ -76,7 +76,7 @@ def broken(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_cannot_be_used_is_named_in_one_line(
     option: str,
     value: str,
-    told: str,
+    message: str,
     saved: Path,
     broken: Path,
     capsys: pytest.CaptureFixture[str],
@@ -84,7 +84,7 @@ def test_what_cannot_be_used_is_named_in_one_line(
     assert call("explain", saved, f"--{option}", value.format(root=broken)) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: argument --{option}: ")
-    assert told in last
+    assert message in last
 
 
 def test_a_word_that_the_tokenizer_lacks(
@@ -96,7 +96,7 @@ def test_a_word_that_the_tokenizer_lacks(
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["show", "--out", "{root}/none/kept.png"], "--out: there is no folder"),
         (["show", "--image", "{root}/half.png"], "--image: cannot read"),
@@ -115,7 +115,7 @@ def test_a_word_that_the_tokenizer_lacks(
     ],
 )
 def test_outputs_are_checked_before_the_work(
-    argv: list[str], told: str, broken: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, broken: Path, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [part.format(root=broken) for part in argv]
     if argv[0] in ("show", "explain"):
@@ -124,8 +124,8 @@ def test_outputs_are_checked_before_the_work(
     if argv[:2] == ["bench", "generate"]:
         argv += ["--model-shape", "tiny"]
     assert main(argv) == 2
-    told = told.format(root=broken)
-    assert capsys.readouterr().err.splitlines() == [Matching(f"error: argument {told}")]
+    message = message.format(root=broken)
+    assert capsys.readouterr().err.splitlines() == [Matching(f"error: argument {message}")]
 
 
 class Matching(str):

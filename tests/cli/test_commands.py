@@ -41,8 +41,8 @@ def test_show(saved: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixt
     assert f"wrote {out}" in capsys.readouterr().out
     kept = dartfx.kept_tokens()[0].kept
     if name == "kept.html":
-        told = re.findall(r"<title>token (\d+), row \d, column \d, (\w+)", out.read_text())
-        assert [int(i) for i, state in told if state != "dropped"] == list(kept)
+        message = re.findall(r"<title>token (\d+), row \d, column \d, (\w+)", out.read_text())
+        assert [int(i) for i, state in message if state != "dropped"] == list(kept)
         return
     # The dropped patches are dimmed, and only they.
     grey = Image.open(out).convert("HSV").getchannel("V")
@@ -91,7 +91,7 @@ def test_show_says_which_option_names_a_layout_that_is_not_known(
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         (("--out", "kept.gif"), "--out: 'kept.gif' must end in .png or .html"),
         (("--grid", "five"), "--grid: got 'five', not something like 24x24"),
@@ -106,7 +106,7 @@ def test_show_says_which_option_names_a_layout_that_is_not_known(
     ],
 )
 def test_show_says_what_is_wrong(
-    saved: Path, more: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+    saved: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("show", saved, *more) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

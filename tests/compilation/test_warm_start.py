@@ -44,29 +44,29 @@ def compiled(retain):
 
 process, artifacts = sys.argv[1:]
 if process == "first":
-    told = [compiled(5)]
+    result = [compiled(5)]
     dartfx.save_cache(artifacts)
 elif process == "second":
-    told = [compiled(5), compiled(6)]
+    result = [compiled(5), compiled(6)]
 else:
     with fresh_cache():
         dartfx.load_cache(artifacts)
-        told = [compiled(5)]
-print(json.dumps(told))
+        result = [compiled(5)]
+print(json.dumps(result))
 """
 
 
 def run(process: str, artifacts: Path) -> list[dict[str, Any]]:
     """Hits and misses of AOTAutograd's cache, which holds what Inductor compiled."""
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PROGRAM, process, str(artifacts)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert told.returncode == 0, told.stderr[-2000:]
-    found: list[dict[str, Any]] = json.loads(told.stdout.splitlines()[-1])
+    assert result.returncode == 0, result.stderr[-2000:]
+    found: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
     return found
 
 

@@ -153,7 +153,7 @@ def test_two_ways_to_say_how_many_are_refused() -> None:
     assert given_none.reduction_ratio == 0.5
 
 
-def test_kernel_triton_asks_the_operator_and_passes_its_answer_on(
+def test_kernel_triton_is_validated_by_the_operator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []

@@ -25,7 +25,7 @@ def test_it_stands_in_for_options_that_are_not_given(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("retain_tokens=64", "is not JSON"),
         ("[64]", "must hold a JSON object"),
@@ -34,10 +34,10 @@ def test_it_stands_in_for_options_that_are_not_given(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_what_is_wrong_with_it_names_the_variable(
-    text: str, told: str, monkeypatch: pytest.MonkeyPatch
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DARTFX_OPTIONS", text)
-    with pytest.raises(ConfigError, match=f"^the environment's DARTFX_OPTIONS: .*{told}"):
+    with pytest.raises(ConfigError, match=f"^the environment's DARTFX_OPTIONS: .*{message}"):
         dartfx.compile(torch.nn.Linear(2, 2))
 
 

@@ -59,7 +59,7 @@ IN_TWO = [
         dump="fails",
     ),
     case("one_rank_fails_in_several_graphs", rank=1),
-    case("one_rank_does_not_hand_on", rank=1),
+    case("one_rank_does_not_return_the_mask", rank=1),
     {"name": "no answer", "do": "no_answer"},  # rank 0 waits for what rank 1 never says
 ]
 
@@ -135,8 +135,8 @@ def test_a_selector_of_ones_own_sees_the_heads_of_all_ranks(
 ) -> None:
     inputs = prompt(llava, "pad2")
     model = dartfx.compile(copy.deepcopy(llava.model), retain_tokens=RETAIN, **BY_HEADS, **EAGER)
-    told = {"max_new_tokens": 1, "do_sample": False, "output_logits": True}
-    one = model.generate(**inputs, **told, return_dict_in_generate=True)
+    settings = {"max_new_tokens": 1, "do_sample": False, "output_logits": True}
+    one = model.generate(**inputs, **settings, return_dict_in_generate=True)
     for result in two("by heads"):
         assert result["how"] == ["heads gathered"]
         assert result["tokens"].tolist() == one.sequences[:, -1:].tolist()
@@ -147,9 +147,7 @@ def test_a_selector_of_ones_own_sees_the_heads_of_all_ranks(
 
 
 @pytest.mark.parametrize("name", ["other prompt", "own seeds"])
-def test_ranks_that_select_differently_are_told(
-    two: Callable[[str], list[Result]], name: str
-) -> None:
+def test_ranks_that_select_differently_raise(two: Callable[[str], list[Result]], name: str) -> None:
     for result in two(name):
         assert result["error"].startswith("SelectionError: rank 1 of process group")
         assert "selected other tokens than rank 0" in result["error"]
@@ -174,7 +172,7 @@ def test_gradients_are_refused(llava: Family, two: Callable[[str], list[Result]]
     for result in two("with_gradients one"):
         assert "Pruned" not in result["kinds"]
         message = "a tensor-parallel graph that computes gradients"
-        assert any(message in told for told in result["because"])
+        assert any(message in because for because in result["because"])
         torch.testing.assert_close(result["logits"], unpruned(llava), **CLOSE)
 
 
@@ -190,13 +188,15 @@ def test_a_failure_on_one_rank_declines_on_all(
     plain = hooked.unpruned_generate(llava.model, inputs, max_new_tokens=steps)
     for rank, result in enumerate(two(name)):
         assert result["kinds"] == ["Declined"]
-        told = f"rank {failed} of 2 cannot prune its part" in result["because"][0]
-        assert told == (rank != failed)
+        named = f"rank {failed} of 2 cannot prune its part" in result["because"][0]
+        assert named == (rank != failed)
         assert "RuntimeError: injected" in result["because"][0]
         torch.testing.assert_close(result["logits"], plain.logits, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["one_rank_fails_in_several_graphs", "one_rank_does_not_hand_on"])
+@pytest.mark.parametrize(
+    "name", ["one_rank_fails_in_several_graphs", "one_rank_does_not_return_the_mask"]
+)
 def test_a_failure_in_one_of_several_graphs_leaves_nobody_waiting(
     llava: Family, two: Callable[[str], list[Result]], name: str
 ) -> None:

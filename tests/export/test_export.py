@@ -70,9 +70,9 @@ def test_layered_caches_and_no_caches(llava: Family) -> None:
     given = prefill(llava, inputs, caches=False)
     alone = dartfx.prune_exported(given, retain_tokens=RETAIN)
     torch.testing.assert_close(alone.module()(**inputs), wanted.logits, **CLOSE)
-    told = dartfx.exported_pruning(alone)
-    assert told is not None
-    assert told.kv_layout == "none returned"
+    pruning = dartfx.exported_pruning(alone)
+    assert pruning is not None
+    assert pruning.kv_layout == "none returned"
 
 
 class LanguageHalf(nn.Module):
@@ -179,9 +179,9 @@ def test_dynamic_cache_as_a_pytree_and_keep_idx(llava: Family, strict: bool) -> 
     assert torch.equal(keep, wanted.keep_idx)
     layers = [(e.keys, e.values) for e in output.past_key_values.layers]
     assert_same((output.logits, layers), wanted)
-    told = dartfx.exported_pruning(pruned)
-    assert told is not None
-    assert told.kept == 8  # logits, 3 layers of keys and values, image features
+    pruning = dartfx.exported_pruning(pruned)
+    assert pruning is not None
+    assert pruning.kept == 8  # logits, 3 layers of keys and values, image features
 
 
 @pytest.mark.slow
@@ -190,9 +190,9 @@ def test_several_stages(llava: Family, program: ExportedProgram) -> None:
     inputs = llava.make_inputs()
     options = {"layer": [1, 2], "retain_tokens": [10, 4], "kv_layout": "layered"}
     pruned = dartfx.prune_exported(program, **options, tokens=True)
-    told = dartfx.exported_pruning(pruned)
-    assert told is not None
-    assert (told.layers, told.sequence) == ((1, 2), (29, 17))
+    pruning = dartfx.exported_pruning(pruned)
+    assert pruning is not None
+    assert (pruning.layers, pruning.sequence) == ((1, 2), (29, 17))
     compiled = torch.compile(llava.model, backend="dart", options=options | {"lowering": "eager"})
     with torch.no_grad():
         wanted = compiled(**inputs)

@@ -19,31 +19,31 @@ from tests.support.tolerances import RETAIN
 
 def test_what_changed_is_stated_and_travels(llava: Family, program: ExportedProgram) -> None:
     pruned = dartfx.prune_exported(program, retain_tokens=RETAIN, selector="uniform")
-    told = dartfx.exported_pruning(pruned)
-    assert told is not None
-    assert (told.layers, told.vision_tokens, told.retained) == ((2,), 16, RETAIN)
-    assert told.kept is None
-    assert (told.sequence, told.kv_layout) == ((29, 19), "uniform")
-    assert [o.name for o in told.outputs][:3] == ["[0]", "[1][0][0]", "[1][0][1]"]
-    assert told.outputs[0].dims == (1,)
-    assert told.outputs[0].before == ("1", "29", "200")
-    assert told.outputs[0].after == ("1", "19", "200")
+    pruning = dartfx.exported_pruning(pruned)
+    assert pruning is not None
+    assert (pruning.layers, pruning.vision_tokens, pruning.retained) == ((2,), 16, RETAIN)
+    assert pruning.kept is None
+    assert (pruning.sequence, pruning.kv_layout) == ((29, 19), "uniform")
+    assert [o.name for o in pruning.outputs][:3] == ["[0]", "[1][0][0]", "[1][0][1]"]
+    assert pruning.outputs[0].dims == (1,)
+    assert pruning.outputs[0].before == ("1", "29", "200")
+    assert pruning.outputs[0].after == ("1", "19", "200")
     config = dartfx.DartConfig(retain_tokens=RETAIN, selector="uniform", kernel="torch")
     assert (
-        told.fingerprint
+        pruning.fingerprint
         == dartfx.DartConfig.from_options(
             {"retain_tokens": RETAIN, "selector": "uniform", "kernel": "torch"}
         ).fingerprint()
         == config.fingerprint()
     )
-    assert "29 -> 19 tokens" in str(told)
+    assert "29 -> 19 tokens" in str(pruning)
     assert dartfx.exported_pruning(program) is None
     (report,) = dartfx.reports()
     assert report.pruned
 
     inputs = llava.make_inputs()
     again = reloaded(pruned)
-    assert dartfx.exported_pruning(again) == told
+    assert dartfx.exported_pruning(again) == pruning
     torch.testing.assert_close(again.module()(**inputs), pruned.module()(**inputs))
 
 

@@ -117,7 +117,7 @@ def test_a_prompt_that_ran_unpruned_is_an_error(monkeypatch: pytest.MonkeyPatch)
     assert (lax.tally.with_vision, lax.tally.pruned) == (len(ASKED), 0)
 
 
-def test_keeping_all_tokens_is_told_and_no_error() -> None:
+def test_keeping_all_tokens_is_reported_and_no_error() -> None:
     everything = answering({**PRUNED, "retain_tokens": 576})
     assert answers(everything, count=1) == answers(answering(None), count=1)
     assert everything.tally.all_retained

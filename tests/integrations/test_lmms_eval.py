@@ -99,7 +99,7 @@ def evaluate(evaluator: Any, tasks: Path, task: str, **how: Any) -> dict[str, An
 
 
 def pruned_answers(asked: list[Any]) -> list[str]:
-    """What dartfx's own measure is told, one prompt at a time and without lmms-eval."""
+    """The answers in dartfx's own measure, one prompt at a time and without lmms-eval."""
     from dartfx.integrations.hf import load_model
     from dartfx.tools.evaluate import questions
     from dartfx.tools.evaluate.answers import Setting, answer_pruned

@@ -158,10 +158,10 @@ def test_what_needs_a_missing_name_says_so_or_does_without(
     assert compat.missing() == [renamed]
     assert "renamed_by_a_later_version" in str(doctor._private_names())
     try:
-        told = str(USE[name](tmp_path))
+        outcome = str(USE[name](tmp_path))
     except Exception as error:  # ours, or dynamo's around ours
-        told = f"NOT pruned: {error}"
-    assert "NOT pruned" not in told or str(renamed) in told
+        outcome = f"NOT pruned: {error}"
+    assert "NOT pruned" not in outcome or str(renamed) in outcome
 
 
 def test_every_module_can_be_imported_without_any_of_them() -> None:

@@ -105,10 +105,10 @@ def test_pictures_are_drawn_from_a_dump(tmp_path: Path) -> None:
         "24", "24", "17",
     ]  # fmt: skip
     flow = ElementTree.fromstring(pictures["passes"](folder))
-    told = [e.text for e in flow.iter() if str(e.tag).endswith("text")]
+    texts = [e.text for e in flow.iter() if str(e.tag).endswith("text")]
     titles = [title for title, _ in pictures["STAGES"].values()]
-    assert [t for t in told if t in titles] == titles
-    counts = [int(m[1]) for t in told if (m := re.fullmatch(r"(\d+) calls", str(t)))]
+    assert [t for t in texts if t in titles] == titles
+    counts = [int(m[1]) for t in texts if (m := re.fullmatch(r"(\d+) calls", str(t)))]
     nodes = (folder / "01_normalise.txt").read_text().count(" = torch.ops.")
     assert counts[1] == nodes
     assert counts[-1] > counts[1]

@@ -115,7 +115,7 @@ def test_a_clean_environment_finds_the_backend_by_name(clean_python: Path, elsew
     assert decoy == "decoy ignored"
 
 
-def test_a_misspelt_option_is_told_the_nearest(clean_python: Path, elsewhere: Path) -> None:
+def test_a_misspelt_option_names_the_nearest(clean_python: Path, elsewhere: Path) -> None:
     script = elsewhere / "misspelt.py"
     script.write_text(MISSPELT)
     command = [clean_python, script]

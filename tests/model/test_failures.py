@@ -104,7 +104,7 @@ def test_a_refusal_says_why_the_call_is_not_one_graph() -> None:
     assert "test_failures.py" in refused.value.where
     assert refused.value.advice.startswith("what breaks the graph taken out; or model.generate")
     torch.compiler.reset()
-    # Only who has not compiled by dartfx.compile is told to.
+    # Models of dartfx.compile get no advice to call it.
     bare = torch.compile(dartfx.uncompile(model), backend="dart", options=options)
     with pytest.raises(
         Exception, match=r"try: fullgraph=True, dartfx\.compile, or model\.generate"

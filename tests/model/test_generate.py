@@ -20,7 +20,7 @@ from tests.support.generating import (
     family,
     fast,
     pruned,
-    told,
+    settings_of,
     without_mask,
 )
 from tests.support.slow import slow
@@ -39,7 +39,7 @@ def test_sixteen_greedy_tokens(name: str, variant: str, layout: hooked.KvLayout)
     if layout == "layered":
         inputs = without_mask(inputs)
     oracle = by_hooks(built, inputs, layout, output_logits=True)
-    ours = fast(built, kv_layout=layout).generate(**inputs, **told({"output_logits": True}))
+    ours = fast(built, kv_layout=layout).generate(**inputs, **settings_of({"output_logits": True}))
     assert pruned() == 1
     assert ours.sequences.tolist() == oracle.sequences.tolist()
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(oracle.logits), **CLOSE)
@@ -53,7 +53,7 @@ def test_beam_search(name: str) -> None:
     inputs = built.make_inputs("pad2")
     how = {"num_beams": 4, "num_return_sequences": 2, "output_scores": True}
     oracle = by_hooks(built, inputs, "uniform", copies=4, **how)
-    ours = fast(built).generate(**inputs, **told(how))
+    ours = fast(built).generate(**inputs, **settings_of(how))
     assert pruned() == 1
     assert ours.sequences.tolist() == oracle.sequences.tolist()
     torch.testing.assert_close(ours.sequences_scores, oracle.sequences_scores, **CLOSE)
@@ -66,7 +66,7 @@ def test_rows_with_different_numbers_of_images_decode_exactly(name: str) -> None
     inputs = built.make_inputs("ragged")
     oracle = by_hooks(built, inputs, "uniform", output_logits=True)
     model = fast(built)
-    ours = model.generate(**inputs, **told({"output_logits": True}))
+    ours = model.generate(**inputs, **settings_of({"output_logits": True}))
     assert pruned() == 1
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(oracle.logits), **CLOSE)
 
@@ -79,7 +79,7 @@ def test_samples_with_a_fixed_seed() -> None:
     oracle = by_hooks(built, inputs, "uniform", copies=3, **how)
     model = fast(built)
     torch.manual_seed(4)
-    ours = model.generate(**inputs, **told(how))
+    ours = model.generate(**inputs, **settings_of(how))
     assert pruned() == 1
     assert ours.sequences.tolist() == oracle.sequences.tolist()
     assert len({tuple(row) for row in ours.sequences.tolist()}) > 1
@@ -101,7 +101,7 @@ def test_options_of_generate_one_by_one() -> None:
     for how in OPTIONS:
         how = {"output_logits": True, "max_new_tokens": 4} | how
         oracle = by_hooks(built, inputs, "uniform", **how)
-        ours = model.generate(**inputs, **told(how))
+        ours = model.generate(**inputs, **settings_of(how))
         assert ours.sequences.tolist() == oracle.sequences.tolist(), how
         torch.testing.assert_close(torch.stack(ours.logits), torch.stack(oracle.logits), **CLOSE)
     assert pruned() == 2, "one prefill for all but the one that returns hidden states"
@@ -110,7 +110,7 @@ def test_options_of_generate_one_by_one() -> None:
 def test_without_a_cache_every_step_is_a_pruned_prefill() -> None:
     built = family("llava")
     inputs, model = built.make_inputs(), fast(built)
-    ours = model.generate(**inputs, **told({"max_new_tokens": 5, "use_cache": False}))
+    ours = model.generate(**inputs, **settings_of({"max_new_tokens": 5, "use_cache": False}))
     assert pruned() <= 3, "the length becomes dynamic"
     ids = inputs["input_ids"]
     for _ in range(5):
@@ -133,7 +133,9 @@ def test_streaming(capsys: pytest.CaptureFixture[str]) -> None:
     built = family("llava")
     inputs = built.make_inputs()
     streamer = TextStreamer(Words(), skip_prompt=True)
-    ours = fast(built).generate(**inputs, **told({"streamer": streamer, "max_new_tokens": 3}))
+    ours = fast(built).generate(
+        **inputs, **settings_of({"streamer": streamer, "max_new_tokens": 3})
+    )
     assert pruned() == 1
     new = ours.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     assert capsys.readouterr().out.split() == [f"<{i}>" for i in new]
@@ -159,7 +161,7 @@ def test_a_second_turn_on_an_unpruned_cache() -> None:
     model = fast(built)
 
     def two_turns(model: Any) -> list[int]:
-        how = told({"max_new_tokens": 4})
+        how = settings_of({"max_new_tokens": 4})
         first = model.generate(**text, **how)
         more = torch.cat([first.sequences, first.sequences[:, -4:]], 1)
         cache = first.past_key_values
@@ -181,10 +183,10 @@ def test_two_models_in_two_threads_share_nothing() -> None:
         models.append(model)
         prompts.append(without_mask(inputs))
         alone.append(oracle.sequences.tolist())
-        model.generate(**prompts[-1], **told({"max_new_tokens": 2}))
+        model.generate(**prompts[-1], **settings_of({"max_new_tokens": 2}))
 
     def many(place: int) -> list[Any]:
-        how = told({"max_new_tokens": 2})
+        how = settings_of({"max_new_tokens": 2})
         runs = (models[place].generate(**prompts[place], **how) for _ in range(50))
         return [run.sequences.tolist() for run in runs]
 
@@ -193,13 +195,13 @@ def test_two_models_in_two_threads_share_nothing() -> None:
             assert runs == [alone[place]] * 50
 
 
-def test_generate_of_a_wrapper_is_told_by_explain() -> None:
+def test_explain_notes_generate_of_a_wrapper() -> None:
     built = family("llava")
     model = copy.deepcopy(built.model)
     inputs = built.make_inputs()
     wrapper = torch.compile(model, backend="dart", options={"retain_tokens": RETAIN})
-    told = dartfx.explain(wrapper.generate, **inputs, max_new_tokens=1)
-    assert "runs the original model" in str(told)
+    explanation = dartfx.explain(wrapper.generate, **inputs, max_new_tokens=1)
+    assert "runs the original model" in str(explanation)
     del wrapper
     gc.collect()
     assert "original" not in str(dartfx.explain(model.generate, **inputs, max_new_tokens=1))

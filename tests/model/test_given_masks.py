@@ -91,14 +91,14 @@ def test_a_mask_that_was_given_in_another_thread_is_named() -> None:
             return call()
 
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
-        told = pytest.raises(dartfx.UnsupportedGraphError, match="entered in another thread")
-        with dartfx.vision_tokens(vision), told:
+        refused = pytest.raises(dartfx.UnsupportedGraphError, match="entered in another thread")
+        with dartfx.vision_tokens(vision), refused:
             pool.submit(call).result()
         assert pool.submit(call_with_mask).result()[1] == vision.shape[1] - 16 + RETAIN
 
 
 def test_a_mask_that_does_not_fit_is_named() -> None:
     embeds, attention, vision = merged()
-    told = pytest.raises(dartfx.UnsupportedGraphError, match=r"was given one of shape \[2, ")
-    with dartfx.vision_tokens(vision[:, 1:]), torch.no_grad(), told:
+    refused = pytest.raises(dartfx.UnsupportedGraphError, match=r"was given one of shape \[2, ")
+    with dartfx.vision_tokens(vision[:, 1:]), torch.no_grad(), refused:
         compiled()(inputs_embeds=embeds, attention_mask=attention)

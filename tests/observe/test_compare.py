@@ -172,7 +172,7 @@ def test_a_filter_must_be_a_regular_expression(option: str, value: object) -> No
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["{one}"], "argument DUMP: name at least two folders"),
         (["{one}", "{one}/none"], "argument DUMP: there is no folder"),
@@ -181,12 +181,12 @@ def test_a_filter_must_be_a_regular_expression(option: str, value: object) -> No
     ],
 )
 def test_bad_arguments_are_named(
-    argv: list[str], told: str, dumps: dict[str, Path], tmp_path: Path,
+    argv: list[str], message: str, dumps: dict[str, Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     names = {"one": str(dumps["one"]), "empty": str(tmp_path)}
     assert main(["diff", *(part.format(**names) for part in argv)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {told.format(**names)}")
+    assert capsys.readouterr().err.startswith(f"error: {message.format(**names)}")
 
 
 def test_kept_tokens_are_in_the_report(dumps: dict[str, Path], tmp_path: Path) -> None:

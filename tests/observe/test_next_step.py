@@ -22,13 +22,13 @@ CASES: list[tuple[Outcome | None, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("outcome", "told"), CASES)
-def test_explain_ends_with_what_to_do(outcome: Outcome | None, told: str) -> None:
+@pytest.mark.parametrize(("outcome", "hint"), CASES)
+def test_explain_ends_with_what_to_do(outcome: Outcome | None, hint: str) -> None:
     reports = [] if outcome is None else [Report(0, 9, outcome)]
     last = str(Explanation(tuple(reports))).splitlines()[-1]
     assert last == next_step(reports)
     assert last.startswith("to prune this call: ")
-    assert told in last
+    assert hint in last
 
 
 def test_the_warning_says_the_same() -> None:

@@ -96,9 +96,9 @@ def test_messages_fit_into_an_assertion_on_a_device() -> None:
     for message in (TEXT_LOST, _WRONG_COUNT.format(who="selector 'key_norm'")):
         assert "..." not in assertion(message, 999_999)
     for length in (250, 254, 255, 400):
-        told = assertion("x" * length, 2)
-        assert len(told) <= 254
-        assert told.startswith("x" * min(length, 250))
+        shown = assertion("x" * length, 2)
+        assert len(shown) <= 254
+        assert shown.startswith("x" * min(length, 250))
 
 
 def test_an_edited_kernel_changes_what_compile_caches_are_keyed_by(

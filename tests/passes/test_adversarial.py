@@ -86,7 +86,7 @@ class Broken(Decoder):
         return self.finish(x, outputs, [])
 
 
-def test_mask_of_another_order_is_not_handed_on() -> None:
+def test_mask_of_another_order_is_not_returned() -> None:
     model, inputs = Broken(TWO_ROWS).eval(), uneven(TWO_ROWS)
     options = {"lowering": "eager", "retain_tokens": RETAIN, "layer": 1}
     with torch.no_grad():
@@ -127,7 +127,7 @@ class SortedTwice(Sorted):
 
 
 @pytest.mark.parametrize("layer", [Sorted, SortedTwice])
-def test_table_beside_sorted_rows(layer: type[Layer]) -> None:
+def test_table_next_to_sorted_rows(layer: type[Layer]) -> None:
     assert_declined(Decoder(SMALL, layer=layer), prompt(SMALL), "aten.index.Tensor")
 
 

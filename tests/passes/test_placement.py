@@ -156,7 +156,7 @@ def test_a_write_reaches_every_view() -> None:
         ([((B, S, D), COLUMNS), ((LOCAL, D), Shards("h", 0, 2))], "2 process groups at once"),
     ],
 )
-def test_what_parameters_do_not_tell_is_refused(inputs: list[Any], message: str) -> None:
+def test_what_parameters_do_not_show_is_refused(inputs: list[Any], message: str) -> None:
     with pytest.raises(Refusal, match=message):
         placement(lambda x, w: summed(linear(x, w)), *inputs)
 

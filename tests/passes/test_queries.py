@@ -70,7 +70,7 @@ def test_fastv_keeps_what_the_model_attends_to(name: str, variant: str, attentio
     inputs = family.make_inputs(variant)
     vision = inputs["input_ids"] == family.image_token_id
     with torch.no_grad():
-        told = plain.model(**inputs, output_attentions=True)
+        output = plain.model(**inputs, output_attentions=True)
         family.model(**inputs)
         dartfx.compile(
             family.model,
@@ -82,7 +82,7 @@ def test_fastv_keeps_what_the_model_attends_to(name: str, variant: str, attentio
         )
         family.model(**inputs, use_cache=False)
     kept = [[image.positions[i] for i in image.kept] for image in dartfx.kept_tokens()]
-    assert kept == most_attended(told.attentions[1], vision)
+    assert kept == most_attended(output.attentions[1], vision)
 
 
 def seen(name: str = "watching") -> dict[str, Any]:

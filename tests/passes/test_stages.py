@@ -226,9 +226,9 @@ def test_dump_of_every_stage(family: Family, tmp_path: Path) -> None:
     assert names[-14:] == ["locate", *stages]
     page = (folder / "report.html").read_text()
     assert len(re.findall(r'class="cut" x1="([\d.]+)"', page)) == 2
-    told = json.loads((folder / "report.json").read_text())
-    assert [cut["retained"] for cut in told["cuts"]] == [9, 3]
-    assert (told["layer"], told["retained"]) == (1, 3)
+    as_json = json.loads((folder / "report.json").read_text())
+    assert [cut["retained"] for cut in as_json["cuts"]] == [9, 3]
+    assert (as_json["layer"], as_json["retained"]) == (1, 3)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_a_model_is_profiled(
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         ([], "argument --model: name a model and an image, or the folder of a dump"),
         (["{root}/none"], "argument DUMP: there is no folder"),
@@ -152,11 +152,11 @@ def test_a_model_is_profiled(
     ],
 )
 def test_bad_arguments_are_named(
-    argv: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = str(tmp_path)
     assert main(["profile", *(part.format(root=root) for part in argv)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {told.format(root=root)}")
+    assert capsys.readouterr().err.startswith(f"error: {message.format(root=root)}")
 
 
 def test_a_graph_that_is_not_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,7 @@ def test_sizes_may_be_symbolic(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAME_ALONE)
-def test_nothing_to_tell_tokens_apart_by_leaves_their_places(name: str) -> None:
+def test_equal_tokens_are_kept_by_position(name: str) -> None:
     """Equal tokens: the lowest positions, but where places count: of each stretch the lowest."""
     case = with_queries(ragged([12], [0], words=4))
     case["hidden"], case["keys"] = torch.ones(1, 16, 16), torch.ones(1, 2, 16, 8)

@@ -94,7 +94,7 @@ def test_random_follows_manual_seed() -> None:
     assert seen == set(range(4, 16))
 
 
-def test_random_draws_anew_in_every_compiled_call() -> None:
+def test_random_draws_again_in_every_compiled_call() -> None:
     case = batch()
 
     def call(hidden: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def test_the_optional_inputs_of_a_selector_are_read_off_its_signature() -> None:
         register_selector("more")(lambda h, k, v, t, b, *, queries, values, **pivots: v)
 
 
-def test_a_selector_that_asks_for_queries_must_be_given_them() -> None:
+def test_a_selector_that_requests_queries_must_be_given_them() -> None:
     with pytest.raises(SelectionError, match="queries must be given: selector 'fastv' requests"):
         select_tokens(**batch(), selector="fastv")
 

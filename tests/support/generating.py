@@ -43,14 +43,14 @@ def by_hooks(
     }
     hooks = hooks_of.Hooks(built.model, rows, 2, RETAIN, hooked.float64_selector)
     with hooks_of.installed(hooks, layout):
-        return built.model.generate(**inputs, **told(how))
+        return built.model.generate(**inputs, **settings_of(how))
 
 
 def batch_of(inputs: Inputs) -> int:
     return int(inputs["input_ids"].shape[0])
 
 
-def told(how: dict[str, Any]) -> dict[str, Any]:
+def settings_of(how: dict[str, Any]) -> dict[str, Any]:
     return {"max_new_tokens": 16, "do_sample": False, "return_dict_in_generate": True} | how
 
 

@@ -154,7 +154,7 @@ def one_rank_fails_in_several_graphs(model: Any, inputs: Result, given: Result) 
         return in_several_graphs(model, inputs, given)
 
 
-def one_rank_does_not_hand_on(model: Any, inputs: Result, given: Result) -> Result:
+def one_rank_does_not_return_the_mask(model: Any, inputs: Result, given: Result) -> Result:
     with failing(return_mask, "vision_mask", given.pop("rank")):
         return in_several_graphs(model, inputs, given)
 
@@ -211,7 +211,7 @@ CASES: dict[str, Callable[[Any, Result, Result], Result]] = {
         one_rank_fails,
         one_rank_cannot_trace_local_tensors,
         one_rank_fails_in_several_graphs,
-        one_rank_does_not_hand_on,
+        one_rank_does_not_return_the_mask,
         other_prompt_on_rank_1,
         own_seed,
         no_answer,

@@ -135,7 +135,7 @@ def figures(llm: Any, seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def logits_of(completion: Any) -> list[list[float]]:
-    """[tokens, vocabulary] logits, where vLLM was told to give those as log-probabilities."""
+    """[tokens, vocabulary] logits, where vLLM returns these as log-probabilities."""
     return [[row[i].logprob for i in sorted(row)] for row in completion.logprobs]
 
 

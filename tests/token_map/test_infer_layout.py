@@ -241,7 +241,7 @@ def test_frames_of_a_video() -> None:
          "do not explain 28"),
     ],
 )  # fmt: skip
-def test_what_is_not_told_is_refused(inputs: Any, runs: list[int], because: str) -> None:
+def test_undetermined_layouts_are_refused(inputs: Any, runs: list[int], because: str) -> None:
     with pytest.raises(ValueError, match=f"is not known: .*{because}.*; name it: a grid"):
         from_inputs(inputs, runs)
 

@@ -201,7 +201,7 @@ def test_layouts() -> None:
         Layout.tiles(1, 1, (2, 2), overview="middle")
 
 
-def test_explain_tells_tokens_when_asked() -> None:
+def test_explain_shows_tokens_on_request() -> None:
     llava = load("llava", layers=3)
     inputs = llava.make_inputs("two")
     asked = dartfx.explain(llava.model, **inputs, options={"retain_tokens": 6}, tokens=True)

@@ -33,7 +33,7 @@ def test_limits_are_amdahls() -> None:
     assert faster["total"] == {1: pytest.approx(5 / 3), 9: pytest.approx(1.5)}
 
 
-def test_a_tower_that_cannot_be_told_apart_leaves_the_totals() -> None:
+def test_a_tower_that_cannot_be_timed_apart_leaves_the_totals() -> None:
     row = {"name": "eager", "label": "eager", "failed": "", "kv_bytes": 2e6, "peak_bytes": 3e9}
     row["warmup_seconds"] = 7.0
     text = tables(

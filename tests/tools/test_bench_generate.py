@@ -206,7 +206,7 @@ def test_hooks_prune_as_the_oracle_does(work: Workload) -> None:
     assert [layer.keys.shape[2] for layer in call().past_key_values.layers] == [S + new - 1] * 4
 
 
-def test_rows_that_fail_are_told_and_give_no_number(
+def test_rows_that_fail_are_reported_and_give_no_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Any:

@@ -190,6 +190,6 @@ def test_quick_holds_of_the_trained_model(
     arguments = parsed("--quick", "--json", str(tmp_path / "figures.json"))
     arguments.model, arguments.questions = ROOT / evaluate.MODEL, ROOT / evaluate.QUESTIONS
     assert evaluate.run(arguments) == 0, capsys.readouterr().err
-    told = json.loads((tmp_path / "figures.json").read_text())
-    assert [s["retained"] for s in told["settings"]] == [576, 0, 192]
-    assert told["unpruned"]["location"][0] > 0.9
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert [s["retained"] for s in written["settings"]] == [576, 0, 192]
+    assert written["unpruned"]["location"][0] > 0.9

@@ -15,7 +15,7 @@ from dartfx.tools.evaluate.answers import encode_once
 from dartfx.tools.evaluate.resume import Resumed
 
 
-def test_one_selector_stands_for_others_while_they_are_asked_for() -> None:
+def test_one_selector_replaces_others_that_are_requested() -> None:
     torch.manual_seed(0)
     vision = torch.zeros(1, 20, dtype=torch.bool)
     vision[:, 4:16] = True

@@ -94,8 +94,8 @@ def test_seeds_are_averaged_and_selectors_compared_question_by_question() -> Non
     text = made.as_markdown()
     assert "| random | 3 | 50.0 ±" in text
     assert "| random | 3 | +50.0 ±" in text
-    told = made.as_json()["settings"][1]
-    assert told["right_by_seed"] == {0: "f", 1: "0"}
+    written = made.as_json()["settings"][1]
+    assert written["right_by_seed"] == {0: "f", 1: "0"}
     lines = as_lines(made.as_json())
     assert json.loads(lines) == json.loads(json.dumps(made.as_json()))
     assert sum('"selector"' in line for line in lines.splitlines()) == 2

@@ -42,10 +42,10 @@ def test_hooks_on_layers_are_refused_by_name(put_hooks, first: bool) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tokens = built.model.generate(**inputs, max_new_tokens=2, do_sample=False)
-    told = [str(w.message) for w in caught if w.category is dartfx.PruningWarning]
-    assert len(told) == 1
-    assert "hooks of accelerate (AlignDevicesHook" in told[0]
-    assert "internal error" not in told[0]
+    messages = [str(w.message) for w in caught if w.category is dartfx.PruningWarning]
+    assert len(messages) == 1
+    assert "hooks of accelerate (AlignDevicesHook" in messages[0]
+    assert "internal error" not in messages[0]
     (report,) = dartfx.reports()
     assert isinstance(report.outcome, Declined)
     assert torch.equal(tokens, plain)
