@@ -1,4 +1,4 @@
-"""``torch.ops.dartfx.picked_by``: which pivot kept each vision token, for people to look at."""
+"""``torch.ops.dartfx.picked_by``: which pivot kept each vision token, for display."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["in_prompt", "picked_by"]
 
 
 # Opaque to the compiler: it runs only with the option ``tokens``, and a graph of
-# one fallback call compiles faster than a fused one. It reads nothing on the host, so it may stand
+# one fallback call compiles faster than a fused one. It reads nothing on the host, so it may be
 # in a CUDA graph.
 @custom_op(
     "dartfx::picked_by",

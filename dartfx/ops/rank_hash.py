@@ -1,4 +1,4 @@
-"""``torch.ops.dartfx.hash_indices``: what ranks compare to see that they selected alike."""
+"""``torch.ops.dartfx.hash_indices``: a hash by which ranks compare their selections."""
 
 from __future__ import annotations
 

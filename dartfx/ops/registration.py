@@ -86,7 +86,7 @@ def _require_rows_fake(value: Tensor, ok: Tensor, message: str) -> Tensor:
 def choose_kernel(
     kernel: str, device: torch.device, unsupported: Callable[[], str] = str
 ) -> Literal["torch", "triton"]:
-    """Which implementation runs on ``device``: Triton's wherever "auto" finds that it can.
+    """Which implementation runs on ``device``: with "auto", Triton's wherever it can run.
 
     unsupported: says what about the inputs the kernels do not serve, or returns an empty string.
     Raises ConfigError for an unknown name and KernelUnavailableError for "triton" where it cannot.

@@ -31,7 +31,7 @@ def from_inputs(inputs: Mapping[str, Any], runs: Sequence[int]) -> list[Layout]:
 
     inputs: the call's keyword arguments, as a processor made them.  runs: lengths of the unbroken
     runs of vision tokens in the same order: ``[len(k.positions) for k in dartfx.kept_tokens()]``.
-    Tokens are assumed to lie row by row, as patches do; the queries of a resampler have no cell in
+    Tokens are assumed to be in row order, as patches do; the queries of a resampler have no cell in
     the image, and nothing here distinguishes them from patches.  Raises ValueError with what is
     missing, LayoutUnknown where no argument is known.
     """

@@ -1,8 +1,8 @@
-"""Where vision tokens lie in the picture they come from: grids, tiles, frames.
+"""The positions of vision tokens in their image: grids, tiles, frames.
 
 A layout lists one cell per vision token, in prompt order.  Models order tokens
 differently; :mod:`dartfx.token_map.infer_layout` infers the layout where a call's arguments
-determine it, else a caller names it.  Nothing here knows a model.
+determine it, else a caller names it.  There is no model-specific code here.
 """
 
 from __future__ import annotations

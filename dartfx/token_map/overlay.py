@@ -70,7 +70,7 @@ def overlay_html(
     kept: KeptTokens,
     grid: Layout | Sequence[int] | None = None,
 ) -> str:
-    """The same as one HTML page without a network: pointing at a patch describes its token.
+    """The same as a self-contained HTML page: hovering over a patch describes its token.
 
     Arguments and errors as of :func:`overlay`.
     """

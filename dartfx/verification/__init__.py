@@ -1,1 +1,1 @@
-"""``dartfx.verify``: the pruned model against the same selection by masks."""
+"""``dartfx.verify``: compares the pruned model with the same selection by masks."""

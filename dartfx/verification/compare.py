@@ -49,7 +49,7 @@ class Compared(NamedTuple):
 
 
 class NotPruned(Exception):
-    """What became of the graph instead; None where no decoder is in it."""
+    """The graph's outcome instead; None where it holds no decoder."""
 
     def __init__(self, outcome: Outcome | None) -> None:
         super().__init__(outcome)
@@ -146,7 +146,7 @@ def _returned(
 
 
 def _return(module: GraphModule, names: Sequence[str | None]) -> None:
-    """Let the graph return these values and nothing else."""
+    """Make the graph return exactly these values."""
     nodes = {n.name: n for n in module.graph.nodes}
     (output,) = module.graph.find_nodes(op="output")
     output.args = (tuple(nodes[name] if name else None for name in names),)

@@ -1,7 +1,7 @@
-"""A pruned graph's meaning without pruning: the original graph, blind to the dropped tokens.
+"""The reference for a pruned graph: the original, with the dropped tokens masked.
 
-From the cut on every attention hides the dropped tokens from all others.  What the kept tokens
-become must then be what the pruned graph computes.
+From the cut on, every attention masks the dropped tokens.  The values of the kept tokens must then
+equal those of the pruned graph.
 """
 
 from __future__ import annotations

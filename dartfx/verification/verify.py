@@ -1,4 +1,4 @@
-"""``dartfx.verify``: whether the rewriting of a user's own model means what it should."""
+"""``dartfx.verify``: checks the rewriting of a user's own model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the selection is timed against: the published algorithm, and a decoder layer."""
+"""Baselines for timing the selection: the published algorithm, and a decoder layer."""
 
 from __future__ import annotations
 

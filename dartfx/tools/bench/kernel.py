@@ -1,4 +1,4 @@
-"""The selection and what it could be compared with, at the shapes of real models.
+"""The selection and its baselines, at the shapes of real models.
 
   image   LLaVA-1.5-7B, one image of 576 vision tokens, 64 kept
   tiles   LLaVA-NeXT-7B, one image in five tiles, 2880 vision tokens, 320 kept

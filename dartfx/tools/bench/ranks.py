@@ -1,4 +1,4 @@
-"""What tensor parallelism adds to a selection: one exchange between the ranks for each prefill.
+"""The cost that tensor parallelism adds to a selection: one exchange per prefill.
 
     torchrun --nproc-per-node 2 -m dartfx bench ranks
 

@@ -2,8 +2,8 @@
 
     python -m dartfx bench serve plain=http://localhost:8000/v1 pruned=http://localhost:8001/v1
 
-Each request brings one new picture of noise, so that no cache of images or prefixes helps, and
-takes its answer as a stream.  Needs the package openai.  Give a request's text and the pictures'
+Each request has a new image of noise, so that no cache of images or prefixes helps, and
+streams its answer.  Needs the package openai.  Give a request's text and the pictures'
 size as your traffic has them: short answers about large pictures gain most from pruning.
 """
 

@@ -1,4 +1,4 @@
-"""The arguments of ``bench generate``, and what is wrong with them."""
+"""The arguments of ``bench generate``, and their validation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise InputError for an argument that cannot be used, before anything long is begun."""
+    """Raise InputError for an argument that cannot be used, before any long step."""
     if find_spec("transformers") is None:
         raise InputError("model", "transformers is missing: pip install 'dartfx[hf]'")
     shapes = import_module(SHAPES).SHAPES

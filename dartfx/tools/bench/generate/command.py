@@ -203,7 +203,7 @@ def _rows(work: Workload, arguments: argparse.Namespace) -> list[Row]:
 
 
 def _figures(rows: list[Row], batch: int, towers: list[float], unpruned: float) -> dict[str, Any]:
-    """What follows from the samples; ``unpruned`` is the share of layers before the cut."""
+    """Figures derived from the samples; ``unpruned`` is the share of layers before the cut."""
     tower = median(towers) if towers else None
     good = {row.name: row for row in rows if not row.failed}
     table = [

@@ -1,4 +1,4 @@
-"""Lets benchmarks that run side by side compile together and be timed one after the other."""
+"""Lets concurrent benchmarks compile at the same time, but be timed one after the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Gate"]
 class Gate:
     """A lock on a file, shared from entering on, and one process's own from ``alone`` to leaving.
 
-    So nobody is alone while another process that has entered still compiles.  The system drops the
+    So no process is alone while another that has entered still compiles.  The system drops the
     lock of a process that dies.  Without a file it does nothing.
     """
 

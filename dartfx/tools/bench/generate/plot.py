@@ -1,4 +1,4 @@
-"""Where the time of each row of ``bench generate`` goes, one panel a number of new tokens."""
+"""Where the time of each row of ``bench generate`` goes, one panel per number of new tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of ``bench generate`` while they are measured: warm-up, turns, memory, refusals."""
+"""Measuring the rows of ``bench generate``: warm-up, interleaved calls, memory, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Later turns of a conversation: the whole of it computed again, or continued from a KV cache."""
+"""Later turns of a conversation: recomputed as a whole, or continued from a KV cache."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Talk:
         self.turns[-1] |= {"first_token_seconds": first, "decode_tokens_per_second": rate}
 
     def answer(self, new_tokens: int, question: Tensor) -> None:
-        """Take the turn, and add what is asked next."""
+        """Take the turn, and add the next question."""
         done = self.generate(new_tokens, self.cache if self.continues else None)
         self.cache = done.past_key_values
         self.turns[-1]["kv_bytes"] = cache_bytes(self.cache)

@@ -1,4 +1,4 @@
-"""The ways to generate that are held side by side, each ready to be called."""
+"""The ways to generate that are compared, each ready to be called."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Ready:
 
 
 def greedy(model: Any, inputs: dict[str, Any], new_tokens: int, **more: Any) -> Any:
-    """Greedy ``generate`` of exactly so many tokens where nothing ends it, with its caches."""
+    """Greedy ``generate`` of this many tokens unless it ends early, with its caches."""
     return model.generate(
         **inputs,
         max_new_tokens=new_tokens,
