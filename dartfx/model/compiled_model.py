@@ -187,8 +187,8 @@ class CompiledModel:
         if not call.media and any(map(filling.is_offloaded, call.caches)):
             # transformers moves layers in streams, which would break the graph in every layer.
             return self._unpruned(call, None)
-        if call.media and (windows := filling.filled_windows(call.caches)) is not None:
-            return self._unpruned(call, windows)
+        if call.media and (unfit := filling.unfit(call.caches)) is not None:
+            return self._unpruned(call, unfit)
         with (
             replaying(self.prefills.recordings if self.prefills and call.media else None),
             self.reporting() as compiled,

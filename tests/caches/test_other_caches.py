@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import QuantizedCache
+from transformers import DynamicCache, QuantizedCache
+from transformers.cache_utils import DynamicLayer
 
 import dartfx
-from dartfx.model.caches.kv_cache import held_tokens, pruned_length
+from dartfx.model.caches.counting import held_tokens
+from dartfx.model.caches.kv_cache import mark_pruned, pruned_length, require_fitting
+from dartfx.model.caches.weights import Weights
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.registry import load
@@ -41,6 +44,51 @@ def test_caches_whose_codes_dynamo_cannot_trace_are_refused(backend: str, packag
             **built.make_inputs("one"), max_new_tokens=2,
             **QUANTISED | {"cache_config": settings},
         )  # fmt: skip
+
+
+class Elsewhere(DynamicLayer):
+    """A layer that keeps its first tokens under a name of its own, as Unlimited-OCR's does."""
+
+    first: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.first, self.second = key_states, value_states
+            return key_states, value_states
+        keys, values = super().update(key_states, value_states)
+        return torch.cat([self.first, keys], -2), torch.cat([self.second, values], -2)
+
+    def get_seq_length(self) -> int:
+        return self.first.shape[-2] + super().get_seq_length() if self.is_initialized else 0
+
+
+def elsewhere() -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = [Elsewhere() for _ in range(3)]
+    return cache
+
+
+def test_no_image_is_pruned_into_layers_that_keep_tokens_elsewhere() -> None:
+    built = load("llava", layers=3)
+    inputs = built.make_inputs("one")
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    right = built.model.generate(**inputs, **settings)
+    model = dartfx.compile(built.model, **OPTIONS)
+    with pytest.warns(dartfx.PruningWarning, match=r"\(Elsewhere\) keep tokens in a way"):
+        ours = model.generate(**inputs, **settings, past_key_values=elsewhere())
+    assert torch.equal(ours, right)
+
+
+def test_a_cache_that_a_pruned_prompt_filled_elsewhere_is_not_continued() -> None:
+    """Where the model makes the cache, that shows after the prompt only."""
+    cache, states = elsewhere(), torch.zeros(1, 1, 3, 2)
+    cache.update(states, states, 0)
+    mark_pruned(cache, 5, [torch.tensor([[0, 2, 4]])])
+    with pytest.raises(dartfx.SelectionError, match=r"\(Elsewhere\) keep tokens in a way"):
+        require_fitting([cache], 1, Weights(torch.nn.Linear(1, 1)))
 
 
 def test_a_text_prompt_fills_a_quantised_cache() -> None:

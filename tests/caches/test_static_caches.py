@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
 
 import dartfx
-from dartfx.model.caches.filling import filled_windows
+from dartfx.model.caches.filling import unfit
 from dartfx.model.caches.kv_cache import pruned_length
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Inputs
@@ -154,16 +154,16 @@ def test_no_image_comes_on_windows_that_hold_tokens() -> None:
     config = load("gemma3", layers=3, sliding_window=8).model.config.get_text_config()
     states = torch.zeros(1, 1, 3, 4)
     for cache in (StaticCache(config, max_cache_len=20), DynamicCache(config=config)):
-        assert filled_windows([cache]) is None
+        assert unfit([cache]) is None
         cache.update(states, states, 0)
-        declined = filled_windows([cache])
+        declined = unfit([cache])
         assert declined is not None
         assert "sliding-window caches that already hold" in declined.because
     plain = DynamicCache()
     plain.update(states, states, 0)
-    assert filled_windows([plain]) is None
+    assert unfit([plain]) is None
     hybrid = DynamicCache(config=config)
     hybrid.layers.insert(0, LinearAttentionLayer())
-    assert filled_windows([hybrid]) is None
+    assert unfit([hybrid]) is None
     hybrid.update(states, states, 1)
-    assert filled_windows([hybrid]) is not None
+    assert unfit([hybrid]) is not None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dartfx import compat
 from dartfx.errors import SelectionError
+from dartfx.model.caches.counting import uncounted
 from dartfx.model.caches.kv_cache import (
     fit_mask,
     held_in_slots,
@@ -33,12 +34,12 @@ from dartfx.passes.refusal import Declined
 __all__ = [
     "cache_to_fill",
     "copy_new_tokens",
-    "filled_windows",
     "growing_copy",
     "is_offloaded",
     "note_most_tokens",
     "racing",
     "strip_free_slots",
+    "unfit",
 ]
 
 
@@ -84,15 +85,18 @@ def _counts(cache: Any) -> bool:
     return all(hasattr(layer, "get_seq_length") for layer in cache.layers)
 
 
-def filled_windows(caches: Sequence[Any]) -> Declined | None:
-    """Why an image is not pruned on these caches: a window may have let go of tokens before it."""
+def unfit(caches: Sequence[Any]) -> Declined | None:
+    """Why an image is not pruned on these caches, if it is not.
+
+    A window may have let go of tokens before it, or layers keep tokens in a way of their own.
+    """
     for cache in caches:
         if any(map(is_sliding, cache.layers)) and held_in_slots(cache):
             return Declined(
                 "vision tokens come on sliding-window caches that already hold tokens",
                 advice="the whole conversation without past_key_values",
             )
-    return None
+    return uncounted(caches)
 
 
 def growing_copy(cache: Any) -> Any:

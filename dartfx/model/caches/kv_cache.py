@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dartfx.errors import SelectionError
+from dartfx.model.caches.counting import held_tokens, note_uncounted, require_counted
 from dartfx.model.caches.pruned_layers import KeptColumns, PrunedLayer, extended, make_pruned
 from dartfx.model.caches.weights import Weights
 
@@ -26,7 +27,6 @@ __all__ = [
     "fitting_masks",
     "held_before",
     "held_in_slots",
-    "held_tokens",
     "is_cache",
     "is_sliding",
     "is_static",
@@ -79,6 +79,8 @@ def require_fitting(caches: Sequence[Any], tokens: int, weights: Weights) -> Non
     Of the layout "layered" only one can: transformers makes one mask for all layers, and their
     columns are not the same tokens.
     """
+    for cache in caches:
+        require_counted(cache)
     for cache in filter(pruned_layers, caches):
         weights.require_own(pruned_layers(cache)[0].kept)
         if tokens > 1 and any(map(_columns_differ, pruned_layers(cache))):
@@ -145,6 +147,8 @@ def mark_pruned(
     new = {n: held - before.columns.get(n, 0) for n, held in columns.items()}
     new = {n: held for n, held in new.items() if held > 0}
     if not keep_idx or not new:
+        if keep_idx:
+            note_uncounted(cache)
         return
     left, lengths = keep_idx[-1].shape[1], list(new.values())
     if max(lengths) > tokens or lengths[-1] > left:  # the cache of another model, or an older one
@@ -170,21 +174,6 @@ def mark_pruned(
 def is_sliding(layer: Any) -> bool:
     """Whether a cache layer keeps the last tokens only."""
     return bool(getattr(layer, "is_sliding", False))
-
-
-def held_tokens(layer: Any) -> int | None:
-    """How many tokens of each row a cache layer holds; None where that is not known.
-
-    Quantised layers hold their first tokens in codes, and keep an empty tensor as their keys.
-    """
-    keys, codes = getattr(layer, "keys", None), getattr(layer, "_quantized_keys", None)
-    plain = keys.shape[-2] if isinstance(keys, Tensor) and keys.ndim == 4 else None
-    if codes is None:
-        return plain
-    stored, *more = codes if isinstance(codes, tuple) else (codes,)
-    # Codes are packed in a way of their own (HQQ) or one for each value.
-    shape = more[0].get("shape", ()) if more and isinstance(more[0], dict) else stored.shape
-    return int(shape[-2]) + (plain or 0) if len(shape) == 4 else None
 
 
 @contextmanager
