@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dartfx.passes.analysis.prefilter import has_masked_attention
+from dartfx.passes.analysis.prefilter import has_causal_attention
 from dartfx.passes.frontend.normalise import example_values
 from dartfx.passes.graph import is_one, is_state, module_paths, same_size, split_index
 from dartfx.passes.outcome import Outcome, Pruned, Unchanged
@@ -112,10 +112,10 @@ class MaskDispatcher:
         """Floating inputs that could bring vision tokens, as ``float32 [1, 630, 4096]``.
 
         A text prompt comes as token ids, perhaps with a mask of their shape; embeddings, pixels or
-        features may hold more than text.  Empty for a graph whose attention hides nothing: a
-        vision tower's.
+        features may hold more than text.  Empty for a graph whose attention hides no later
+        keys: a vision tower's.
         """
-        if not self.may_receive_masks or not has_masked_attention(self._module.graph):
+        if not self.may_receive_masks or not has_causal_attention(self._module.graph):
             return []
         values = example_values(self._module)
         of_ids = [values[place].shape for place in self._ids]
@@ -228,13 +228,15 @@ def _same_shape(one: torch.Size, other: torch.Size) -> bool:
 
 
 def _is_state_or_cache(node: Node) -> bool:
-    """Whether a dynamo input is a parameter, a buffer, or a layer's KV cache."""
+    """Whether a dynamo input is a parameter, a buffer, or a layer's KV cache or other state."""
     if is_state(node):
         return True
     # The code of a decode mask reads a cache's size, which says nothing of its contents.
-    reads = [user for user in node.users if user.target not in ("numel", "size")]
-    in_layers = all(any(map(split_index, module_paths(user))) for user in reads)
-    return node.meta["example_value"].ndim == 4 and in_layers
+    reads = [module_paths(user) for user in node.users if user.target not in ("numel", "size")]
+    in_layers = all(any(map(split_index, paths)) for paths in reads)
+    # A convolution's state is read inside a layer; hidden states are added to by the layer itself.
+    inside = in_layers and all(split_index(paths[-1]) is None for paths in reads)
+    return in_layers if (ndim := node.meta["example_value"].ndim) == 4 else ndim == 3 and inside
 
 
 def prompts(module: GraphModule) -> tuple[list[int], list[int]]:

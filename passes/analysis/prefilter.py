@@ -7,6 +7,9 @@ from torch.fx import Graph, Node
 
 from dartfx.passes.graph import module_paths, split_index
 
+# What tells an earlier key from a later one: comparisons of positions with positions, and the like.
+_COMPARES = {"ge", "gt", "le", "lt"}
+_ORDERED = {"cumsum", "tril", "tril_", "tril_indices", "triu", "triu_", "triu_indices"}
 _ROW_WRITES = {"masked_scatter", "masked_scatter_", "index_put", "index_put_", "setitem"}
 
 
@@ -23,13 +26,40 @@ def has_indexed_layers(graph: Graph) -> bool:
     return any(split_index(p) is not None for n in graph.nodes for p in module_paths(n))
 
 
-def has_masked_attention(graph: Graph) -> bool:
-    """Whether fused attention here hides some keys, as a decoder's prefill does."""
-    return any(
-        _name(n) == "scaled_dot_product_attention"
-        and (n.kwargs.get("is_causal") or n.kwargs.get("attn_mask") is not None)
-        for n in graph.nodes
-    )
+def has_causal_attention(graph: Graph) -> bool:
+    """Whether fused attention here may hide later keys, as a decoder's prefill does.
+
+    A mask that the graph itself makes of pads only, [B, S], hides the same keys from every query:
+    a vision tower's.
+    """
+    calls = (n for n in graph.nodes if _name(n) == "scaled_dot_product_attention")
+    return any(n.kwargs.get("is_causal") or _may_order(n.kwargs.get("attn_mask")) for n in calls)
+
+
+def _may_order(mask: Node | None) -> bool:
+    """Whether a mask may depend on which of a query and a key comes first."""
+    seen, todo = set[Node](), [mask] if mask is not None else []
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _tells_order(node):
+            return True
+        todo += node.all_input_nodes
+    return False
+
+
+def _tells_order(node: Node) -> bool:
+    """Whether a value comes from a comparison of positions, or may come from anything."""
+    if node.op == "placeholder":
+        value = node.meta.get("example_value")
+        shape = list(value.shape) if isinstance(value, torch.Tensor) else []
+        return len(shape) > 2 or (len(shape) == 2 and shape[0] == shape[1] != 1)
+    if node.op == "get_attr" or type(node.target).__module__ == "torch._ops":  # a custom operator
+        return True
+    compares = _name(node) in _COMPARES and all(isinstance(arg, Node) for arg in node.args)
+    return compares or _name(node) in _ORDERED
 
 
 def _name(node: Node) -> str:

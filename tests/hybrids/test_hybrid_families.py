@@ -38,6 +38,8 @@ def test_generate_of_a_padded_pair(name: str) -> None:
     finally:
         dartfx.uncompile(model)
     assert any(report.pruned for report in dartfx.reports())
+    # Nor is its tower, which hides padded patches, taken for a prompt without a vision mask.
+    assert not any(getattr(report.outcome, "unsure", False) for report in dartfx.reports())
     oracle = pruned_generate(
         family.model,
         inputs,

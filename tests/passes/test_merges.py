@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.functional import scaled_dot_product_attention as attend
 
 import dartfx
+from dartfx.passes.analysis.prefilter import has_causal_attention
 from dartfx.passes.outcome import Pruned, Unchanged
 from tests.support.decoders import IMAGE, Decoder, assert_same, prompt, pruned_by_hand, run
 from tests.support.refusals import RETAIN, SMALL, assert_declined, assert_pruned
@@ -163,3 +166,60 @@ def test_two_media_of_which_one_is_merged_by_an_earlier_graph() -> None:
     assert outcome.how == "merge in an earlier graph; merge in the graph"
     with torch.no_grad():
         assert_same(outputs, pruned_by_hand(model, inputs, RETAIN, 1))
+
+
+# --- attention that hides later keys is a decoder's, which may have missed its vision mask -----
+
+S = 6
+Make = Callable[[Tensor], Tensor]
+
+
+def of_pads(pads: Tensor) -> Tensor:
+    """As transformers makes the mask of a vision tower with padded patches."""
+    queries, keys = torch.arange(S)[None, None, :, None], torch.arange(S)[None, None, None]
+    rows = torch.arange(len(pads))[:, None, None, None]
+    return (queries >= 0) & pads[rows, keys]
+
+
+def of_lowest(pads: Tensor) -> Tensor:
+    return (1.0 - pads[:, None, None].float()) * torch.finfo(torch.float32).min
+
+
+def of_positions(pads: Tensor) -> Tensor:
+    queries, keys = torch.arange(S)[:, None], torch.arange(S)
+    return (keys <= queries) & pads[:, None, None]
+
+
+def of_a_triangle(pads: Tensor) -> Tensor:
+    return torch.ones(S, S, dtype=torch.bool).tril() & pads[:, None, None]
+
+
+def of_a_prefix(pads: Tensor) -> Tensor:
+    return of_positions(pads) | (torch.arange(S) < 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "causal"),
+    [
+        (of_pads, False),
+        (of_lowest, False),
+        (of_positions, True),
+        (of_a_triangle, True),
+        (of_a_prefix, True),
+        (None, True),  # made by the caller
+    ],
+)
+def test_attention_that_hides_later_keys(make: Make | None, causal: bool) -> None:
+    graphs: list[GraphModule] = []
+
+    def look(module: GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(module)
+        return module.forward
+
+    def attention(x: Tensor, mask: Tensor) -> Tensor:
+        return attend(x, x, x, attn_mask=mask if make is None else make(mask))
+
+    torch.compiler.reset()
+    mask = torch.ones(2, S, dtype=torch.bool) if make else torch.ones(2, 1, S, S).bool()
+    torch.compile(attention, backend=look)(torch.randn(2, 1, S, 4), mask)
+    assert [has_causal_attention(module.graph) for module in graphs] == [causal]
