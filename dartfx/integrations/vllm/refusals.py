@@ -160,6 +160,12 @@ REFUSALS = (
         "serve this model without dartfx",
     ),
     Refusal(
+        "a window for generated tokens only (R-SWA)",
+        lambda c: getattr(c.model_config, "rswa_window", None),
+        "it begins at the prompt's length, which differs behind the cut",
+        "serve this model without dartfx",
+    ),
+    Refusal(
         "a hybrid decoder",
         lambda c: getattr(c.model_config, "is_hybrid", False),
         "recurrent layers hold a state, which has no tokens to drop",

@@ -127,6 +127,8 @@ ON: dict[str, tuple[dict[str, Any], str]] = {
         {"model_config__is_multimodal_model": False}, "leave dartfx out"),
     "a model with bidirectional image attention": (
         {"model_config__is_mm_prefix_lm": True}, "without dartfx"),
+    "a window for generated tokens only (R-SWA)": (
+        {"model_config__rswa_window": 128}, "without dartfx"),
     "a hybrid decoder": ({"model_config__is_hybrid": True}, "without dartfx"),
     "an encoder-decoder": ({"model_config__is_encoder_decoder": True}, "without dartfx"),
 }  # fmt: skip
