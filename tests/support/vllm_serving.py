@@ -28,6 +28,7 @@ ENGINE: dict[str, Any] = {
     "limit_mm_per_prompt": {"image": 2},
     **json.loads(os.environ.get("VLLM_TEST_ENGINE", "{}")),
 }
+COMPILED = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "NONE"}}
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",

@@ -13,7 +13,7 @@ import torch
 
 from dartfx.integrations.vllm import vllm_api
 from tests.support.vllm_oracle import RETAIN, oracle, oracle_logits, write_adapter
-from tests.support.vllm_serving import ENGINE, serve
+from tests.support.vllm_serving import COMPILED, ENGINE, serve
 
 pytestmark = [
     pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),
@@ -21,7 +21,6 @@ pytestmark = [
 ]
 
 PRUNED = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
-COMPILED = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "NONE"}}
 LOGITS = {"logprobs_mode": "raw_logits", "max_logprobs": -1}
 VISION = 576
 PIVOTS = 16

@@ -15,7 +15,7 @@ from dartfx.integrations.vllm import vllm_api
 from dartfx.integrations.vllm.batch import Prompt
 from dartfx.integrations.vllm.runners.prompts import write
 from tests.support.vllm_oracle import RETAIN, oracle, write_adapter
-from tests.support.vllm_serving import serve
+from tests.support.vllm_serving import COMPILED, serve
 
 pytestmark = [
     pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),
@@ -94,12 +94,17 @@ def test_each_request_has_its_lora_adapter_behind_the_cut(
 
 
 @pytest.mark.slow
-def test_on_two_ranks(
-    checkpoint: Path, requests: list[Any], wanted: list[list[int]], tmp_path: Path
+@pytest.mark.parametrize("how", [COMPILED, {"tensor_parallel_size": 2}])
+def test_compiled_and_on_two_ranks(
+    how: dict[str, Any],
+    checkpoint: Path,
+    requests: list[Any],
+    wanted: list[list[int]],
+    tmp_path: Path,
 ) -> None:
     made = serve(
         tmp_path, requests, runner="V2", in_process=False, model=str(checkpoint),
-        max_model_len=2048, max_num_batched_tokens=BUDGET, tensor_parallel_size=2, **PRUNED,
+        max_model_len=2048, max_num_batched_tokens=BUDGET, **PRUNED, **how,
     )  # fmt: skip
     assert made["tokens"] == wanted
 

@@ -49,8 +49,9 @@ def oracle(model: Any, processor: Any, asked: Any, retain: int | None) -> list[i
     return found
 
 
+@pytest.mark.parametrize("runner", ["V1", pytest.param("V2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", vllm_families.FAMILIES)
-def test_tokens_are_those_of_the_oracle(name: str, tmp_path: Path) -> None:
+def test_tokens_are_those_of_the_oracle(name: str, runner: str, tmp_path: Path) -> None:
     model, processor, picture = vllm_families.save(name, tmp_path)
     model.generation_config.eos_token_id = None
     paths = [str(tmp_path / f"{number}.png") for number in range(len(SIZES))]
@@ -65,7 +66,7 @@ def test_tokens_are_those_of_the_oracle(name: str, tmp_path: Path) -> None:
     asked = [[PREFIX + text, pictures, tokens] for text, pictures, tokens in asked]
     pruned = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
     run = serve(
-        tmp_path, asked, model=str(tmp_path), max_model_len=512, block_size=BLOCK,
+        tmp_path, asked, runner=runner, model=str(tmp_path), max_model_len=512, block_size=BLOCK,
         max_num_batched_tokens=64, **pruned,
     )  # fmt: skip
     wanted = [oracle(model, processor, each, RETAIN) for each in asked]
