@@ -20,7 +20,7 @@ from dartfx.passes.refusal import Declined, Refusal
 from dartfx.passes.request import Request, Stage
 from dartfx.passes.selection import ByOperator, Given, SelectionInputs
 
-VERSION = (0, 5)
+VERSION = (0, 6)
 
 __all__ = [
     "VERSION",

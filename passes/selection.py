@@ -27,7 +27,9 @@ class SelectionInputs:
     valid: bool [B, S], False at pads, or None where no mask reaches attention;
     vision_tokens, retain: N and R, literals or nodes;
     queries: gives post-RoPE queries of layer K-1 [B, Hq, S, Dh], so scaled that their products with
-    the keys over sqrt(Dh) are that layer's scores.  Raises Refusal where they cannot be identified.
+    the keys over sqrt(Dh) are that layer's scores.  Raises Refusal where they cannot be identified;
+    tower_attention: gives the attention that each vision token gets in the vision tower, [B, S].
+    Raises Refusal where this graph does not show it.
     """
 
     normed: Callable[[], Node]
@@ -37,6 +39,7 @@ class SelectionInputs:
     vision_tokens: int | Node
     retain: int | Node
     queries: Callable[[], Node]
+    tower_attention: Callable[[], Node]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class ByOperator:
 
     queries: whether it is also given queries, behind ``args``;
     more: arguments behind the queries;
+    tower_attention: whether it is given that, by keyword;
     reads: what it reads of keys, "norms" (L1, over heads and channels) or "heads";
     checks_ranks: compare the ranks' selections at run time.  Both matter under tensor parallelism.
     """
@@ -55,6 +59,7 @@ class ByOperator:
     reads: str = "heads"
     checks_ranks: bool = False
     more: tuple[object, ...] = ()
+    tower_attention: bool = False
 
     def __call__(self, emit: Emitter, inputs: SelectionInputs) -> Node:
         return emit(
@@ -68,6 +73,7 @@ class ByOperator:
             *self.args,
             *((inputs.queries(),) if self.queries else (None,) if self.more else ()),
             *self.more,
+            **({"tower_attention": inputs.tower_attention()} if self.tower_attention else {}),
         )
 
 

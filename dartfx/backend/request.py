@@ -55,6 +55,7 @@ def request_of(
         reads="norms" if uses_key_norms_only(config.selector) else "heads",
         checks_ranks=config.check_ranks or is_random(config.selector),
         more=quota_arguments(config.quota, config.min_tokens),
+        tower_attention="tower_attention" in optional_inputs(config.selector),
     )
     stages = tuple(
         Stage(layer, partial(config.retain_for, stage=number), select)

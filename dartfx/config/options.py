@@ -21,6 +21,7 @@ from dartfx.config.validators import (
     check_merge,
     check_quota,
     check_stages,
+    check_tower,
     choices,
     describe,
     require_kernel,
@@ -117,6 +118,7 @@ class DartConfig:
         check_first_layer(self.layers, self.selector)
         check_merge(self.merge, self.layers)
         check_frames(self.selector, self.quota)
+        check_tower(self.selector, self.layers)
         if self.lowering != "inductor":
             _refuse_inductor_options(self)
         if self.kernel == "triton":

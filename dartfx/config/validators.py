@@ -22,6 +22,7 @@ __all__ = [
     "check_merge",
     "check_quota",
     "check_stages",
+    "check_tower",
     "choices",
     "describe",
     "require_kernel",
@@ -128,6 +129,15 @@ def check_frames(selector: str, quota: object) -> None:
             f"selector={selector!r} compares each frame with the one before, so it needs "
             "quota='frame', or quota='image' where the prompt has text between frames; quota is "
             "'joint'"
+        )
+
+
+def check_tower(selector: str, layers: tuple[int, ...]) -> None:
+    """Raise ConfigError where a later stage would need the vision tower's attention once more."""
+    if len(layers) > 1 and "tower_attention" in optional_inputs(selector):
+        raise ConfigError(
+            f"selector={selector!r} ranks by the vision tower's attention, which says the same at "
+            f"every layer, but layer={list(layers)} names {len(layers)}; give one layer"
         )
 
 

@@ -21,6 +21,7 @@ from dartfx.model.caches.filling import note_most_tokens
 from dartfx.model.caches.kv_cache import is_cache
 from dartfx.model.compiled_model import Call, CompiledModel
 from dartfx.model.target import replaced_call
+from dartfx.model.tower import ENCODES, is_needed
 from dartfx.passes.refusal import Declined
 from dartfx.runtime import vision_mask
 from dartfx.selection.quotas import frames_by
@@ -44,6 +45,8 @@ def attach(
     if hasattr(type(model), "generate"):
         vars(model)["generate"] = _Generate(model, compiled, static, dynamic)
         vars(model)[_PREPARE] = _PrepareInputs(model, compiled, _PREPARE)
+    if hasattr(type(model), ENCODES) and is_needed(compiled.config.selector):
+        vars(model)[ENCODES] = _EncodesInGraph(model, compiled, ENCODES)
     if hasattr(type(model), _STATIC):
         vars(model)[_STATIC] = _PrepareStatic(model, compiled, _STATIC)
 
@@ -54,7 +57,7 @@ def detach(model: nn.Module) -> None:
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _through_call:
             del model._forward_pre_hooks[key]
-    for name in ("generate", _PREPARE, _STATIC, _REPLICATE):
+    for name in ("generate", ENCODES, _PREPARE, _STATIC, _REPLICATE):
         if isinstance(vars(model).get(name), _Attached):
             del vars(model)[name]
 
@@ -231,6 +234,13 @@ class _PrepareInputs(_Attached):
 
 
 _NEW = "next_sequence_length"
+
+
+class _EncodesInGraph(_Attached):
+    """Leaves the features of ``generate`` to the model's call, whose graph then holds the tower."""
+
+    def __call__(self) -> bool:
+        return False
 
 
 _STATIC = "_prepare_static_cache"  # what ``generate`` calls for a new one

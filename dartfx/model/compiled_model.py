@@ -24,13 +24,7 @@ from dartfx.backend.later_failures import cut_that_caused
 from dartfx.backend.request import CallerCapabilities
 from dartfx.backend.rewrite import refuse
 from dartfx.config.options import DartConfig
-from dartfx.model.arguments import (
-    Arguments,
-    brings_media,
-    leaves_of,
-    swapped,
-    with_decode_masks,
-)
+from dartfx.model.arguments import Arguments, brings_media, leaves_of, swapped, with_decode_masks
 from dartfx.model.caches import filling, kv_cache
 from dartfx.model.caches.weights import Weights
 from dartfx.model.device_hooks import hooks_in_decoder
@@ -44,6 +38,7 @@ from dartfx.model.failures import (
     runs_eagerly,
 )
 from dartfx.model.history import History
+from dartfx.model.tower import call_of
 from dartfx.observe import folders, report
 from dartfx.observe.report import Report
 from dartfx.passes.refusal import Declined
@@ -118,7 +113,7 @@ class CompiledModel:
         may_break = replace(caller, can_retry_with_graph_breaks=True)
         in_one = partial(compile_graph, config, caller=may_break)
         in_several = partial(compile_graph, config, caller=caller)
-        call = model._call_impl
+        call = call_of(model, config.selector)
         settings: dict[str, Any] = {"dynamic": dynamic, **_ISOLATED}
         one_graph = torch.compile(call, backend=in_one, fullgraph=True, **settings)
         with_breaks = torch.compile(call, backend=in_several, **settings)

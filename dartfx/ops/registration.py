@@ -121,15 +121,15 @@ def selection(
     quota: Sequence[int] | None = None,
     min_tokens: int = 1,
     frames: bool = False,
+    tower_attention: Tensor | None = None,
     *,
     traced: bool = False,
 ) -> Tensor:
     pivots = {"pivot_image_tokens": pivot_image_tokens, "pivot_text_tokens": pivot_text_tokens}
     # The name may be followed by what identifies the result, for caches that hash the call.
     selector = selector.partition(" @ ")[0]
-    validation.check_arguments(
-        hidden, keys, vision_mask, valid_mask, queries, retain=retain, **pivots
-    )
+    validation.check_arguments(hidden, keys, vision_mask, valid_mask, queries, tower_attention)
+    validation.check_counts(retain=retain, **pivots)
     validation.check_vision_tokens(vision_tokens, hidden)
     unsupported = functools.partial(_not_served, hidden, keys, selector, quota, pivots)
     if choose_kernel(kernel, hidden.device, unsupported) == "triton":
@@ -140,9 +140,10 @@ def selection(
         return keep_idx
     plan = plan_batch(vision_mask, valid_mask, vision_tokens, retain)
     budget = torch.ops.dartfx.require_rows(plan.budget, plan.fits, TEXT_LOST)
-    given = {"queries": queries, "valid_mask": plan.text | vision_mask}
+    given: dict[str, Any] = {"queries": queries, "tower_attention": tower_attention}
+    given.update(valid_mask=plan.text | vision_mask, most=_largest(plan, retain))
     quotas = None if quota is None else (quota, min_tokens, frames)
-    optional = _optional_inputs(selector, {**given, "most": _largest(plan, retain)}, bool(quotas))
+    optional = _optional_inputs(selector, given, bool(quotas))
     inputs = hidden, keys, vision_mask, plan.text_after, budget
     return keep_positions(plan, _kept(selector, inputs, pivots, optional, quotas))
 
@@ -172,6 +173,7 @@ def _kept(
         of_images: Tensor = torch.ops.dartfx.select_spans(
             *(*inputs, optional.get("queries"), optional.get("valid_mask")),
             *(*pivots.values(), selector, *quotas),
+            tower_attention=optional.get("tower_attention"),
         )
         return of_images
     kept = registry.get_selector(selector)(*inputs, **pivots, **optional)
@@ -223,7 +225,7 @@ _select_tokens = custom_op(
         "(Tensor hidden, Tensor keys, Tensor vision_mask, Tensor? valid_mask, "
         "SymInt vision_tokens, SymInt retain, int pivot_image_tokens, int pivot_text_tokens, "
         "str selector, str kernel, Tensor? queries=None, int[]? quota=None, int min_tokens=1, "
-        "bool frames=False) "
+        "bool frames=False, Tensor? tower_attention=None) "
         "-> Tensor"
     ),
 )

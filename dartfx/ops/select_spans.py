@@ -24,7 +24,8 @@ __all__ = ["select_spans"]
     schema=(
         "(Tensor hidden, Tensor keys, Tensor vision_mask, Tensor text_mask, Tensor budget, "
         "Tensor? queries, Tensor? valid_mask, int pivot_image_tokens, int pivot_text_tokens, "
-        "str selector, int[] quota, int min_tokens, bool frames) -> Tensor"
+        "str selector, int[] quota, int min_tokens, bool frames, Tensor? tower_attention=None)"
+        " -> Tensor"
     ),
     tags=(torch.Tag.cudagraph_unsafe,),
 )
@@ -42,17 +43,17 @@ def select_spans(
     quota: Sequence[int],
     min_tokens: int,
     frames: bool,
+    tower_attention: Tensor | None = None,
 ) -> Tensor:
     """What the selector keeps of each span, together: [B, S] bool, ``budget[b]`` in row b.
 
-    Arguments as of :class:`dartfx.selection.registry.Selector` and
-    :func:`dartfx.selection.quotas.share_out`.  Raises SelectionError where they do not fit.
+    Arguments as of a ``Selector`` and ``share_out``.  Raises SelectionError where they do not fit.
     """
     spans = span_numbers(vision_mask, frames)
     budgets = share_out(spans, budget, quota, min_tokens)
-    most, before = int(budgets.max()), before_in_frames(spans)
-    given = {"queries": queries, "valid_mask": valid_mask, "most": most, "before": before}
-    keywords: dict[str, Any] = {name: given[name] for name in registry.optional_inputs(selector)}
+    given: dict[str, Any] = {"queries": queries, "tower_attention": tower_attention}
+    given.update(valid_mask=valid_mask, most=int(budgets.max()), before=before_in_frames(spans))
+    keywords = {name: given[name] for name in registry.optional_inputs(selector)}
     # What a selector of dartfx ranks by depends on no other positions, unless it requests them.
     narrow = keywords.keys() <= {"most"} and registry.is_exact(selector)
     keywords.update(pivot_image_tokens=pivot_image_tokens, pivot_text_tokens=pivot_text_tokens)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dartfx.ops.registration  # noqa: F401  (registers torch.ops.dartfx.select_tokens)
 from dartfx.errors import SelectionError
-from dartfx.ops.validation import check_arguments, fail
+from dartfx.ops.validation import check_arguments, check_counts, fail
 from dartfx.selection.quotas import quota_arguments
 
 __all__ = ["select_tokens"]
@@ -33,14 +33,15 @@ def select_tokens(
     queries: Tensor | None = None,
     quota: str | Sequence[int] = "joint",
     min_tokens: int = 1,
+    tower_attention: Tensor | None = None,
 ) -> Tensor:
     """Positions that stay when every sample keeps about ``retain`` vision tokens.
 
     hidden: [B, S, D] float, decoder layer output after the model's final norm.  keys: [B, H, S,
     Dh] float, the same layer's keys after rotary embedding.  vision_mask: [B, S] bool.
-    valid_mask: [B, S] bool, False at pads; None means no pads.  queries: [B, Hq, S, Dh] float, the
-    same layer's queries after rotary embedding, for selectors that take them; Hq is a multiple of
-    H, and queries @ keys.T / sqrt(Dh) are the attention scores.  quota, min_tokens: the options.
+    valid_mask: [B, S] bool, False at pads; None means no pads.  For selectors that take them:
+    queries: [B, Hq, S, Dh] float, rotary too, Hq a multiple of H: queries @ keys.T / sqrt(Dh) are
+    attention scores; tower_attention: [B, S] float.  quota, min_tokens: the options.
 
     Returns keep_idx: [B, S'] int64, ascending in every row, with S' = S - N + min(retain, N) and N
     the vision tokens per row, rounded down; N is read from ``vision_mask`` on the host.  Every row
@@ -48,20 +49,25 @@ def select_tokens(
     also the number of those, make up the difference.  Ties go to the lowest position.
 
     Raises SelectionError for arguments of the wrong rank, shape, dtype, device or range, for text
-    or quotas that do not fit a row, and for queries that are missing; ConfigError for an unknown
-    selector or kernel; KernelUnavailableError for one that cannot run here.
+    or quotas that do not fit a row, and for missing inputs that a selector asks for; ConfigError
+    for an unknown selector or kernel; KernelUnavailableError for one that cannot run here.
     """
+    given = hidden, keys, vision_mask, valid_mask
+    check_arguments(*given, queries, tower_attention)
     pivots = {"pivot_image_tokens": pivot_image_tokens, "pivot_text_tokens": pivot_text_tokens}
-    check_arguments(hidden, keys, vision_mask, valid_mask, queries, retain=retain, **pivots)
-    _check_quota(quota, retain)
+    _check_numbers(quota, retain=retain, **pivots)
     vision_tokens = _read_vision_tokens(vision_mask, valid_mask, retain)
     options = *pivots.values(), selector, kernel, queries, *quota_arguments(quota, min_tokens)
-    given = hidden, keys, vision_mask, valid_mask, vision_tokens, retain
-    keep_idx: Tensor = torch.ops.dartfx.select_tokens(*given, *options)
+    return _selected(*given, vision_tokens, retain, *options, tower_attention=tower_attention)
+
+
+def _selected(*arguments: object, tower_attention: Tensor | None) -> Tensor:
+    keep_idx: Tensor = torch.ops.dartfx.select_tokens(*arguments, tower_attention=tower_attention)
     return keep_idx
 
 
-def _check_quota(quota: str | Sequence[int], retain: int) -> None:
+def _check_numbers(quota: str | Sequence[int], retain: int, **pivots: int) -> None:
+    check_counts(retain=retain, **pivots)
     # What exceeds a row's budget is found where budgets are known.
     if not isinstance(quota, str) and sum(quota) < retain:
         raise SelectionError(

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_kno
 from dartfx.errors import SelectionError
 from dartfx.selection.batch_rule import Size
 
-__all__ = ["check_arguments", "check_vision_tokens", "fail"]
+__all__ = ["check_arguments", "check_counts", "check_vision_tokens", "fail"]
 
 
 def check_arguments(
@@ -20,12 +20,9 @@ def check_arguments(
     vision_mask: Tensor,
     valid_mask: Tensor | None,
     queries: Tensor | None = None,
-    **counts: object,
+    tower_attention: Tensor | None = None,
 ) -> None:
-    """Raise SelectionError for the first argument of wrong type, rank, shape, dtype or device.
-
-    counts: numbers that must be ints of at least 0.
-    """
+    """Raise SelectionError for the first tensor of wrong type, rank, shape, dtype or device."""
     _check_float("hidden", hidden, "[B, S, D]", 3)
     _check_float("keys", keys, "[B, H, S, Dh]", 4)
     batch, sequence = hidden.shape[:2]
@@ -42,14 +39,22 @@ def check_arguments(
         _check_mask("valid_mask", valid_mask, hidden)
     if queries is not None:
         _check_queries(queries, keys)
+    if tower_attention is not None:
+        _check_float("tower_attention", tower_attention, "[B, S]", 2)
+        _check_shape("tower_attention", tower_attention, hidden)
     for name, tensor in (
         ("keys", keys),
         ("vision_mask", vision_mask),
         ("valid_mask", valid_mask),
         ("queries", queries),
+        ("tower_attention", tower_attention),
     ):
         if tensor is not None and tensor.device != hidden.device:
             raise fail(name, f"is on {tensor.device}, but hidden is on {hidden.device}")
+
+
+def check_counts(**counts: object) -> None:
+    """Raise SelectionError unless these numbers are ints of at least 0."""
     for name, value in counts.items():
         _check_count(name, value)
 
@@ -98,11 +103,15 @@ def _check_mask(name: str, mask: object, hidden: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise fail(name, f"must be a bool tensor, got {kind}; compare or call .bool() first")
-    if _differ(mask.shape, hidden.shape[:2]):
+    _check_shape(name, mask, hidden)
+
+
+def _check_shape(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if _differ(tensor.shape, hidden.shape[:2]):
         raise fail(
             name,
             f"must be [B, S] = {tuple(hidden.shape[:2])} as in hidden, "
-            f"got shape {tuple(mask.shape)}",
+            f"got shape {tuple(tensor.shape)}",
         )
 
 

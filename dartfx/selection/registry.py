@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from dartfx.errors import ConfigError
-from dartfx.selection import changed, cover, fastv, simple, spread
+from dartfx.selection import attended, changed, cover, fastv, simple, spread
 from dartfx.selection.dart import dart
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
 
 # What a selector is given only where its signature names it, keyword-only: what nobody asks for is
 # not carried into the compiled graph.
-OPTIONAL = ("queries", "valid_mask", "most", "before")
+OPTIONAL = ("queries", "valid_mask", "most", "before", "tower_attention")
 
 
 class Selector(Protocol):
@@ -57,6 +57,8 @@ class Selector(Protocol):
     valid_mask: [B, S] bool, False at pads.
     before: [B, S] int64, for a vision token the position of the same place in the frame before, -1
     without one; under a quota by frames or images only.
+    tower_attention: [B, S] float, the attention that each vision token gets in the vision tower's
+    last layer, 0 elsewhere; only where the tower is in the decoder's graph.
     most: an int or SymInt that no budget exceeds, for loops that cannot read budgets on the host.
 
     It is traced once and compiled: shapes must not depend on values, and sizes may be symbolic.
@@ -249,6 +251,7 @@ def _code(code: CodeType) -> Iterator[bytes]:
             yield repr(constant).encode()
 
 
+_register("attended", needs_keys=False)(attended.attended)
 _register("changed", needs_keys=False)(changed.changed)
 _register("cover", needs_keys=False)(cover.cover)
 _register("dart")(dart)

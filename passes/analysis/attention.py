@@ -102,9 +102,8 @@ def attends_causally(stack: Stack) -> bool:
     return False
 
 
-def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Mask]:
-    """Post-RoPE keys [B, H, S, Dh] of one layer and the mask it attends with."""
-    core = _core(stack, index)
+def keys_and_mask(core: Node) -> tuple[Node, Mask]:
+    """Post-RoPE keys [B, H, S, Dh] of one attention operation and the mask it attends with."""
     if packet(core) in SDPA:
         keys, mask = argument(core, "key"), Mask(argument(core, "attn_mask"))
     else:
@@ -117,9 +116,8 @@ def keys_and_mask(stack: Stack, index: int) -> tuple[Node, Mask]:
     return keys, mask
 
 
-def queries_of(stack: Stack, index: int) -> Queries:
-    """The queries of one layer's attention.  Raises Refusal where they cannot be identified."""
-    core = _core(stack, index)
+def queries_of(core: Node) -> Queries:
+    """The queries of one attention operation.  Raises Refusal where they cannot be identified."""
     if packet(core) in SDPA:
         node, scale = argument(core, "query"), argument(core, "scale")
         scale = sizes(node)[-1] ** -0.5 if scale is None else scale
@@ -138,7 +136,7 @@ def queries_of(stack: Stack, index: int) -> Queries:
     return Queries(node, float(scale))
 
 
-def _core(stack: Stack, index: int) -> Node:
+def core_of(stack: Stack, index: int) -> Node:
     """The single attention operation of a layer."""
     cores = _cores(stack, index)
     if len(cores) != 1:

@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch.fx import Graph, Node
 
-from dartfx.passes.analysis.attention import is_attention, keys_and_mask, through
+from dartfx.passes.analysis.attention import core_of, is_attention, keys_and_mask, through
 from dartfx.passes.analysis.final_norm import final_norm
 from dartfx.passes.graph import (
     Size,
@@ -239,7 +239,7 @@ def locate(layer: int, vision: Vision, stack: Stack) -> Site:
     hidden = _entering(graph, stack, layer, vision)
     last = _leaving(stack, stack.layers - 1, vision)
     keys: Node | None
-    keys, mask = keys_and_mask(stack, max(layer - 1, 0))
+    keys, mask = keys_and_mask(core_of(stack, max(layer - 1, 0)))
     if layer == 0:
         # Its keys do not exist yet; its mask does, before the layer takes all of it with a slice.
         keys, mask = None, replace(mask, node=mask.node and through(mask.node, {aten.slice}))

@@ -37,6 +37,7 @@ from dartfx.passes.outcome import Across
 from dartfx.passes.refusal import Refusal
 from dartfx.passes.selection import Select, SelectionInputs
 from dartfx.passes.site import Site
+from dartfx.passes.tower.scores import tower_attention
 from dartfx.passes.transform.selection_inputs import (
     final_normed,
     layer_keys,
@@ -136,18 +137,9 @@ def insert(
     mask = vision_mask(emit, site.vision)
     valid, keys = valid_mask(emit, site, axes), layer_keys(emit, site, axes)
     normed, queries = partial(final_normed, emit, site), partial(layer_queries, emit, site, axes)
-    keep = select(
-        emit,
-        SelectionInputs(
-            normed,
-            keys,
-            mask,
-            valid,
-            budget.vision_tokens,
-            budget.retain,
-            queries,
-        ),
-    )
+    tower = partial(tower_attention, emit, site.vision, axes.axes, mask)
+    counts = budget.vision_tokens, budget.retain
+    keep = select(emit, SelectionInputs(normed, keys, mask, valid, *counts, queries, tower))
     if checks.even_rows and not is_one(sizes(site.hidden)[0]):
         alike = emit(aten.eq.Scalar, emit(aten.sum.dim_IntList, mask, [1]), budget.vision_tokens)
         keep = emit(torch.ops.dartfx.require_rows.default, keep, alike, _PADS_DROPPED)

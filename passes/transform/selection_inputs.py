@@ -19,7 +19,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from dartfx.passes.analysis.attention import HIDING, queries_of
+from dartfx.passes.analysis.attention import HIDING, core_of, queries_of
 from dartfx.passes.analysis.budgets import rows_of
 from dartfx.passes.analysis.token_axes import TokenAxes
 from dartfx.passes.graph import (
@@ -126,7 +126,7 @@ def layer_queries(emit: Emitter, site: Site, axes: TokenAxes) -> Node:
             "no layer before layer 0 has queries, which the selector requests",
             advice="layer=1 or a later one, or a selector that takes no queries",
         )
-    found = queries_of(site.stack, site.layer - 1)
+    found = queries_of(core_of(site.stack, site.layer - 1))
     if axes.dims(found.node) != (2,):
         raise Refusal(
             f"the queries of layer {site.layer - 1} are not one per token of this call",

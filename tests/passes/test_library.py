@@ -24,8 +24,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # A change here raises the version.
 SURFACE = {
-    "VERSION": "(0, 5)",
-    "ByOperator": "(operator, args=..., queries=..., reads=..., checks_ranks=..., more=...)",
+    "VERSION": "(0, 6)",
+    "ByOperator": (
+        "(operator, args=..., queries=..., reads=..., checks_ranks=..., more=..., "
+        "tower_attention=...)"
+    ),
     "Declined": "(because, where=..., advice=..., may_retry_with_graph_breaks=...)",
     "Emitter": "(anchor)",
     "Given": "(index=...)",
@@ -37,7 +40,9 @@ SURFACE = {
         "(stages, kv_layout=..., fixes_sliding_lengths=..., gathers_decode_mask=..., "
         "order_mixing=..., merge=..., always=...)"
     ),
-    "SelectionInputs": "(normed, keys, vision_mask, valid, vision_tokens, retain, queries)",
+    "SelectionInputs": (
+        "(normed, keys, vision_mask, valid, vision_tokens, retain, queries, tower_attention)"
+    ),
     "Stage": "(layer, retain, select, given=...)",
     "Unchanged": "(because, all_retained=..., unsure=...)",
     "normalise": "(module, examples=..., extra=...)",

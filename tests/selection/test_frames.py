@@ -35,6 +35,7 @@ def clips() -> tuple[dict[str, Any], list[list[list[int]]]]:
     for row, listed in enumerate(frames):
         case["vision_mask"][row, [p for frame in listed for p in frame]] = True
     case["queries"] = torch.randn(2, 4, 60, 8, generator=torch.Generator().manual_seed(1))
+    case["tower_attention"] = case["queries"][:, 0, :, 0]
     return case, frames
 
 

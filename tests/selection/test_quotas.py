@@ -105,6 +105,7 @@ def test_every_selector_meets_every_budget(
 ) -> None:
     case = album(13)
     case["queries"] = torch.randn(2, 4, 60, 8, generator=torch.Generator().manual_seed(1))
+    case["tower_attention"] = case["queries"][:, 0, :, 0]
     got = dartfx.select_tokens(**case, selector=selector, quota="image", min_tokens=min_tokens)
     counts = kept_of(case, got)
     assert [sum(row) for row in counts] == [13, 13]

@@ -25,11 +25,12 @@ Array = NDArray[np.float64]
 
 
 def with_queries(case: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """The case with queries of two heads for each of the keys'."""
+    """The case with queries of two heads for each of the keys', and attention of a tower."""
     B, H, S, Dh = case["keys"].shape
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(B, 2 * H, S, Dh, generator=generator)
-    return {**case, "queries": queries.to(case["keys"].dtype)}
+    tower = torch.rand(B, S, generator=generator).to(case["keys"].dtype)
+    return {**case, "queries": queries.to(case["keys"].dtype), "tower_attention": tower}
 
 
 def vision_kept(case: dict[str, Any], name: str) -> list[list[int]]:
@@ -43,6 +44,7 @@ def chosen(name: str, case: dict[str, Any], budget: Tensor, pivots: int = 4) -> 
     position = torch.arange(vision.shape[1])
     last = torch.where(vision, position, -1).amax(1, keepdim=True)
     given = {"queries": case["queries"], "valid_mask": valid, "most": int(budget.max())}
+    given["tower_attention"] = case["tower_attention"]
     asked = {n: given[n] for n in optional_inputs(name)}
     return get_selector(name)(
         case["hidden"],
@@ -87,6 +89,7 @@ def test_a_row_of_a_padded_batch_selects_what_it_selects_alone(name: str, side: 
             "hidden": case["hidden"][row : row + 1, where],
             "keys": case["keys"][row : row + 1, :, where],
             "queries": case["queries"][row : row + 1, :, where],
+            "tower_attention": case["tower_attention"][row : row + 1, where],
             "vision_mask": case["vision_mask"][row : row + 1, where],
             "retain": case["retain"],
         }
@@ -109,16 +112,19 @@ def test_sizes_may_be_symbolic(name: str) -> None:
         graphs.append(module)
         return torch._dynamo.backends.debugging.aot_eager(module, inputs)
 
-    def select(hidden: Tensor, keys: Tensor, vision: Tensor, n: int, queries: Tensor) -> Tensor:
-        given = (vision, None, n, 7, 4, 4, name, "auto", queries)
-        selected: Tensor = torch.ops.dartfx.select_tokens(hidden, keys, *given)
+    def select(
+        hidden: Tensor, keys: Tensor, vision: Tensor, queries: Tensor, tower: Tensor, n: int
+    ) -> Tensor:
+        given = (hidden, keys, vision, None, n, 7, 4, 4, name, "auto", queries)
+        selected: Tensor = torch.ops.dartfx.select_tokens(*given, tower_attention=tower)
         return selected
 
     torch._dynamo.reset()
     compiled = torch.compile(select, backend=backend, dynamic=True, fullgraph=True)
     for count, words in ((20, 6), (31, 5), (24, 9)):
         case = with_queries(ragged([count, count], [0, 0], words))
-        given = (case["hidden"], case["keys"], case["vision_mask"], count, case["queries"])
+        names = "hidden", "keys", "vision_mask", "queries", "tower_attention"
+        given = (*(case[name] for name in names), count)
         assert torch.equal(compiled(*given), select(*given))
     assert len(graphs) == 1
 
@@ -128,7 +134,8 @@ def test_equal_tokens_are_kept_by_position(name: str) -> None:
     """Equal tokens: the lowest positions, but where places count: of each stretch the lowest."""
     case = with_queries(ragged([12], [0], words=4))
     case["hidden"], case["keys"] = torch.ones(1, 16, 16), torch.ones(1, 2, 16, 8)
-    kept = chosen(name, case | {"queries": case["queries"] * 0}, torch.tensor([4]))
+    alike = {n: case[n] * 0 for n in ("queries", "tower_attention")}
+    kept = chosen(name, case | alike, torch.tensor([4]))
     want = {
         "tiled": [0, 3, 6, 9],
         "uniform": [1, 4, 7, 10],

@@ -55,7 +55,7 @@ def vision_kept(case: dict[str, Any], keep_idx: Tensor) -> list[list[int]]:
 
 def test_built_in_names() -> None:
     assert (
-        *("changed", "cover", "dart", "fastv", "random"),
+        *("attended", "changed", "cover", "dart", "fastv", "random"),
         *("relevant", "spread", "tiled", "uniform"),
     ) == BUILT_IN
     assert list(selector_names()) == sorted(selector_names())
@@ -64,7 +64,8 @@ def test_built_in_names() -> None:
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "changed"])
 def test_the_operator_keeps_text_whatever_the_selector(name: str) -> None:
     case = batch()
-    got = select_tokens(**case, selector=name, queries=torch.ones(2, 4, 24, 4))
+    asked = {"queries": torch.ones(2, 4, 24, 4), "tower_attention": torch.rand(2, 24)}
+    got = select_tokens(**case, selector=name, **asked)
     assert got.shape == (2, 18)
     for b in range(2):
         text = torch.nonzero(case["valid_mask"][b] & ~case["vision_mask"][b])[:, 0].tolist()

@@ -68,6 +68,11 @@ def read(additional_config: object) -> DartConfig | None:
             f"selector={config.selector!r} needs attention queries, which are not available in "
             "vLLM; choose another, such as 'dart'"
         )
+    if "tower_attention" in optional_inputs(config.selector):
+        raise ConfigError(
+            f"selector={config.selector!r} needs the vision tower's attention, which vLLM computes "
+            "apart from the decoder; choose another, such as 'dart'"
+        )
     return config
 
 

@@ -47,7 +47,7 @@ __all__ = ["HELP", "SHAPES", "Shape", "configure", "run"]
 HELP = "the selection, its floor, its torch form, the published loop and a decoder layer"
 
 _COPY_BYTES = 1 << 28
-OTHERS = tuple(n for n in BUILT_IN if n != "dart" and "before" not in optional_inputs(n))
+OTHERS = tuple(n for n in BUILT_IN if n not in ("dart", "changed", "attended"))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dartfx.errors import InputError
 from dartfx.integrations.outputs import check_file
-from dartfx.selection.registry import BUILT_IN, optional_inputs
+from dartfx.selection.registry import BUILT_IN
 from dartfx.tools.evaluate import selectors  # noqa: F401  (registers what dart is compared with)
 from dartfx.tools.evaluate.answers import MERGED, Choice
 from dartfx.tools.evaluate.downsample import DOWNSAMPLED
@@ -33,7 +33,8 @@ HELP = "measure what pruning costs in answers"
 MODEL = Path("examples/tiny_vlm/model")
 QUESTIONS = Path("examples/tiny_vlm/heldout/questions.jsonl")
 QUICK = {"pictures": 32, "selectors": ["dart"], "retain": [576, 192, 0], "layers": [2]}
-KNOWN = [n for n in BUILT_IN if "before" not in optional_inputs(n)] + ["key_norm", DOWNSAMPLED]
+# There are no frames here, and no tower in the decoder's graph.
+KNOWN = [n for n in BUILT_IN if n not in ("changed", "attended")] + ["key_norm", DOWNSAMPLED]
 # DART first.
 SELECTORS = [
     *("dart", "random", "uniform", "tiled", "fastv", "cover", "relevant", "spread"),
