@@ -8,8 +8,8 @@ without a launcher, one process takes all.  IN.jsonl has {"image": path, "questi
 line, paths seen from its folder; --images asks one --question of every image in a folder.  Each
 line of OUT.jsonl is the line of the input with its "number" and the "answer" that was generated.
 
-While it runs, each process appends to a part beside OUT.jsonl, line by line.  Started again with
-the same arguments after a kill, with any number of processes, it goes on with what is missing; no
+While it runs, each process appends to a part file next to OUT.jsonl, line by line.  Restarted with
+the same arguments after a kill, on any number of processes, it continues with what is missing; no
 line is lost or written twice.
 """
 
@@ -172,17 +172,17 @@ def run(args: argparse.Namespace) -> None:
     """One process's share; the first process looks after the files."""
     state = PartialState(cpu=args.cpu or not torch.cuda.is_available())
     lines = read_lines(args)
-    told: list[Any] = [None]
+    shared: list[Any] = [None]
     if state.is_main_process:
         try:
-            told = [sorted(resume(args.out, settings(args, lines)))]
+            shared = [sorted(resume(args.out, settings(args, lines)))]
         except InputError as error:
-            told = [str(error)]  # the others are waiting to be told
+            shared = [str(error)]  # the other processes wait for it
     if state.num_processes > 1:
-        broadcast_object_list(told)
-    if isinstance(told[0], str):
-        raise InputError(told[0])
-    done = set(told[0])
+        broadcast_object_list(shared)
+    if isinstance(shared[0], str):
+        raise InputError(shared[0])
+    done = set(shared[0])
     left = [line for line in lines if line["number"] not in done]
     share = left[state.process_index :: state.num_processes]
     answer_all(args, share, state)

@@ -162,6 +162,21 @@ def first_call(name: str, call: Callable[[], object], alone: bool) -> Result:
     return result
 
 
+def compile_both(
+    args: argparse.Namespace, model: Any, inputs: dict[str, Any]
+) -> tuple[list[Callable[[], Any]], list[Result]]:
+    """Prefills of the plain model and of dart, compiled, and what their first calls took."""
+    plain, dart = vlm.twin(model), vlm.twin(model)
+    plain.compile(backend=args.lowering, fullgraph=True)
+    dartfx.reset()
+    dartfx.compile(dart, **options_of(args))
+    calls = [partial(vlm.prefill, m, inputs) for m in (plain, dart)]
+    names = "plain", "dart"
+    return calls, [
+        first_call(name, call, args.compile_cpu) for name, call in zip(names, calls, strict=True)
+    ]
+
+
 def measure(args: argparse.Namespace) -> Result:
     """Every figure of the benchmark."""
     size = vlm.SIZES[args.size]
@@ -170,16 +185,7 @@ def measure(args: argparse.Namespace) -> Result:
     flops, decoder = count_flops(model, inputs)
     warm_up(args)
     passes = time_passes(vlm.twin(model), inputs, options_of(args))
-
-    plain, dart = vlm.twin(model), vlm.twin(model)
-    plain.compile(backend=args.lowering, fullgraph=True)
-    dartfx.reset()
-    dartfx.compile(dart, **options_of(args))
-    calls = [partial(vlm.prefill, m, inputs) for m in (plain, dart)]
-    compilations = [
-        first_call(name, call, args.compile_cpu)
-        for name, call in zip(("plain", "dart"), calls, strict=True)
-    ]
+    calls, compilations = compile_both(args, model, inputs)
     first = [each["seconds"] for each in compilations]
     pruned = pruned_of(dartfx.reports())
     load = os.getloadavg()[0]

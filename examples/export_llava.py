@@ -90,7 +90,7 @@ def run_alone(path: Path, inputs: vlm.Inputs, folder: Path) -> Tensor:
     given, returned = folder / "inputs.pt", folder / "outputs.pt"
     torch.save(inputs, given)
     command = [sys.executable, "-c", ALONE, str(path), str(given), str(returned)]
-    # Not in this folder: a package must not need what lies beside the example.
+    # Not in this folder: a package must not need files next to the example.
     subprocess.run(command, check=True, cwd=folder)
     logits: Tensor = torch.load(returned)[0]
     return logits

@@ -46,15 +46,9 @@ class Verdict:
         return self.full == self.asked.answer, self.pruned == self.asked.answer
 
 
-def show(number: int, retain: int, layer: int, out: Path) -> None:
-    """Print how many answers are right with all tokens and with ``retain``, and draw one picture.
-
-    number: how many of the held-out questions are asked.  out: the PNG file.  Raises ValueError
-    when nothing is pruned: ``retain`` is not below the number of vision tokens.
-    """
-    logging.disable_progress_bar()
-    model, processor = load_model(str(TINY / "model"))
-    pruned = dartfx.compile(
+def _pruned(model: Any, retain: int, layer: int) -> Any:
+    """A pruned copy of the model."""
+    return dartfx.compile(
         copy.deepcopy(model),
         dynamic=True,  # the prompts' lengths differ, and every decode step's does
         retain_tokens=retain,
@@ -63,6 +57,17 @@ def show(number: int, retain: int, layer: int, out: Path) -> None:
         on_unsupported="error",
         tokens=True,
     )
+
+
+def show(number: int, retain: int, layer: int, out: Path) -> None:
+    """Print how many answers are right with all tokens and with ``retain``, and draw one picture.
+
+    number: how many of the held-out questions are asked.  out: the PNG file.  Raises ValueError
+    when nothing is pruned: ``retain`` is not below the number of vision tokens.
+    """
+    logging.disable_progress_bar()
+    model, processor = load_model(str(TINY / "model"))
+    pruned = _pruned(model, retain, layer)
     asked = load(TINY / "heldout" / "questions.jsonl")[:number]
     prompts = batches(asked, partial(prompt_inputs, processor), 8)
     print(f"asking {len(asked)} questions with all vision tokens and with {retain} ...", flush=True)
@@ -73,8 +78,8 @@ def show(number: int, retain: int, layer: int, out: Path) -> None:
                 yield batch
                 bar.update(len(batch.numbers))
 
-        told = [answer(each, processor, counted(), MOST).texts for each in (model, pruned)]
-    verdicts = [Verdict(i, *each) for i, each in enumerate(zip(asked, *told, strict=True), 1)]
+        answers = [answer(each, processor, counted(), MOST).texts for each in (model, pruned)]
+    verdicts = [Verdict(i, *each) for i, each in enumerate(zip(asked, *answers, strict=True), 1)]
     both = next((v for v in verdicts if v.right == (True, True)), None)
     lost = next((v for v in verdicts if v.right == (True, False)), None)
     drawn = both or lost or verdicts[0]
@@ -83,8 +88,8 @@ def show(number: int, retain: int, layer: int, out: Path) -> None:
     except dartfx.DartfxError as error:
         raise ValueError(f"nothing was pruned with {retain} tokens to keep: {error}") from error
     _score(verdicts, total, retain)
-    _tell("the first of them that both answer right", both, total, retain)
-    _tell("the first of them that pruning got wrong", lost, total, retain)
+    _print_example("the first of them that both answer right", both, total, retain)
+    _print_example("the first of them that pruning got wrong", lost, total, retain)
     print(f"\n{out}: the picture of question {drawn.number}, and what was kept of it:")
     print(f"  {retain} of {total} patches, coloured by the pivot that kept them; dark: dropped")
     torch.compiler.reset()  # what was compiled for this model counts against the next one's limit
@@ -104,7 +109,7 @@ def _score(verdicts: Sequence[Verdict], total: int, retain: int) -> None:
     print(f"  (always the commonest answer of a type: {guess:.0%}, mean of types)")
 
 
-def _tell(what: str, verdict: Verdict | None, total: int, retain: int) -> None:
+def _print_example(what: str, verdict: Verdict | None, total: int, retain: int) -> None:
     if verdict is None:
         print(f"\n{what}: none")
         return

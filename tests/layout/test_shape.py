@@ -19,13 +19,7 @@ TRITON_KERNELS = {"dartfx/ops/triton_kernels.py", "dartfx/ops/farthest/kernels.p
 
 LARGE_FILES: set[str] = set()
 
-LARGE_FUNCTIONS = {
-    "examples/bench_prefill.py measure",
-    "examples/seeing.py show",
-    "tests/support/cuda_codegen.py pretend",
-    "tests/support/decoders.py pruned_by_hand",
-    "tests/support/random_decoders.py plan_of",
-}
+LARGE_FUNCTIONS: set[str] = set()
 
 LARGE_FOLDERS = {"tests/support"}
 

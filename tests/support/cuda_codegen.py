@@ -41,6 +41,24 @@ class Driver:
         return 0
 
 
+PROPERTIES = SimpleNamespace(
+    name="stub",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=141 << 30,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    gcnArchName="",
+    shared_memory_per_block=48 << 10,
+    shared_memory_per_block_optin=227 << 10,
+    shared_memory_per_multiprocessor=228 << 10,
+    L2_cache_size=50 << 20,
+)
+
+
 def pretend() -> None:
     """Make torch believe in a device of compute capability 9.0."""
     driver.set_active(Driver())
@@ -53,28 +71,12 @@ def pretend() -> None:
         setattr(module, name, lambda *a, **k: None)
     torch._C._ensureCUDADeviceGuardSet()
     torch._C._cuda_getCurrentRawStream = lambda device: 0
-    properties = SimpleNamespace(
-        name="stub",
-        major=9,
-        minor=0,
-        multi_processor_count=132,
-        total_memory=141 << 30,
-        warp_size=32,
-        regs_per_multiprocessor=65536,
-        max_threads_per_multi_processor=2048,
-        max_threads_per_block=1024,
-        gcnArchName="",
-        shared_memory_per_block=48 << 10,
-        shared_memory_per_block_optin=227 << 10,
-        shared_memory_per_multiprocessor=228 << 10,
-        L2_cache_size=50 << 20,
-    )
     cuda, interface = torch.cuda, torch._dynamo.device_interface.CudaInterface
     shared: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "get_device_properties": lambda device=None: properties,
+        "get_device_properties": lambda device=None: PROPERTIES,
         "synchronize": lambda *a: None,
     }
     for name, function in shared.items():
@@ -92,7 +94,7 @@ def pretend() -> None:
         ("get_raw_stream", 0),
     ):
         setattr(interface, name, staticmethod(lambda *a, value=value: value))
-    interface.Worker.get_device_properties = staticmethod(lambda device=None: properties)
+    interface.Worker.get_device_properties = staticmethod(lambda device=None: PROPERTIES)
     interface.Worker.current_device = staticmethod(lambda: 0)
     interface.Worker.set_device = staticmethod(lambda device: None)
 

@@ -187,6 +187,16 @@ def pruned_by_hand(
     )
     if uniform:
         outputs = [_kept(cache, keep) for cache in outputs]
+    for kept, k, v in _behind_cut(model, x, context, keep, layer):
+        outputs += [k, v]
+        hidden.append(kept)
+    return model.finish(hidden[-1], outputs, hidden)
+
+
+def _behind_cut(
+    model: Decoder, x: Tensor, context: Any, keep: Tensor, layer: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Hidden states, keys and values of each layer from ``layer`` on, computed row by row."""
     after: list[list[Tensor]] = []
     for index in range(x.shape[0]):
         row = x[index : index + 1].index_select(1, keep[index])
@@ -196,10 +206,7 @@ def pruned_by_hand(
             found += [row, k, v]
         after.append(found)
     joined = [torch.cat(values) for values in zip(*after, strict=True)]
-    for x, k, v in zip(joined[::3], joined[1::3], joined[2::3], strict=True):
-        outputs += [k, v]
-        hidden.append(x)
-    return model.finish(x, outputs, hidden)
+    return zip(joined[::3], joined[1::3], joined[2::3], strict=True)
 
 
 def _kept(cache: Tensor, keep: Tensor) -> Tensor:

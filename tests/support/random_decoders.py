@@ -237,12 +237,8 @@ def layer_of(rng: Random, z: Sizes, mask: str, share: bool) -> LayerStyle:
     )
 
 
-def plan_of(rng: Random) -> Plan:
-    """One example: sizes, every layer, what surrounds them, and a prompt."""
-    z = sizes_of(rng)
-    mask = one_of(rng, MASKS) if rng.random() < 0.7 else "none"
-    depth = rng.choice((2, 2, 3))
-    cut, share = rng.randint(1, depth - 1), rng.random() < 0.15
+def rows_of(rng: Random, z: Sizes) -> tuple[tuple[tuple[int, int], ...], list[int]]:
+    """Pads in front of and behind every row, () without a mask, and vision tokens by row."""
     most = z.seq - 4
     pads: tuple[tuple[int, int], ...] = ()
     if rng.random() < 0.5:
@@ -255,6 +251,16 @@ def plan_of(rng: Random) -> Plan:
         counts[0] = count
     if sum(counts) < z.batch:  # rounded down, not one token per row
         counts = [count] * z.batch
+    return pads, counts
+
+
+def plan_of(rng: Random) -> Plan:
+    """One example: sizes, every layer, what surrounds them, and a prompt."""
+    z = sizes_of(rng)
+    mask = one_of(rng, MASKS) if rng.random() < 0.7 else "none"
+    depth = rng.choice((2, 2, 3))
+    cut, share = rng.randint(1, depth - 1), rng.random() < 0.15
+    pads, counts = rows_of(rng, z)
     # Without a batch dim, positions can be gathered for one row only.
     shared = z.batch == 1 or rng.random() < 0.1
     return Plan(
