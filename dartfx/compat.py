@@ -70,6 +70,7 @@ def _names(module: str, attributes: str, use: str, seen: str = TORCH) -> dict[st
 _SIZES = "error texts that show a size do not fix that size"
 _PICKED_ROWS = "rows of hidden states that a mask picks (DeepStack) do not break the graph"
 _BRANCHES = "branches on token ids do not break the graph"
+_CHECKS = "checks between a vision tower and its decoder do not break the graph"
 _EXPORT = "exported programs are pruned"
 _TIMES = "reports say what compiling took"
 
@@ -101,6 +102,9 @@ NAMES: dict[str, PrivateName] = {
     **_names("torch._dynamo.variables.tensor", "TensorVariable", _PICKED_ROWS),
     **_names("torch._dynamo.variables.constant", "ConstantVariable", _BRANCHES),
     **_names("torch._dynamo.guards", "install_guard", _BRANCHES),
+    **_names("torch._dynamo.variables.torch", "TorchInGraphFunctionVariable", _CHECKS),
+    **_names("torch._dynamo.variables.builder", "wrap_fx_proxy", _CHECKS),
+    **_names("torch", "_check _check_tensor_all", _CHECKS),
     **_names(
         "torch._dynamo.source", "ConstantSource", "graphs with sizes of their own are re-traced"
     ),

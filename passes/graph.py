@@ -21,7 +21,7 @@ aten = torch.ops.aten
 Size = int | torch.SymInt
 
 # Of the user's code; scans.py is what dynamo traces in place of some functions.
-_FILE = r'File "(?P<file>[^"]+)(?<!/dartfx/backend/scans.py)"'
+_FILE = r'File "(?P<file>[^"]+)(?<!/dartfx/backend/tracing/scans.py)"'
 _FRAME = re.compile(_FILE + r", line (?P<line>\d+), in (?P<fn>.+)\n\s*(?P<code>.*)")
 # A module that is reached from its own forward, which something was wrapped around.
 _BY_WRAPPED_FORWARD = re.compile(r"\.\w*forward(\.\w+|\[\d+\])*\.__self__(?=\.|$)")

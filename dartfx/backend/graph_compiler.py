@@ -13,12 +13,12 @@ from torch.fx import GraphModule
 
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
 from dartfx import compat
-from dartfx.backend import dynamo_patch, scans
 from dartfx.backend.later_failures import note_on_errors
 from dartfx.backend.lowering import lower
 from dartfx.backend.masked_graph import rewrite_with_budget, rewrite_with_mask
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
 from dartfx.backend.rewrite import refuse, rewrite
+from dartfx.backend.tracing import checks, dynamo_patch, scans
 from dartfx.config.options import DartConfig
 from dartfx.observe.dump import Dump
 from dartfx.observe.next_step import next_step_of
@@ -112,15 +112,14 @@ def compile_graph(
 
 def _calls_us(backend: object) -> bool:
     """Whether dynamo's wrapping of a backend ends in :func:`compile_graph` or :func:`dart`."""
-    backend = getattr(backend, "_torchdynamo_orig_backend", backend)
-    backend = getattr(backend, "compiler_fn", backend)
+    backend = checks.unwrapped(backend)
     return getattr(backend, "func", backend) in (compile_graph, dart)
 
 
 def prepare_dynamo() -> None:
-    """Install what dynamo needs before it traces a frame for this backend; see dynamo_patch."""
-    dynamo_patch.install(_calls_us)
-    scans.install(_calls_us)
+    """Install what dynamo needs before it traces a frame for this backend; see tracing."""
+    for part in (dynamo_patch, checks, scans):
+        part.install(_calls_us)
 
 
 class GraphCompiler:
@@ -128,6 +127,7 @@ class GraphCompiler:
 
     def __init__(self, config: DartConfig, module: GraphModule, caller: CallerCapabilities) -> None:
         self.config, self.module, self.caller = config, module, caller
+        checks.allow_reading(module.graph)
         # Where nothing is pruned, dynamo's own module is compiled, with its regions.
         self.flat = module = inline_higher_order(module)
         self.nodes = len(module.graph.nodes)

@@ -1,4 +1,4 @@
-"""When dynamo's handling of instructions is changed, and a torch without what that needs."""
+"""When dynamo traces otherwise for this backend, and a torch without what that needs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import operator
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +19,11 @@ from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from dartfx import compat
-from dartfx.backend import dynamo_patch, graph_compiler
+from dartfx.backend import graph_compiler
+from dartfx.backend.request import TORCH_COMPILE
+from dartfx.backend.tracing import checks, dynamo_patch
+from dartfx.config.options import DartConfig
+from dartfx.observe.report import collect_reports
 
 OPCODES = {name: dis.opmap[name] for name in dynamo_patch.CHANGES}
 JUMPS = [name for name in OPCODES if "JUMP" in name]
@@ -48,8 +54,10 @@ assert translator.dispatch_table[opcode] is not before, "not changed by the look
 @pytest.fixture(autouse=True)
 def not_installed() -> Iterator[None]:
     dynamo_patch.uninstall()
+    checks.uninstall()
     yield
     dynamo_patch.uninstall()
+    checks.uninstall()
     graph_compiler.prepare_dynamo()
 
 
@@ -126,6 +134,7 @@ def traced(
         return module.forward
 
     dynamo_patch.install(lambda called: ours)
+    checks.install(lambda called: ours)
     torch.compiler.reset()
     return torch.compile(function, backend=backend), made
 
@@ -188,3 +197,54 @@ def test_branches_that_one_input_decides_break_no_graph_of_ours(
         given = torch.tensor([ids])
         assert torch.equal(compiled(given.clone(), x), function(given.clone(), x))
     assert len(made) == graphs
+
+
+def checked(ids: Tensor, x: Tensor) -> Tensor:
+    torch._check_tensor_all((ids == 7).any())
+    return x * 2
+
+
+def checked_then_read(ids: Tensor, x: Tensor) -> Tensor:
+    y = checked(ids, x)
+    return y[: int(ids[0])]
+
+
+@pytest.mark.parametrize(
+    ("function", "ours", "one"),
+    [(checked, True, True), (checked, False, False), (checked_then_read, True, False)],
+)
+def test_checks_that_read_a_tensor_break_no_graph_of_ours(
+    function: Callable[..., Tensor], ours: bool, one: bool
+) -> None:
+    """They still fail; what is read to decide a shape breaks the graph as ever."""
+    compiled, made = traced(function, ours)
+    x = torch.ones(9)
+    for ids in ([7, 1], [2, 7]):
+        assert torch.equal(compiled(torch.tensor(ids), x), function(torch.tensor(ids), x))
+    assert (len(made) == 1) == one
+    with pytest.raises(RuntimeError):
+        compiled(torch.tensor([3, 3]), x)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_checks_break_graphs_whose_launches_are_recorded(recorded: bool) -> None:
+    """A CUDA graph holds nothing that the host reads."""
+    graph_compiler.prepare_dynamo()
+    caller = replace(TORCH_COMPILE, replays_prefills=recorded)
+    config = DartConfig(lowering="eager")
+    backend: Any = partial(graph_compiler.compile_graph, config, caller=caller)
+    with collect_reports() as made:
+        torch.compile(checked, backend=backend)(torch.tensor([7, 1]), torch.ones(9))
+    assert (len(made) > 1) == recorded
+
+
+@pytest.mark.parametrize("key", ["TorchInGraphFunctionVariable", "wrap_fx_proxy"])
+def test_without_a_name_checks_are_left_to_dynamo(
+    key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = compat.NAMES[key]
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "dartfx"):
+        patch.delattr(importlib.import_module(name.module), name.attribute)
+        checks.install(lambda backend: True)
+    assert [str(name) in r.message for r in caplog.records] == [True]
+    checks.uninstall()

@@ -12,8 +12,8 @@ from torch._dynamo.callback import callback_handler
 from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-from dartfx.backend import scans
 from dartfx.backend.graph_compiler import prepare_dynamo
+from dartfx.backend.tracing import scans
 from dartfx.passes.outcome import OrderMixing, Pruned
 from tests.support.decoders import (
     Decoder,

@@ -1,0 +1,1 @@
+"""What dynamo does differently in the frames that it traces for our backend."""
