@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import re
 import runpy
@@ -18,6 +19,10 @@ from PIL import Image
 import dartfx
 from dartfx.backend.lowering import lowering_with
 from dartfx.selection import registry
+from dartfx.tools.evaluate.questions import Question
+from dartfx.tools.evaluate.questions import load as load_questions
+from dartfx.tools.evaluate.results import _from_bits
+from dartfx.tools.evaluate.scores import MEAN, Sample
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
 from tests.support.decoders import Decoder, Sizes, prompt, run
@@ -122,3 +127,31 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert not set(dartfx.__all__) - {*listed, *inside}
     assert len(set(listed)) == len(listed)
     assert all(o.__doc__ for o in objects)
+
+
+def mean_accuracy(entry: dict[str, Any], few: list[Question], many: list[Question]) -> list[float]:
+    """Of all tokens, then of each selector and budget, on the questions of ``few``, in percent."""
+    bits = {
+        (each["selector"], each["retained"]): each["right_by_seed"]["0"]
+        for each in entry["settings"]
+        if each["layer"] == 2
+    }
+    here = torch.tensor([question in few for question in many])
+    columns = [(name, kept) for name in ("dart", "spread", "uniform") for kept in (192, 128, 64)]
+    found = [_from_bits(bits[key], len(many))[here] for key in [*columns, ("dart", 0)]]
+    return [round(100 * Sample(few).figures(right)[MEAN].value, 1) for right in found]
+
+
+def test_the_hybrid_is_compared_as_measured() -> None:
+    """With the attention-only model on the same pictures, from the verdict of each question."""
+    page = (ROOT / "docs" / "quality.md").read_text()
+    everything = ROOT / "examples" / "tiny_vlm" / "heldout" / "questions.jsonl"
+    few, many = load_questions(everything, 32), load_questions(everything)
+    for name, file, asked in (
+        ("attention alone", "quality.json", many),
+        ("hybrid", "quality_hybrid.json", few),
+    ):
+        entry = json.loads((ROOT / "docs" / file).read_text())
+        row = re.search(rf"^\| {name} \|(.+)\|$", page, re.MULTILINE)
+        assert row
+        assert list(map(float, row[1].split("|")))[1:] == mean_accuracy(entry, few, asked)
