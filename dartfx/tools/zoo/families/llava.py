@@ -12,11 +12,11 @@ _PINPOINTS = [[28, 56], [56, 28], [56, 56]]
 
 
 def clip(image_size: int) -> Any:
-    """A CLIP tower of three layers, patches of 14 pixels."""
+    """A CLIP tower of two layers, patches of 14 pixels."""
     return hf.CLIPVisionConfig(
         hidden_size=48,
         intermediate_size=96,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         image_size=image_size,
         patch_size=14,
@@ -24,11 +24,11 @@ def clip(image_size: int) -> Any:
 
 
 def siglip(image_size: int) -> Any:
-    """A SigLIP tower of three layers, patches of 14 pixels, no class token."""
+    """A SigLIP tower of two layers, patches of 14 pixels, no class token."""
     return hf.SiglipVisionConfig(
         hidden_size=48,
         intermediate_size=96,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         image_size=image_size,
         patch_size=14,

@@ -67,7 +67,7 @@ def qwen2_vl(**text: Any) -> Structure:
     """Qwen2-VL: positions in time, height and width, cut out of every head."""
     sizes = mrope(text_sizes(**text))
     tower = {
-        "depth": 3,
+        "depth": 2,
         "embed_dim": 48,
         "hidden_size": sizes["hidden_size"],
         "num_heads": 4,
@@ -79,9 +79,9 @@ def qwen2_vl(**text: Any) -> Structure:
 
 
 def window_tower(hidden_size: int) -> dict[str, Any]:
-    """A tower with window attention and one full layer."""
+    """A tower of one layer with window attention and a full one."""
     return {
-        "depth": 3,
+        "depth": 2,
         "hidden_size": 48,
         "intermediate_size": 96,
         "num_heads": 4,
