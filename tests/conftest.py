@@ -31,6 +31,12 @@ torch._dynamo.config.run_gc_after_compile = False
 # processor's cache is warm: 20 ms of CPU, a tenth of what a model that breaks into 50 graphs takes.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
+# Pytest gives a handler to every logger that does not propagate.  With one on this, torch writes
+# each graph and each guard as text, as for TORCH_TRACE: a twentieth of a compilation.  The same for
+# the stacks of what a frame mutates, a fiftieth.
+torch._logging._internal.trace_log.propagate = True
+torch._dynamo.config.side_effect_replay_policy = "silent"
+
 # What Inductor says once in each process, of float32 matrices and of a first graph without kernels.
 _GPU_WARNINGS = (
     "ignore:TensorFloat32 tensor cores:UserWarning",
