@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give the run one folder of compile caches, which xdist's workers inherit.
 
     A new one per run: what an earlier run compiled must not decide whether this one passes.  One
-    for all of it: every folder costs ten seconds in which Inductor tries the vector instructions.
+    for all of it: every folder costs the seconds in which Inductor compiles torch's headers.
     """
     if hasattr(config, "workerinput"):
         return
@@ -74,6 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="dartfx-tests-", ignore_cleanup_errors=True)
     config.stash[_FOLDERS] = folder
     os.environ[_CACHE] = folder.name
+    # The processor says which vector instructions it has; trying them takes Inductor ten seconds.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     for variable in ("DARTFX_DUMP", "DARTFX_OPTIONS"):
         os.environ.pop(variable, None)
 
