@@ -101,12 +101,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(mark)
 
 
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    """Fixed seed; nothing that an earlier test compiled, reported or noted."""
-    torch.manual_seed(0)
+@pytest.fixture(autouse=True, scope="module")
+def fresh_file() -> Iterator[None]:
+    """Nothing that an earlier file compiled."""
     torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fixed seed; nothing that an earlier test reported or noted, or compiled unless it is shared.
+
+    A file marked ``shares_compiled`` asks one compiled model several questions: what its earlier
+    tests compiled stays, and more kinds of calls come to it than to a model in use.
+    """
+    torch.manual_seed(0)
     dartfx.reset()
+    if request.node.get_closest_marker("shares_compiled"):
+        with torch._dynamo.config.patch(recompile_limit=64):
+            yield
+        return
+    torch.compiler.reset()
     yield
     torch.compiler.reset()
 

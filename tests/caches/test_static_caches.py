@@ -20,6 +20,8 @@ from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 from tests.support.turns import Conversation, compiled, greedy, llava, one, words
 
+pytestmark = pytest.mark.shares_compiled
+
 
 def slots(cache: Any) -> set[int]:
     return {layer.keys.shape[2] for layer in cache.layers}
@@ -61,7 +63,7 @@ def test_generate_allocates_slots_for_what_is_left() -> None:
 
 def test_the_turns_of_a_static_cache() -> None:
     """Text, image, text, image: each image pruned by itself, on what came before."""
-    oracle, cache, model = Conversation(llava()), static(120), fresh()
+    oracle, cache, model = Conversation(llava()), static(120), compiled()
     for turn, said in enumerate((words(1, 9), image(1), words(1, 4), image(2), words(1, 3))):
         call = {"input_ids": said} if isinstance(said, torch.Tensor) else said
         right = oracle.say(said) if isinstance(said, torch.Tensor) else oracle.show(said)
@@ -109,7 +111,7 @@ def of_slots(cache: Any, mask: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def test_a_static_cache_is_used_again() -> None:
     """A reset gives back the slots that a pruned prompt did without."""
-    cache, model = static(60), fresh()
+    cache, model = static(60), compiled()
     with torch.no_grad():
         model(**one(), past_key_values=cache)
         assert slots(cache).pop() < 60 <= cache.get_max_length()

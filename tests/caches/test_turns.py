@@ -22,6 +22,8 @@ from tests.support.turns import (
     words,
 )
 
+pytestmark = pytest.mark.shares_compiled
+
 # --- turns -----------------------------------------------------------------------------------
 
 

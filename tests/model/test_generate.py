@@ -17,14 +17,18 @@ from tests.support.generating import (
     FAMILIES,
     NAMES,
     by_hooks,
+    dropped,
     family,
     fast,
     pruned,
     settings_of,
+    shared,
     without_mask,
 )
 from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
+
+pytestmark = pytest.mark.shares_compiled
 
 # --- layouts, searches, samples -------------------------------------------------------------
 
@@ -53,8 +57,8 @@ def test_beam_search(name: str) -> None:
     inputs = built.make_inputs("pad2")
     how = {"num_beams": 4, "num_return_sequences": 2, "output_scores": True}
     oracle = by_hooks(built, inputs, "uniform", copies=4, **how)
-    ours = fast(built).generate(**inputs, **settings_of(how))
-    assert pruned() == 1
+    ours = shared(name).generate(**inputs, **settings_of(how))
+    assert dropped(ours) == built.tokens_per_image - RETAIN
     assert ours.sequences.tolist() == oracle.sequences.tolist()
     torch.testing.assert_close(ours.sequences_scores, oracle.sequences_scores, **CLOSE)
 
@@ -65,9 +69,8 @@ def test_rows_with_different_numbers_of_images_decode_exactly(name: str) -> None
     built = family(name)
     inputs = built.make_inputs("ragged")
     oracle = by_hooks(built, inputs, "uniform", output_logits=True)
-    model = fast(built)
-    ours = model.generate(**inputs, **settings_of({"output_logits": True}))
-    assert pruned() == 1
+    ours = shared(name).generate(**inputs, **settings_of({"output_logits": True}))
+    assert dropped(ours) > 0
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(oracle.logits), **CLOSE)
 
 
@@ -77,10 +80,9 @@ def test_samples_with_a_fixed_seed() -> None:
     how = {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3}
     torch.manual_seed(4)
     oracle = by_hooks(built, inputs, "uniform", copies=3, **how)
-    model = fast(built)
     torch.manual_seed(4)
-    ours = model.generate(**inputs, **settings_of(how))
-    assert pruned() == 1
+    ours = shared("llava").generate(**inputs, **settings_of(how))
+    assert dropped(ours) == built.tokens_per_image - RETAIN
     assert ours.sequences.tolist() == oracle.sequences.tolist()
     assert len({tuple(row) for row in ours.sequences.tolist()}) > 1
 
@@ -133,10 +135,9 @@ def test_streaming(capsys: pytest.CaptureFixture[str]) -> None:
     built = family("llava")
     inputs = built.make_inputs()
     streamer = TextStreamer(Words(), skip_prompt=True)
-    ours = fast(built).generate(
-        **inputs, **settings_of({"streamer": streamer, "max_new_tokens": 3})
-    )
-    assert pruned() == 1
+    how = settings_of({"streamer": streamer, "max_new_tokens": 3})
+    ours = shared("llava").generate(**inputs, **how)
+    assert dropped(ours) == built.tokens_per_image - RETAIN
     new = ours.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     assert capsys.readouterr().out.split() == [f"<{i}>" for i in new]
 
@@ -147,8 +148,7 @@ def test_logits_to_keep(kept: int) -> None:
     inputs = built.make_inputs()
     oracle = hooked.pruned_forward(built.model, inputs, retain=RETAIN)
     with torch.no_grad():
-        logits = fast(built)(**inputs, logits_to_keep=kept, use_cache=False).logits
-    assert pruned() == 1
+        logits = shared("llava")(**inputs, logits_to_keep=kept, use_cache=False).logits
     torch.testing.assert_close(logits, oracle.logits[:, -kept:], **CLOSE)
 
 
@@ -158,7 +158,6 @@ def test_logits_to_keep(kept: int) -> None:
 def test_a_second_turn_on_an_unpruned_cache() -> None:
     built = family("llava")
     text = built.make_inputs("text")
-    model = fast(built)
 
     def two_turns(model: Any) -> list[int]:
         how = settings_of({"max_new_tokens": 4})
@@ -167,7 +166,7 @@ def test_a_second_turn_on_an_unpruned_cache() -> None:
         cache = first.past_key_values
         return model.generate(input_ids=more, past_key_values=cache, **how).sequences.tolist()
 
-    assert two_turns(model) == two_turns(built.model)
+    assert two_turns(shared("llava")) == two_turns(built.model)
 
 
 # --- threads, wrappers -----------------------------------------------------------------------

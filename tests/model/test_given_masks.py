@@ -19,6 +19,8 @@ from dartfx.tools.zoo.registry import load
 from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
+pytestmark = pytest.mark.shares_compiled
+
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 3,
     "do_sample": False,
@@ -49,6 +51,7 @@ def merged() -> tuple[Tensor, Tensor, Tensor]:
     return seen[0], inputs["attention_mask"], vision
 
 
+@functools.cache
 def compiled() -> Any:
     model = copy.deepcopy(llava().model)
     return dartfx.compile(

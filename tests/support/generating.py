@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import dartfx
+from dartfx.model.caches.kv_cache import pruned_length
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of
@@ -29,8 +30,19 @@ def fast(built: Family, **options: Any) -> Any:
     return dartfx.compile(copy.deepcopy(built.model), **settings)
 
 
+@functools.cache
+def shared(name: str) -> Any:
+    """One compiled model for all questions of a file that is marked ``shares_compiled``."""
+    return fast(family(name))
+
+
 def pruned() -> int:
     return sum(isinstance(r.outcome, Pruned) for r in dartfx.reports())
+
+
+def dropped(made: Any) -> int:
+    """How many tokens of the prompt the caches that ``generate`` returns do without."""
+    return int(pruned_length(made.past_key_values))
 
 
 def by_hooks(
