@@ -8,8 +8,6 @@ import transformers as hf
 
 from dartfx.tools.zoo.family import Structure, patches, special, text_sizes
 
-_GRID = 8  # patches on each edge; a token merges 2 x 2 of them
-
 
 def mrope(sizes: dict[str, Any], share: float = 1.0, **more: Any) -> dict[str, Any]:
     """``sizes`` with rotary positions in time, height and width, over ``share`` of each head."""
