@@ -17,7 +17,7 @@ from dartfx.selection.dart import (
 )
 from dartfx.selection.quotas import split_budget
 
-__all__ = ["cover", "relevant"]
+__all__ = ["cover", "cover_by_steps", "cover_greedily", "relevant"]
 
 # Vision tokens that are compared with each other: an image of 24 x 24 patches, or a tile.
 STRETCH = 576
@@ -112,18 +112,19 @@ def _take_covering(
     for start in range(0, len(share), size):
         at = slice(start, start + size)
         steps = int(share[at]) if on_cpu else most
-        kept.append(_greedy(alike[at], weight[at], free[at], share[at], steps))
+        kept.append(cover_greedily(alike[at], weight[at], free[at], share[at], steps))
     return stretches.scatter(torch.cat(kept).view_as(stretches.filled))
 
 
-def _greedy(alike: Tensor, weight: Tensor, free: Tensor, share: Tensor, steps: int) -> Tensor:
+def cover_by_steps(alike: Tensor, weight: Tensor, free: Tensor, share: Tensor, most: int) -> Tensor:
     """The slots that each stretch keeps: [P, L] bool, ``share[p]`` of those that are free.
 
-    alike: [P, L, L] cosines.  weight: [P, L].  free: [P, L] bool.  share: [P, 1] int64.
+    alike: [P, L, L] cosines.  weight: [P, L].  free: [P, L] bool.  share: [P, 1] int64, none above
+    ``most``.
     """
     covered, kept = torch.zeros_like(weight), torch.zeros_like(free)
     slot = torch.arange(free.shape[1], device=free.device)
-    for step in range(steps):
+    for step in range(most):
         gain = (alike - covered[:, None]).clamp_(min=0).mul_(weight[:, None]).sum(-1)
         gain = torch.where(free, gain, -torch.inf)
         at = first_largest(gain)
@@ -133,6 +134,22 @@ def _greedy(alike: Tensor, weight: Tensor, free: Tensor, share: Tensor, steps: i
         raised = torch.maximum(covered, nearest)
         covered = torch.where(taken.any(1, keepdim=True), raised, covered)
     return kept
+
+
+# An operator of its own, so that dartfx/ops/covering/ takes its steps on a GPU.
+cover_greedily = custom_op(
+    "dartfx::cover_greedily",
+    cover_by_steps,
+    mutates_args=(),
+    schema="(Tensor alike, Tensor weight, Tensor free, Tensor share, SymInt most) -> Tensor",
+)
+
+
+@cover_greedily.register_fake
+def _cover_greedily_fake(
+    alike: Tensor, weight: Tensor, free: Tensor, share: Tensor, most: int
+) -> Tensor:
+    return torch.empty_like(free)
 
 
 class _Stretches:

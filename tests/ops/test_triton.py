@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dartfx.errors import KernelUnavailableError, SelectionError
-from dartfx.ops import select_tokens, triton_launch
+from dartfx.ops import covering, select_tokens, triton_launch
 from dartfx.ops.farthest import on_gpu
+from dartfx.selection.cover import cover_by_steps
 from dartfx.selection.spread import take_apart_by_steps
 from tests.support.selection_cases import draw, expected, losing_text, one_hot, plain, ragged
 
@@ -241,6 +242,24 @@ def test_farthest_points_are_those_of_the_plain_loop() -> None:
         want = take_apart_by_steps(*case, int(budget.max()))
         assert want.sum(1).tolist() == budget.tolist()
         got = on_gpu(*(x.to(DEVICE) for x in case), int(budget.max()) + 1)
+        assert torch.equal(got.cpu(), want), seed
+
+
+def test_covering_keeps_what_the_plain_loop_keeps() -> None:
+    """Of eighths, whose sums are exact: ties too, and stretches of unequal budgets and lengths."""
+    for seed, (parts, length) in enumerate([(3, 21), (1, 140)]):
+        generator = torch.Generator().manual_seed(seed)
+        alike = torch.randint(-4, 9, (parts, length, length), generator=generator) / 8
+        alike = torch.maximum(alike, alike.mT)
+        alike[:, ::6] = alike[:, :1]
+        weight = torch.randint(0, 5, (parts, length), generator=generator) / 4
+        free = torch.arange(length) < torch.tensor([[length], [length - 5], [9]])[:parts]
+        share = (free.sum(1, keepdim=True) * torch.rand(parts, 1, generator=generator)).long()
+        share[-1] = min(9, int(free[-1].sum()))
+        case, most = (alike, weight * free, free, share), int(share.max())
+        want = cover_by_steps(*case, most)
+        assert want.sum(1).tolist() == share[:, 0].tolist()
+        got = covering.on_gpu(*(x.to(DEVICE) for x in case), most + 1)
         assert torch.equal(got.cpu(), want), seed
 
 

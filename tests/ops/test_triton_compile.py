@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
 
+from dartfx.ops.covering.kernels import take_covering
 from dartfx.ops.farthest.kernels import take_farthest
 from tests.support.offline import Launch, Shape, Usage, usage
 
@@ -72,6 +73,19 @@ def test_a_step_of_farthest_points_fits(target: GPUTarget, limit: Usage) -> None
     arguments = units, mask, numbers, budget, numbers, candidates, mask, 2930, 367, 5
     constants = {"D": 4096, "BLOCK_S": 8, "BLOCK_D": 512, "SCAN": 512}
     used = usage(Launch(take_farthest, (2, 367), arguments, constants).compile(target), target)
+    assert used.spilled == 0
+    assert 0 < used.registers <= limit.registers
+
+
+@pytest.mark.parametrize(("target", "limit"), TARGETS)
+def test_a_step_of_covering_fits(target: GPUTarget, limit: Usage) -> None:
+    weight = torch.empty(5, 576, device="meta")
+    free, share = weight.bool(), torch.empty(5, dtype=torch.int64, device="meta")
+    alike, covered = weight[..., None].expand(-1, -1, 576), weight.expand(2, -1, -1)
+    candidates = share[:, None].expand(2, -1, 72)
+    arguments = alike, weight, free, share, covered, candidates, free, 576, 72, 5
+    constants = {"BLOCK_K": 8, "BLOCK_L": 128, "SCAN": 128}
+    used = usage(Launch(take_covering, (5, 72), arguments, constants).compile(target), target)
     assert used.spilled == 0
     assert 0 < used.registers <= limit.registers
 

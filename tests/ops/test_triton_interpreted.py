@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 # Batches, ties and limits; the rest takes the interpreter a minute more.
 FEW = (
-    "random_batches or shortlists or ties or budget_and_pivot or farthest or text_is_never_lost "
-    "or not_serve"
+    "random_batches or shortlists or ties or budget_and_pivot or farthest or covering "
+    "or text_is_never_lost or not_serve"
 )
 
 
