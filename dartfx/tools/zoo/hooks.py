@@ -214,7 +214,10 @@ class Hooks:
         if kept is None or cache is None or given is not None:
             return {}
         dropped = self.valid.shape[1] - kept.shape[1]
-        return {"position_ids": kept.new_tensor([[cache.get_seq_length() + dropped]])}
+        # Positions of tables that begin behind the pad's row count from there.
+        table = getattr(self.decoder, "embed_positions", None)
+        first = getattr(table, "padding_idx", -1) + 1 if hasattr(table, "make_weights") else 0
+        return {"position_ids": kept.new_tensor([[first + cache.get_seq_length() + dropped]])}
 
     def _left(self, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, S] and rows of vision features, or what pruning left of them."""
@@ -252,7 +255,8 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _final_norm(decoder: Any) -> Any:
-    for name in ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "norm_f"):
+    names = "norm final_layernorm final_layer_norm embedding_norm norm_f layer_norm"
+    for name in names.split():
         if hasattr(decoder, name):
             return getattr(decoder, name)
     raise TypeError(f"no final norm known for {type(decoder).__name__}; add it to _final_norm")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from logging.handlers import BufferingHandler
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from dartfx.errors import PruningWarning, SelectionError
 from dartfx.observe.report import Report
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
+from dartfx.runtime.vision_mask import LOST
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family, Inputs
 from dartfx.tools.zoo.registry import load
@@ -227,10 +230,16 @@ def _compiled(model: Any, options: dict[str, Any]) -> Iterator[Any]:
 def _quiet() -> Iterator[list[str]]:
     """Collects what dartfx warns of, and keeps torch's and transformers' warnings away."""
     warned: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield warned
+    logged = BufferingHandler(1000)  # a bare compile has no other way to say it of a whole call
+    logging.getLogger("dartfx").addHandler(logged)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield warned
+    finally:
+        logging.getLogger("dartfx").removeHandler(logged)
     warned += [str(w.message) for w in caught if issubclass(w.category, PruningWarning)]
+    warned += [said for r in logged.buffer if (said := r.getMessage()).startswith(LOST)]
 
 
 def _told(reports: list[Report], warned: list[str]) -> Call:
@@ -255,6 +264,8 @@ def _told(reports: list[Report], warned: list[str]) -> Call:
             )
     said = dict.fromkeys(getattr(report.outcome, "because", "") for report in reports)
     status = "unsure" if any(getattr(r.outcome, "unsure", False) for r in reports) else "SILENT"
+    if lost := [each for each in warned if each.startswith(LOST)]:
+        status, said = "refused", dict.fromkeys(lost)
     return Call(status, graphs=len(reports), why="; ".join(said) or "dynamo made no graph")
 
 
