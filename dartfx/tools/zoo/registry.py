@@ -6,13 +6,16 @@ import contextlib
 
 from dartfx import compat
 from dartfx.tools.zoo.families import (
+    documents,
     gemma,
     grids,
     hybrids,
+    indexed,
     llava,
     others,
     projected,
     qwen,
+    recent,
     tokenised,
 )
 from dartfx.tools.zoo.family import Builder, Family, build
@@ -85,23 +88,59 @@ BUILDERS: tuple[Builder, ...] = (
     tokenised.blip_2,
     tokenised.instructblip,
     tokenised.instructblipvideo,
+    documents.minicpm_ocr,
+    documents.minicpmv4_7,
+    documents.deepseek_ocr2,
+    documents.unlimited_ocr,
+    recent.cosmos3_edge,
+    recent.cosmos3_omni,
+    indexed.mistral_large4,
+    indexed.dots3_note,
+    indexed.qwen4_exp,
+    indexed.glm5_next,
+    indexed.minimax_m3_vl,
+    recent.muse_glimmer,
+    recent.muse_spark,
+    recent.inkling,
+    recent.inkling2,
+    tokenised.kosmos_2,
+    tokenised.kosmos_2_5,
 )
 
 FAMILIES: dict[str, Builder] = {builder.__name__: builder for builder in BUILDERS}
+
+# Of what ``AutoModelForImageTextToText`` makes, by model type, what the zoo does not hold, and why.
+_ENCODER_DECODER = "vision tokens enter the encoder of an encoder-decoder model, as florence2's"
+_CROSS_ATTENTION = "the text looks at the image by cross-attention, as mllama's"
+EXCLUDED: dict[str, str] = {
+    "blip": _CROSS_ATTENTION,
+    "diffusion_gemma": "denoises blocks of text in place of decoding",
+    "evolla": "reads proteins",
+    "git": "the image stands before the token ids, without placeholders among them",
+    "idefics": _CROSS_ATTENTION,
+    "mistral4": "a text model, of which mistral3 takes the images",
+    "pi0": "writes actions of robots by flow matching",
+    "pix2struct": _ENCODER_DECODER,
+    "pp_formulanet": _ENCODER_DECODER,
+    "t5gemma2": _ENCODER_DECODER,
+    "udop": _ENCODER_DECODER,
+    "vision-encoder-decoder": _ENCODER_DECODER,
+}
 
 
 def missing_classes() -> dict[str, str]:
     """Vision-language classes of the installed transformers that no family is built from.
 
-    By model type, from what ``AutoModelForImageTextToText`` makes.  Raises Unavailable where that
-    is not to be found.
+    By model type, from what ``AutoModelForImageTextToText`` makes, but for ``EXCLUDED``.  Raises
+    Unavailable where that is not to be found.
     """
     known, held = compat.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, set()
     for builder in BUILDERS:
         # This transformers lacks the family, or a package that its configuration needs.
         with contextlib.suppress(AttributeError, ImportError):
             held.add(builder().model_class)
-    return {kind: name for kind, name in known.items() if name not in held}
+    left = {kind: name for kind, name in known.items() if name not in held}
+    return {kind: name for kind, name in left.items() if kind not in EXCLUDED}
 
 
 def load(name: str, *, seed: int = 0, attn_implementation: str = "sdpa", **sizes: object) -> Family:

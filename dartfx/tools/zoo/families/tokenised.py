@@ -140,3 +140,67 @@ def instructblipvideo(**text: Any) -> Structure:
         _questions(name, 4, 3, 56, 56),
         decoder="language_model.model",
     )
+
+
+def _fairseq(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of a text model under the names of these configurations."""
+    return {
+        "vocab_size": sizes["vocab_size"],
+        "embed_dim": sizes["hidden_size"],
+        "layers": sizes["num_hidden_layers"],
+        "ffn_dim": sizes["intermediate_size"],
+        "attention_heads": sizes["num_attention_heads"],
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "tie_word_embeddings": False,
+    }
+
+
+def kosmos_2(**text: Any) -> Structure:
+    """Kosmos-2: sinusoidal positions added to the embeddings, queries that read a CLIP tower."""
+    sizes = text_sizes(**text)
+    config = hf.Kosmos2Config(
+        text_config=_fairseq(sizes),
+        vision_config=tower_sizes(2, image_size=56, patch_size=14),
+        latent_query_num=16,
+        tie_word_embeddings=False,
+    )
+    return Structure(
+        "Kosmos2ForConditionalGeneration",
+        config,
+        special(sizes["vocab_size"], 1),
+        16,
+        images(3, 56, 56),
+        types="image_embeds_position_mask",
+        decoder="text_model.model",
+    )
+
+
+def kosmos_2_5(**text: Any) -> Structure:
+    """Kosmos-2.5: the same for documents; patches carry their row and column."""
+    sizes = text_sizes(**text)
+    tower = tower_sizes(2, head_dim=12, patch_embed_hidden_size=24, max_num_patches=64)
+    config = hf.Kosmos2_5Config(
+        text_config=_fairseq(sizes),
+        vision_config=tower,
+        latent_query_num=16,
+        tie_word_embeddings=False,
+    )
+
+    def pixels(count: int, generator: torch.Generator) -> Inputs:
+        rows, columns = (torch.arange(64)[:, None] // 8, torch.arange(64)[:, None] % 8)
+        where = torch.cat([rows, columns], 1).float().expand(count, -1, -1)
+        drawn = torch.randn((count, 64, 24), generator=generator)
+        return {"flattened_patches": torch.cat([where, drawn], 2)}
+
+    return Structure(
+        "Kosmos2_5ForConditionalGeneration",
+        config,
+        special(sizes["vocab_size"], 1),
+        16,
+        pixels,
+        types="image_embeds_position_mask",
+        decoder="text_model.model",
+    )
