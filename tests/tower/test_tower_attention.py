@@ -51,7 +51,7 @@ def best(scores: np.ndarray[Any, Any], vision: Tensor, counts: list[int]) -> lis
 
 CLASS_TOKEN = ("llava", "pad2", "sdpa", -2, True)
 NO_CLASS_TOKEN = ("paligemma", "one", "eager", -1, False)
-FURTHER = [("vipllava", "one", "eager", -2, True), ("llava", "ragged", "eager", -2, True)]
+FURTHER = [("vipllava", "one", "eager", 1, True), ("llava", "ragged", "eager", -2, True)]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def test_options_are_absent_or_checked() -> None:
         ({"layer": [2, 4], "retain_tokens": [64, 32]}, r"layer=\[2, 4\] has several stages"),
         ({"layer": 0, "selector": "uniform"}, "layer=0 prunes before the first decoder layer"),
         ({"selector": "fastv"}, "'fastv' needs attention queries"),
+        ({"selector": "attended"}, "'attended' needs the vision tower's attention"),
         (64, "must be a dict, got 64"),
     ],
 )
