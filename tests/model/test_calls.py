@@ -90,7 +90,7 @@ def decoded(model: Any, inputs: dict[str, Any], decode: Decode) -> Tensor:
     return torch.stack(seen)
 
 
-@pytest.mark.parametrize("decode", [by_position_as_tuple, through_wrapper])
+@pytest.mark.parametrize("decode", [through_wrapper, *slow(by_position_as_tuple)])
 def test_a_ragged_batch_decodes_alike_however_it_is_called(decode: Decode) -> None:
     built, inputs = llava(), llava().make_inputs("ragged")
     hooks = hooks_of.Hooks(built.model, inputs, 2, RETAIN, hooked.float64_selector)
@@ -246,7 +246,7 @@ def test_threads_that_call_a_freshly_compiled_model_at_once() -> None:
         assert Counter(pool.map(answer, range(12))) == {"right": 12}
 
 
-@pytest.mark.parametrize("order", ["given first", "bare first"])
+@pytest.mark.parametrize("order", ["bare first", *slow("given first")])
 def test_a_graph_that_ran_pruned_once_is_no_excuse_for_a_call_without_its_mask(order: str) -> None:
     inputs, model = llava().make_inputs(), compiled()
     vision = inputs["input_ids"] == llava().image_token_id

@@ -257,6 +257,7 @@ def test_says_what_is_wrong_before_it_begins(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_draws_the_parts_of_every_total(
     measured: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:

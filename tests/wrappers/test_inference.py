@@ -144,7 +144,9 @@ def test_lengths_that_are_marked_dynamic_share_one() -> None:
     assert compilations() == 1
 
 
+@pytest.mark.slow
 def test_generate_without_a_cache_takes_three_at_most() -> None:
+    """``test_generate.py`` holds its tokens against the hooks as well."""
     built = load("llava", layers=3)
     dartfx.compile(built.model, **OPTIONS)
     built.model.generate(

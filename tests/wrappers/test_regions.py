@@ -92,15 +92,21 @@ def trained(model: Decoder, call: Callable[..., Any], inputs: Any) -> tuple[Any,
 
 
 # layers: of a checkpoint.  Of one, the cut is between two; of two, it is inside.
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(
-    ("layers", "lowering"),
-    [(1, "eager"), (2, "aot_eager"), *slow((1, "aot_eager"), (2, "eager"))],
+    ("kind", "layers", "lowering"),
+    [
+        ("not reentrant", 1, "eager"),
+        ("reentrant", 1, "eager"),
+        ("selective", 2, "aot_eager"),
+        *slow(("not reentrant", 2, "aot_eager"), ("reentrant", 2, "aot_eager")),
+        *slow(("selective", 1, "eager"), ("not reentrant", 1, "aot_eager")),
+        *slow(("reentrant", 2, "eager")),
+    ],
 )
-def test_checkpointed_layers(layers: int, options: dict[str, Any], lowering: str) -> None:
+def test_checkpointed_layers(kind: str, layers: int, lowering: str) -> None:
     sizes = Sizes(layers=4)
     plain, inputs = Decoder(sizes).train(), prompt(sizes)
-    model = checkpointed(Decoder, layers, **options)(sizes).train()
+    model = checkpointed(Decoder, layers, **OPTIONS[kind])(sizes).train()
     model.load_state_dict(plain.state_dict())
     setting = {"retain_tokens": RETAIN, "layer": 1 if layers == 2 else 2, "lowering": lowering}
     found, saved = trained(model, compiled(model, **setting), inputs)

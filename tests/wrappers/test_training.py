@@ -128,7 +128,7 @@ def test_trainer_that_takes_the_loss_and_metrics_itself(family: Family, tmp_path
     assert_pruned()
 
 
-@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("optimize", [True, *slow(False)])
 def test_distributed_data_parallel(family: Family, group: None, optimize: bool) -> None:
     inputs = family.make_inputs("one")
     wanted = expected_step(family, inputs)
