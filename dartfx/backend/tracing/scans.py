@@ -44,10 +44,21 @@ def install(ours: Callable[[object], bool]) -> None:
         if _callback is None:
             _callback = lambda *_: _replace_loaded(ours)  # noqa: E731
         if (handler := compat.find("callback_handler")) is not None:
-            started = handler.start_callbacks
-            if _callback not in started:  # torch._dynamo.reset() forgets it
-                started.append(_callback)
+            if not isinstance(handler.start_callbacks, _Callbacks):
+                handler.start_callbacks = _Callbacks(handler.start_callbacks)
+            if _callback not in handler.start_callbacks:
+                handler.start_callbacks.append(_callback)
     _replace_loaded(ours)
+
+
+class _Callbacks(list[Callable[..., None]]):
+    """Dynamo's list, of which ``torch._dynamo.reset()`` forgets all but this backend's.
+
+    A model that is loaded after it may be one graph, which is traced before any compilation.
+    """
+
+    def clear(self) -> None:
+        self[:] = [each for each in self if each is _callback]
 
 
 def _replace_loaded(ours: Callable[[object], bool]) -> None:
