@@ -20,7 +20,10 @@ if TYPE_CHECKING:  # for annotations
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 
 __all__ = [
+    "COMPILE_ID",
+    "INPUT_SOURCE",
     "NAMES",
+    "PARAMETER_SOURCES",
     "STATIC_INPUT",
     "PrivateName",
     "Unavailable",
@@ -35,6 +38,11 @@ TORCH, TRANSFORMERS = "torch 2.11 to 2.13", "transformers 5.17 to 5.23"
 
 # Dynamo's note in ``meta["tensor_dict"]`` of inputs that are parameters or buffers.
 STATIC_INPUT = "_dynamo_static_input_type"
+
+# By what AOTAutograd knows a graph of dynamo's, in which alone it reads that note: a key of the
+# module's ``meta``, an attribute of the module and one of its placeholders.
+COMPILE_ID, PARAMETER_SOURCES = "dynamo_compile_id", "_param_name_to_source"
+INPUT_SOURCE = "_dynamo_source"
 
 
 class Unavailable(DartfxError, RuntimeError):

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 import dartfx.ops  # noqa: F401  registers torch.ops.dartfx
 from dartfx import compat
 from dartfx.backend.later_failures import note_on_errors
-from dartfx.backend.lowering import lower
+from dartfx.backend.lowering import lower, note_sources
 from dartfx.backend.masked_graph import rewrite_with_budget, rewrite_with_mask
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
 from dartfx.backend.rewrite import refuse, rewrite
@@ -128,6 +128,7 @@ class GraphCompiler:
     def __init__(self, config: DartConfig, module: GraphModule, caller: CallerCapabilities) -> None:
         self.config, self.module, self.caller = config, module, caller
         checks.allow_reading(module.graph)
+        note_sources(module)
         # Where nothing is pruned, dynamo's own module is compiled, with its regions.
         self.flat = module = inline_higher_order(module)
         self.nodes = len(module.graph.nodes)

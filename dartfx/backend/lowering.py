@@ -14,8 +14,9 @@ from dartfx import compat
 from dartfx.backend.outlining import outlined
 from dartfx.config.options import DartConfig
 from dartfx.observe.compilation import Compilation
+from dartfx.passes.frontend.normalise import SOURCE
 
-__all__ = ["Lower", "lower", "lowering_with"]
+__all__ = ["Lower", "as_from_dynamo", "lower", "lowering_with", "note_sources"]
 
 Lower = Callable[[DartConfig, GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -33,6 +34,34 @@ def lowering_with(replacement: Lower) -> Iterator[None]:
         yield
     finally:
         _replacement.reset(token)
+
+
+def note_sources(module: GraphModule) -> None:
+    """Note on the inputs of dynamo's graph where they come from, for graphs that are made of it."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        node.meta[SOURCE] = getattr(node, compat.INPUT_SOURCE, None)
+
+
+def as_from_dynamo(module: GraphModule) -> None:
+    """Let AOTAutograd take a rewritten graph for one of dynamo's, and so know its weights.
+
+    Inductor's CUDA graphs copy all other inputs in every call, and hold a second one of each.
+    """
+    inputs = module.graph.find_nodes(op="placeholder")
+    constant = compat.find("ConstantSource")
+    if hasattr(module, compat.PARAMETER_SOURCES) or constant is None:
+        return
+    if not any(node.meta.get(SOURCE) for node in inputs):  # of an exported program
+        return
+    seen = set()
+    for node in inputs:
+        source = node.meta.get(SOURCE)  # parts of one tensor subclass have the same
+        setattr(node, compat.INPUT_SOURCE, None if source in seen else source)
+        seen.add(source)
+    module.meta.setdefault(compat.COMPILE_ID, None)
+    parameters = module.named_parameters(remove_duplicate=False)
+    held = [name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))]
+    setattr(module, compat.PARAMETER_SOURCES, {name: constant(f"dartfx.{name}") for name in held})
 
 
 def lower(
@@ -61,6 +90,7 @@ def lower(
         return eager
     compilation = Compilation() if compilation is None else compilation
     module = outlined(config, module, inputs, compilation)
+    as_from_dynamo(module)
     compile_fx, patches = compat.compile_fx, config.inductor_patches()
     settings = torch.compiler.config
     tag = f"{settings.cache_key_tag}dartfx-{config.fingerprint()}"

@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from dartfx.backend.graph_compiler import GraphCompiler
+from dartfx.backend.lowering import as_from_dynamo
 from dartfx.backend.request import TORCH_COMPILE, request_of
 from dartfx.backend.rewrite import rewrite
 from dartfx.config.options import DartConfig
@@ -109,6 +110,7 @@ class _Hosted(GraphCompiler):
             if isinstance(outcome, ReturnsMask):
                 outcome = _MERGES_FOR_LATER
             self.announce(outcome)
+            as_from_dynamo(rewritten)
             return rewritten if isinstance(outcome, Pruned) else self.module
         return self._without_merge(inputs)
 

@@ -39,6 +39,9 @@ from dartfx.passes.graph import argument, aten, expr, hint, packet, tensor
 from dartfx.passes.internal_error import REPORT_IT, describe
 from dartfx.passes.refusal import Refusal
 
+# Under this key inputs carry where they come from, which only dynamo's own nodes have as attribute.
+SOURCE = "dartfx_source"
+
 
 def normalise(
     module: GraphModule, examples: Sequence[Any] | None = None, extra: Sequence[Any] = ()
@@ -88,10 +91,11 @@ def _fake(mode: compat.FakeTensorMode, value: Any) -> Any:
 
 
 def _copy_input_notes(old: Graph, new: Graph, extra: int) -> None:
-    """Dynamo's note on each input, which distinguishes parameters and buffers."""
+    """Dynamo's notes on each input: whether it is a parameter or buffer, and where it is from."""
     inputs, traced = ([n for n in g.nodes if n.op == "placeholder"] for g in (old, new))
     for one, other in zip(inputs, traced[extra:], strict=True):
         other.meta["tensor_dict"] = one.meta.get("tensor_dict", {})
+        other.meta[SOURCE] = one.meta.get(SOURCE)
 
 
 def _require_own_gradients(graph: Graph) -> None:
