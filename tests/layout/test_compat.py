@@ -174,5 +174,5 @@ def test_every_name_is_used_and_every_use_is_listed() -> None:
     used = set(re.findall(r"\bcompat\.([A-Za-z_]+)", text))
     used |= {n for call in re.findall(r"compat\.(?:find|errors)\(([^)]*)\)", text)
              for n in re.findall(r'"(\w+)"', call)}  # fmt: skip
-    used -= {"NAMES", "STATIC_INPUT", "Unavailable", "errors", "find", "missing", "py"}
+    used -= {*compat.__all__, "py"}
     assert used == set(compat.NAMES)
