@@ -161,3 +161,33 @@ def test_the_hybrid_is_compared_as_measured() -> None:
         row = re.search(rf"^\| {name} \|(.+)\|$", page, re.MULTILINE)
         assert row
         assert list(map(float, row[1].split("|")))[1:] == mean_accuracy(entry, few, asked)
+
+
+PAIR = {"quality.json": (192, 128, 64), "quality_fine.json": (361, 225, 121)}
+
+
+def percents(file: str, budgets: tuple[int, ...], name: str) -> list[str]:
+    """Accuracy of a row of the table in its columns; "-" where it was not measured."""
+    entry = json.loads((ROOT / "docs" / file).read_text())
+    here = [each for each in entry["settings"] if each["layer"] == 2]
+    found = {(each["selector"], each["retained"]): each for each in here}
+    rows: dict[str, dict[str, Any]] = {
+        "commonest answer": {kind: [value] for kind, value in entry["chance"].items()},
+        "unpruned": entry["unpruned"],
+        "none left": found["dart", 0]["accuracy"],
+    }
+    cells = []
+    for kind in ("location", "count", "read", "mean"):
+        for budget in budgets:
+            figures = rows.get(name) or found.get((name, budget), {}).get("accuracy")
+            cells.append(f"{100 * figures[kind][0]:.0f}" if figures else "-")
+    return cells
+
+
+def test_the_table_of_selectors_is_as_measured() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text()
+    rows = re.findall(r"^\| `?([\w +]+?)`? \|((?: [\d-]+ / [\d-]+ \|){12})$", page, re.MULTILINE)
+    assert len(rows) == 15
+    for name, cells in rows:
+        both = zip(*(percents(file, kept, name) for file, kept in PAIR.items()), strict=True)
+        assert cells.split("|")[:-1] == [f" {a} / {b} " for a, b in both], name
