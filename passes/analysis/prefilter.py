@@ -10,6 +10,8 @@ from dartfx.passes.graph import module_paths, split_index
 # What tells an earlier key from a later one: comparisons of positions with positions, and the like.
 _COMPARES = {"ge", "gt", "le", "lt"}
 _ORDERED = {"cumsum", "tril", "tril_", "tril_indices", "triu", "triu_", "triu_indices"}
+_PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm", "__matmul__"}
+_MASKS_SCORES = {"add", "iadd", "add_", "masked_fill", "masked_fill_", "to", "float", "where"}
 _ROW_WRITES = {"masked_scatter", "masked_scatter_", "index_put", "index_put_", "setitem"}
 
 
@@ -27,13 +29,41 @@ def has_indexed_layers(graph: Graph) -> bool:
 
 
 def has_causal_attention(graph: Graph) -> bool:
-    """Whether fused attention here may hide later keys, as a decoder's prefill does.
+    """Whether attention here may hide later keys, as a decoder's prefill does.
 
     A mask that the graph itself makes of pads only, [B, S], hides the same keys from every query:
     a vision tower's.
     """
-    calls = (n for n in graph.nodes if _name(n) == "scaled_dot_product_attention")
-    return any(n.kwargs.get("is_causal") or _may_order(n.kwargs.get("attn_mask")) for n in calls)
+    for node in graph.nodes:
+        if _name(node) == "scaled_dot_product_attention":
+            if node.kwargs.get("is_causal") or _may_order(node.kwargs.get("attn_mask")):
+                return True
+        elif _name(node) == "softmax" and any(map(_may_order, _masks_of_scores(node))):
+            return True
+    return False
+
+
+def _masks_of_scores(softmax: Node) -> list[Node]:
+    """What is added to scores, or chosen by, on the way to their softmax (eager attention)."""
+    masks, scores = list[Node](), softmax.all_input_nodes[:1]
+    while scores and _name(scores[0]) in _MASKS_SCORES:
+        scores, others = _split_scores(scores[0].all_input_nodes)
+        masks += others
+    return masks
+
+
+def _split_scores(nodes: list[Node]) -> tuple[list[Node], list[Node]]:
+    """Those that come of a product of queries and keys, by steps over scores, and the others."""
+    found = {n: _is_scores(n) for n in nodes}
+    return [n for n in nodes if found[n]], [n for n in nodes if not found[n]]
+
+
+def _is_scores(node: Node) -> bool:
+    while _name(node) not in _PRODUCTS:
+        if node.op == "placeholder" or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return True
 
 
 def _may_order(mask: Node | None) -> bool:

@@ -198,6 +198,17 @@ def of_a_prefix(pads: Tensor) -> Tensor:
     return of_positions(pads) | (torch.arange(S) < 3)
 
 
+def fused(x: Tensor, mask: Tensor) -> Tensor:
+    return attend(x, x, x, attn_mask=mask)
+
+
+def eager(x: Tensor, mask: Tensor) -> Tensor:
+    scores = torch.matmul(x, x.transpose(2, 3)) * 0.5
+    added = mask if mask.is_floating_point() else torch.where(mask, 0.0, -1e9)
+    return torch.matmul(torch.softmax(scores + added, -1), x)
+
+
+@pytest.mark.parametrize("attention", [fused, eager])
 @pytest.mark.parametrize(
     ("make", "causal"),
     [
@@ -209,17 +220,19 @@ def of_a_prefix(pads: Tensor) -> Tensor:
         (None, True),  # made by the caller
     ],
 )
-def test_attention_that_hides_later_keys(make: Make | None, causal: bool) -> None:
+def test_attention_that_hides_later_keys(
+    make: Make | None, causal: bool, attention: Callable[..., Tensor]
+) -> None:
     graphs: list[GraphModule] = []
 
     def look(module: GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         graphs.append(module)
         return module.forward
 
-    def attention(x: Tensor, mask: Tensor) -> Tensor:
-        return attend(x, x, x, attn_mask=mask if make is None else make(mask))
+    def layer(x: Tensor, mask: Tensor) -> Tensor:
+        return attention(x, mask if make is None else make(mask))
 
     torch.compiler.reset()
     mask = torch.ones(2, S, dtype=torch.bool) if make else torch.ones(2, 1, S, S).bool()
-    torch.compile(attention, backend=look)(torch.randn(2, 1, S, 4), mask)
+    torch.compile(layer, backend=look)(torch.randn(2, 1, S, 4), mask)
     assert [has_causal_attention(module.graph) for module in graphs] == [causal]
