@@ -207,7 +207,8 @@ _TESTS: frozenset[object] = frozenset(
         *(operator.invert, torch.any, torch.all, torch.eq, torch.ne),
     }
 )
-_TEST_METHODS = frozenset({"any", "all", "bool", "eq", "ne", "to", "unsqueeze", "view", "reshape"})
+_COMPARED = {"__eq__", "__ne__", "__gt__", "__lt__", "__ge__", "__le__", "__invert__"}  # torch 2.11
+_TEST_METHODS = _COMPARED | {"any", "all", "bool", "eq", "ne", "to", "unsqueeze", "view", "reshape"}
 
 
 class _Question(NamedTuple):
@@ -271,7 +272,8 @@ def _decided_branches(ours: Ours) -> Wrap:
 
 def _written(placeholder: Node) -> bool:
     """Whether a frame writes into its input, so that the answer may be another one inside."""
-    writes = (u for u in placeholder.users if u.op == "call_method" and str(u.target)[-1] == "_")
+    methods = (str(user.target) for user in placeholder.users if user.op == "call_method")
+    writes = (name[-1] == "_" and name not in _TEST_METHODS for name in methods)
     return any(writes) or any(u.target is operator.setitem for u in placeholder.users)
 
 
