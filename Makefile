@@ -41,7 +41,7 @@ test-all: $(STAMP)
 
 # dartfx inside vLLM, in an environment of its own: 3.5 GB with vLLM's wheel for the CPU.
 test-vllm: $(VLLM_STAMP)
-	PYTHONPATH=tests/support/vllm_start $(VLLM)/python -m pytest -m "not slow" $(ARGS) tests/integrations/vllm
+	PYTHONPATH=tests/support/serving/vllm_start $(VLLM)/python -m pytest -m "not slow" $(ARGS) tests/integrations/vllm
 
 # Audio and video are not needed for pictures, and those builds are for CUDA.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt

@@ -22,7 +22,7 @@ shift
 cd "$(dirname "$0")/.." || exit
 mkdir -p "$out"
 python=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1 PYTHONPATH=.:tests/support/vllm_start
+export PYTHONUNBUFFERED=1 PYTHONPATH=.:tests/support/serving/vllm_start
 export VLLM_TEST_ENGINE=${ENGINE-'{"attention_backend": "TRITON_ATTN"}'}
 tests=tests/integrations/vllm
 servers=()

@@ -20,8 +20,8 @@ from dartfx.runtime import vision_mask
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import Decoder, Sizes, assert_same, prompt
 from tests.support.families import BARE, bare, called
+from tests.support.plain.decoders import Decoder, Sizes, assert_same, prompt
 from tests.support.tolerances import CLOSE, RETAIN
 
 

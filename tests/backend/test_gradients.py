@@ -12,7 +12,7 @@ from torch import Tensor
 import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
-from tests.support.decoders import (
+from tests.support.plain.decoders import (
     Decoder,
     Inputs,
     Layer,
@@ -22,7 +22,7 @@ from tests.support.decoders import (
     prompt,
     pruned_by_hand,
 )
-from tests.support.refusals import RETAIN, SMALL, assert_pruned
+from tests.support.plain.refusals import RETAIN, SMALL, assert_pruned
 
 
 def gradients(model: Decoder, call: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:

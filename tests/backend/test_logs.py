@@ -15,7 +15,7 @@ import torch
 
 import dartfx
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import Decoder, Sizes, prompt, run
+from tests.support.plain.decoders import Decoder, Sizes, prompt, run
 
 LINE = (
     r"graph 0: L\['self'\]\.layers\.2: 24 -> 17 tokens \(12 -> 5 vision tokens per sample, "
@@ -26,7 +26,7 @@ PASSES = ["normalise", "locate", "axes", "insert", "gather", "shrink", "trim cac
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from tests.support.decoders import Decoder, Sizes, prompt, run
+from tests.support.plain.decoders import Decoder, Sizes, prompt, run
 run(Decoder(), prompt(Sizes()), retain_tokens=5)
 """
 

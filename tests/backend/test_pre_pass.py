@@ -22,8 +22,8 @@ from dartfx.config import fingerprint
 from dartfx.passes.refusal import Declined
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
-from tests.support.decoders import Decoder, Sizes, prompt
 from tests.support.families import called
+from tests.support.plain.decoders import Decoder, Sizes, prompt
 from tests.support.tolerances import CLOSE, RETAIN
 
 Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.decoders import (
+from tests.support.plain.decoders import (
     IMAGE,
     Decoder,
     Layer,
@@ -20,8 +20,8 @@ from tests.support.decoders import (
     prompt,
     pruned_by_hand,
 )
-from tests.support.refusals import SMALL, assert_declined, assert_pruned
-from tests.support.spellings import JOINS, SPLITS, Attention, Context
+from tests.support.plain.refusals import SMALL, assert_declined, assert_pruned
+from tests.support.plain.spellings import JOINS, SPLITS, Attention, Context
 
 PAD = 39
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dartfx
-from tests.support.decoders import Decoder, Inputs, Sizes, prompt
+from tests.support.plain.decoders import Decoder, Inputs, Sizes, prompt
 
 SIZES = Sizes(layers=4)
 OPTIONS: dict[str, Any] = {

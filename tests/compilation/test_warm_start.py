@@ -20,7 +20,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 import dartfx
-from tests.support.decoders import Decoder, Sizes, prompt
+from tests.support.plain.decoders import Decoder, Sizes, prompt
 
 def compiled(retain):
     torch.compiler.reset()

@@ -8,7 +8,7 @@ import torch
 import dartfx
 from dartfx.config.options import DartConfig
 from dartfx.errors import ConfigError
-from tests.support.decoders import Decoder, Sizes, prompt
+from tests.support.plain.decoders import Decoder, Sizes, prompt
 
 SIZES = Sizes(seq=24, vision=12, layers=3)
 

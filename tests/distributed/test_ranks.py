@@ -16,12 +16,12 @@ from dartfx.observe.html.index import index
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-from tests.support.ranks_worker import NEW_TOKENS, Result
+from tests.support.processes.ranks_worker import NEW_TOKENS, Result
 from tests.support.tolerances import CLOSE, RETAIN
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("accelerate", reason="transformers needs it to load a tensor-parallel model")
-from tests.support.ranks import (  # noqa: E402
+from tests.support.processes.ranks import (  # noqa: E402
     Part,
     case,
     check_forwarded,

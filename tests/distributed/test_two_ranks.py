@@ -11,7 +11,7 @@ from dartfx.tools.zoo.registry import load
 from tests.support.tolerances import CLOSE
 
 pytest.importorskip("accelerate", reason="transformers needs it to load a tensor-parallel model")
-from tests.support.ranks import Part, case, check_forwarded, run, unpruned
+from tests.support.processes.ranks import Part, case, check_forwarded, run, unpruned
 
 
 def test_two_ranks_forward_as_one_and_decline_together(tmp_path: Path) -> None:

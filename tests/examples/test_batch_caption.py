@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("accelerate")
-from tests.support.launching import started, torchrun
+from tests.support.processes.launching import started, torchrun
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROGRAM = str(EXAMPLES / "batch_caption.py")

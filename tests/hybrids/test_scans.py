@@ -15,7 +15,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 from dartfx.backend.graph_compiler import prepare_dynamo
 from dartfx.backend.tracing import scans
 from dartfx.passes.outcome import OrderMixing, Pruned
-from tests.support.decoders import (
+from tests.support.plain.decoders import (
     Decoder,
     Layer,
     Sizes,
@@ -25,7 +25,7 @@ from tests.support.decoders import (
     pruned_by_hand,
     run,
 )
-from tests.support.refusals import assert_declined
+from tests.support.plain.refusals import assert_declined
 
 LONG = Sizes(layers=2, batch=2, seq=150, vision=110)  # three chunks of 64; one when pruned
 RETAIN = 9

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dartfx
 from dartfx.passes.outcome import OrderMixing, Pruned
-from tests.support.decoders import (
+from tests.support.plain.decoders import (
     Decoder,
     Layer,
     Sizes,
@@ -21,7 +21,7 @@ from tests.support.decoders import (
     pruned_by_hand,
     run,
 )
-from tests.support.refusals import RETAIN, SMALL, assert_declined, assert_pruned
+from tests.support.plain.refusals import RETAIN, SMALL, assert_declined, assert_pruned
 
 TWO_ROWS = Sizes(layers=3, batch=2)
 

@@ -25,7 +25,7 @@ from dartfx.tools.evaluate.results import _from_bits
 from dartfx.tools.evaluate.scores import MEAN, Sample
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import Decoder, Sizes, prompt, run
+from tests.support.plain.decoders import Decoder, Sizes, prompt, run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -24,7 +24,7 @@ LARGE_FILES: set[str] = set()
 
 LARGE_FUNCTIONS: set[str] = set()
 
-LARGE_FOLDERS = {"tests/support"}
+LARGE_FOLDERS: set[str] = set()
 
 
 def all_sources() -> Iterator[Path]:

@@ -17,8 +17,8 @@ from dartfx.passes.refusal import Declined
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import Decoder, Sizes, prompt
 from tests.support.families import called
+from tests.support.plain.decoders import Decoder, Sizes, prompt
 from tests.support.tolerances import CLOSE, RETAIN
 
 

@@ -17,7 +17,7 @@ from dartfx.observe.html.comparison import page
 from dartfx.observe.kept import add_picture, kept_in_common, note_views
 from dartfx.token_map.kept_tokens import KeptTokens
 from dartfx.token_map.layout import Layout
-from tests.support.decoders import Decoder, Sizes, prompt
+from tests.support.plain.decoders import Decoder, Sizes, prompt
 
 SIZES = Sizes(seq=24, vision=9)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dartfx.cli.main import main
-from tests.support.decoders import Decoder, Sizes, prompt, run
+from tests.support.plain.decoders import Decoder, Sizes, prompt, run
 
 PAGE = (Path(__file__).parents[2] / "docs" / "debugging.md").read_text()
 START = r"(?:dartfx|python -m dartfx|python dumps/graph_000/repro\.py)"

@@ -12,7 +12,7 @@ import torch
 import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
-from tests.support.decoders import Decoder, Inputs, Sizes, Style, changed, prompt, run
+from tests.support.plain.decoders import Decoder, Inputs, Sizes, Style, changed, prompt, run
 
 STAGES = ["dynamo", "normalise", "locate", "axes", "insert", "gather", "shrink", "trim_cache",
           "check"]  # fmt: skip

@@ -16,7 +16,7 @@ from dartfx.observe import folders
 from dartfx.observe.dumped import graphs
 from dartfx.observe.html import index
 from dartfx.passes.refusal import Declined
-from tests.support.decoders import Decoder, Sizes, changed, prompt, run
+from tests.support.plain.decoders import Decoder, Sizes, changed, prompt, run
 
 
 def kinds(page: str) -> list[str]:

@@ -15,8 +15,8 @@ import dartfx
 from dartfx.observe.html.kernels import kernels
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
-from tests.support.browser import dom, needs_browser
-from tests.support.decoders import Decoder, Layer, Sizes, Style, changed, prompt, run
+from tests.support.plain.decoders import Decoder, Layer, Sizes, Style, changed, prompt, run
+from tests.support.processes.browser import dom, needs_browser
 
 LAYERS, CUT, LENGTH, KEPT = 4, 2, 24, 17
 

@@ -17,7 +17,7 @@ import dartfx
 from dartfx.passes.outcome import Outcome, Pruned
 from dartfx.passes.refusal import Declined
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import Decoder, Halves, Sizes, Style, changed, prompt, run
+from tests.support.plain.decoders import Decoder, Halves, Sizes, Style, changed, prompt, run
 
 
 def untimed(outcome: Outcome) -> Outcome:

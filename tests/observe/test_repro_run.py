@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dartfx.observe import repro_inputs
 from dartfx.passes.outcome import Pruned
 from dartfx.replay import run as repro_run
-from tests.support.decoders import IMAGE, Decoder, Halves, Sizes, Style, changed, prompt, run
+from tests.support.plain.decoders import IMAGE, Decoder, Halves, Sizes, Style, changed, prompt, run
 
 LENGTH, VISION, KEPT = 24, 12, 5
 

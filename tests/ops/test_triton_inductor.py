@@ -20,12 +20,14 @@ pytestmark = [
     ),
 ]
 
+PROGRAM = Path(__file__).parents[1] / "support/processes/cuda_codegen.py"
+
 
 @pytest.mark.parametrize("shapes", ["static", "dynamic"])
 def test_kernels_are_launched_by_the_generated_code(shapes: str) -> None:
     """In order, in Inductor's buffers, without copies; the gather is fused with the next norm."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "support" / "cuda_codegen.py"), shapes],
+        [sys.executable, str(PROGRAM), shapes],
         capture_output=True,
         text=True,
         check=False,

@@ -15,7 +15,7 @@ import dartfx
 from dartfx.passes.frontend.canonicalise import canonicalise
 from dartfx.passes.graph import packet
 from dartfx.passes.outcome import Unchanged
-from tests.support.decoders import (
+from tests.support.plain.decoders import (
     IMAGE,
     Decoder,
     Inputs,
@@ -26,8 +26,8 @@ from tests.support.decoders import (
     changed,
     prompt,
 )
-from tests.support.refusals import RETAIN, SMALL, assert_declined, assert_pruned
-from tests.support.spellings import Context
+from tests.support.plain.refusals import RETAIN, SMALL, assert_declined, assert_pruned
+from tests.support.plain.spellings import Context
 
 TWO_ROWS = Sizes(layers=2, batch=2)
 THREE = Sizes(layers=3)

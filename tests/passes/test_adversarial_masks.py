@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
-from tests.support.decoders import (
+from tests.support.plain.decoders import (
     IMAGE,
     Decoder,
     Inputs,
@@ -25,8 +25,8 @@ from tests.support.decoders import (
     prompt,
     pruned_by_hand,
 )
-from tests.support.refusals import assert_declined, assert_pruned
-from tests.support.spellings import JOINS, SPLITS, Attention, Context, rotate
+from tests.support.plain.refusals import assert_declined, assert_pruned
+from tests.support.plain.spellings import JOINS, SPLITS, Attention, Context, rotate
 
 PADDED = Sizes(seq=44, vision=24, layers=2)
 THREE = Sizes(layers=3)

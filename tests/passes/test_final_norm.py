@@ -9,8 +9,15 @@ from torch import Tensor, nn
 
 import dartfx
 from dartfx.passes.refusal import Declined
-from tests.support.decoders import Decoder, Sizes, assert_same, compiled, prompt, pruned_by_hand
-from tests.support.refusals import RETAIN, SMALL, assert_declined, assert_pruned
+from tests.support.plain.decoders import (
+    Decoder,
+    Sizes,
+    assert_same,
+    compiled,
+    prompt,
+    pruned_by_hand,
+)
+from tests.support.plain.refusals import RETAIN, SMALL, assert_declined, assert_pruned
 
 
 class NoNorm(Decoder):

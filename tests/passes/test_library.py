@@ -17,7 +17,7 @@ import dartfx
 from dartfx import passes
 from dartfx.errors import SelectionError
 from dartfx.tools.zoo import hooked
-from tests.support.decoders import Decoder, Sizes, Style, prompt, pruned_by_hand
+from tests.support.plain.decoders import Decoder, Sizes, Style, prompt, pruned_by_hand
 from tests.support.tolerances import CLOSE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 import dartfx
 from dartfx.passes.analysis.prefilter import has_causal_attention
 from dartfx.passes.outcome import Pruned, Unchanged
-from tests.support.decoders import IMAGE, Decoder, assert_same, prompt, pruned_by_hand, run
-from tests.support.refusals import RETAIN, SMALL, assert_declined, assert_pruned
+from tests.support.plain.decoders import IMAGE, Decoder, assert_same, prompt, pruned_by_hand, run
+from tests.support.plain.refusals import RETAIN, SMALL, assert_declined, assert_pruned
 
 LEARNED = 39
 

@@ -12,8 +12,16 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dartfx.passes.frontend.normalise import fresh_size, with_own_symbols
 from dartfx.passes.outcome import Pruned, Unchanged
 from dartfx.passes.refusal import Declined
-from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, pruned_by_hand, run
-from tests.support.spellings import JOINS, MLPS, SPLITS
+from tests.support.plain.decoders import (
+    Decoder,
+    Sizes,
+    Style,
+    assert_same,
+    prompt,
+    pruned_by_hand,
+    run,
+)
+from tests.support.plain.spellings import JOINS, MLPS, SPLITS
 
 RETAIN = 5
 

@@ -18,7 +18,15 @@ from dartfx.passes.refusal import Declined
 from dartfx.passes.rules import RULES
 from dartfx.passes.transform import check_shapes, shrink_sizes
 from dartfx.passes.transform.gather_frontier import Gatherer
-from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, pruned_by_hand, run
+from tests.support.plain.decoders import (
+    Decoder,
+    Sizes,
+    Style,
+    assert_same,
+    prompt,
+    pruned_by_hand,
+    run,
+)
 
 Patch = pytest.MonkeyPatch
 STYLE = Style(rope="one_row", split="view", join="view")

@@ -17,8 +17,8 @@ from dartfx.passes.refusal import Declined
 from dartfx.selection import registry
 from dartfx.selection.registry import register_selector
 from dartfx.tools.zoo.registry import load
-from tests.support import spellings
-from tests.support.decoders import Decoder, Sizes, Style, assert_same, prompt, run
+from tests.support.plain import spellings
+from tests.support.plain.decoders import Decoder, Sizes, Style, assert_same, prompt, run
 from tests.support.slow import slow
 from tests.support.tolerances import RETAIN
 

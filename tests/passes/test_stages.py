@@ -15,10 +15,10 @@ import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import Decoder, Sizes, prompt, run
-from tests.support.decoders import assert_same as same_tensors
+from tests.support.plain.decoders import Decoder, Sizes, prompt, run
+from tests.support.plain.decoders import assert_same as same_tensors
+from tests.support.plain.staged import Stages
 from tests.support.slow import slow
-from tests.support.staged import Stages
 from tests.support.tolerances import CLOSE
 
 LAYERS, RETAIN = [1, 2, 3], [9, 6, 3]

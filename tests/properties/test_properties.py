@@ -33,11 +33,11 @@ from dartfx.runtime.graph_runs import NotedRun
 from dartfx.runtime.kept_positions import ShortCaches
 from dartfx.runtime.mask_dispatch import MaskDispatcher
 from dartfx.tools.zoo import oracle
-from tests.support.decoders import Inputs, assert_same, compiled, pruned_by_hand
-from tests.support.random_attention import LayerStyle
-from tests.support.random_decoders import PADDED, Plan, RandomDecoder, plans, prompt_of
-from tests.support.random_graphs import Text, TextPlan, text_inputs, texts
-from tests.support.random_layers import HAZARDS
+from tests.support.plain.decoders import Inputs, assert_same, compiled, pruned_by_hand
+from tests.support.plain.random_attention import LayerStyle
+from tests.support.plain.random_decoders import PADDED, Plan, RandomDecoder, plans, prompt_of
+from tests.support.plain.random_graphs import Text, TextPlan, text_inputs, texts
+from tests.support.plain.random_layers import HAZARDS
 
 # Where two scores are closer than this, float32 and float64 may choose differently.
 CLOSE = 1e-5

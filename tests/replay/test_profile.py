@@ -19,7 +19,7 @@ from dartfx.passes.outcome import Pruned
 from dartfx.replay import progress
 from dartfx.replay.measured import Profile, Region
 from dartfx.replay.profile import REGIONS
-from tests.support.decoders import Decoder, Sizes, Style, changed, prompt, run
+from tests.support.plain.decoders import Decoder, Sizes, Style, changed, prompt, run
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 
 from dartfx.passes import pipeline
 from dartfx.passes.outcome import Pruned
-from tests.support.decoders import Decoder, Sizes, Style, prompt, run
+from tests.support.plain.decoders import Decoder, Sizes, Style, prompt, run
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from dartfx.errors import ConfigError, DartfxError
 from dartfx.passes.outcome import Pruned
 from dartfx.token_map.layout import Cell, Layout, merged
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import (
+from tests.support.plain.decoders import (
     Decoder,
     Halves,
     Inputs,

@@ -23,7 +23,7 @@ from dartfx.tools.zoo.hooked import (
     unpruned_generate,
 )
 from dartfx.tools.zoo.registry import load
-from tests.support.by_hand import prune_by_hand
+from tests.support.plain.by_hand import prune_by_hand
 from tests.support.tolerances import RETAIN
 
 STEPS = 5

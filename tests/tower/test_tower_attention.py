@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 import dartfx
 from dartfx.selection import registry
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import IMAGE
+from tests.support.plain.decoders import IMAGE
+from tests.support.plain.towers import WIDTH, Seeing, run, softmax, watched
 from tests.support.slow import slow
 from tests.support.tolerances import RETAIN
-from tests.support.towers import WIDTH, Seeing, run, softmax, watched
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from dartfx.errors import ConfigError, SelectionError, UnsupportedGraphError
 from dartfx.passes.refusal import Declined
 from dartfx.selection import registry
 from dartfx.tools.zoo.registry import load
+from tests.support.plain.towers import PATCHES, WIDTH, Seeing, run, softmax, watched
 from tests.support.slow import slow
 from tests.support.tolerances import RETAIN
-from tests.support.towers import PATCHES, WIDTH, Seeing, run, softmax, watched
 
 
 @pytest.fixture(autouse=True)

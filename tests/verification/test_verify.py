@@ -13,7 +13,7 @@ import dartfx
 from dartfx.errors import UnsupportedGraphError
 from dartfx.passes.transform import gather_frontier, insert_selection
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import Decoder, Inputs, Sizes, Style, changed, prompt
+from tests.support.plain.decoders import Decoder, Inputs, Sizes, Style, changed, prompt
 
 OPTIONS = {"retain_tokens": 5}
 

@@ -15,8 +15,8 @@ import dartfx
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import Decoder, Layer, changed, prompt
-from tests.support.refusals import SMALL, assert_pruned
+from tests.support.plain.decoders import Decoder, Layer, changed, prompt
+from tests.support.plain.refusals import SMALL, assert_pruned
 from tests.support.tolerances import RETAIN
 
 OPTIONS: dict[str, Any] = {"retain_tokens": RETAIN, "on_unsupported": "error"}

@@ -16,7 +16,7 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import (
+from tests.support.plain.decoders import (
     Decoder,
     Halves,
     Layer,
@@ -27,9 +27,9 @@ from tests.support.decoders import (
     prompt,
     pruned_by_hand,
 )
-from tests.support.refusals import SMALL, assert_declined, assert_pruned
+from tests.support.plain.refusals import SMALL, assert_declined, assert_pruned
+from tests.support.plain.spellings import Context
 from tests.support.slow import slow
-from tests.support.spellings import Context
 from tests.support.tolerances import CLOSE, RETAIN
 
 GRAD = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it

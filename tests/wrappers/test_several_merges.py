@@ -12,7 +12,7 @@ import dartfx
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.hooks import Hooks, installed
 from dartfx.tools.zoo.registry import load
-from tests.support.decoders import IMAGE, Decoder, Sizes, assert_same, prompt, pruned_by_hand
+from tests.support.plain.decoders import IMAGE, Decoder, Sizes, assert_same, prompt, pruned_by_hand
 from tests.support.tolerances import CLOSE, RETAIN
 
 OPTIONS: dict[str, Any] = {"lowering": "eager", "on_unsupported": "error", "kv_layout": "layered"}

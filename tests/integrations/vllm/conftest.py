@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.vllm_oracle import EXAMPLES, RETAIN, make_requests, oracle
+from tests.support.serving.vllm_oracle import EXAMPLES, RETAIN, make_requests, oracle
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from torch import nn
 
 from dartfx.errors import ConfigError
 from dartfx.integrations.vllm import options, vllm_api
-from tests.support.vllm_serving import ENGINE, ENVIRONMENT, RUNNERS, serve
+from tests.support.serving.vllm_serving import ENGINE, ENVIRONMENT, RUNNERS, serve
 
 pytestmark = [
     pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),

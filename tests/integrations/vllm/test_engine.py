@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dartfx.integrations.vllm import vllm_api
-from tests.support.vllm_oracle import RETAIN, oracle, oracle_logits, write_adapter
-from tests.support.vllm_serving import COMPILED, ENGINE, serve
+from tests.support.serving.vllm_oracle import RETAIN, oracle, oracle_logits, write_adapter
+from tests.support.serving.vllm_serving import COMPILED, ENGINE, serve
 
 pytestmark = [
     pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),

@@ -14,8 +14,8 @@ import pytest
 from dartfx.integrations.vllm import vllm_api
 from dartfx.integrations.vllm.batch import Prompt
 from dartfx.integrations.vllm.runners.prompts import write
-from tests.support.vllm_oracle import RETAIN, oracle, write_adapter
-from tests.support.vllm_serving import COMPILED, serve
+from tests.support.serving.vllm_oracle import RETAIN, oracle, write_adapter
+from tests.support.serving.vllm_serving import COMPILED, serve
 
 pytestmark = [
     pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),

@@ -19,8 +19,8 @@ import pytest
 
 from dartfx.cli.main import main
 from dartfx.integrations.vllm import vllm_api
-from tests.support.vllm_oracle import HELD_OUT, RETAIN
-from tests.support.vllm_serving import ENVIRONMENT, ROOT
+from tests.support.serving.vllm_oracle import HELD_OUT, RETAIN
+from tests.support.serving.vllm_serving import ENVIRONMENT, ROOT
 
 pytestmark = [
     pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),

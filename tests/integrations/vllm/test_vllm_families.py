@@ -14,8 +14,8 @@ from PIL import Image
 
 from dartfx.integrations.vllm import vllm_api
 from dartfx.tools.zoo.hooked import pruned_generate, unpruned_generate
-from tests.support import vllm_families
-from tests.support.vllm_serving import serve
+from tests.support.serving import vllm_families
+from tests.support.serving.vllm_serving import serve
 
 pytestmark = [
     pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),

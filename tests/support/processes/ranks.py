@@ -11,8 +11,8 @@ import torch
 
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
-from tests.support.launching import torchrun
-from tests.support.ranks_worker import NEW_TOKENS, Result
+from tests.support.processes.launching import torchrun
+from tests.support.processes.ranks_worker import NEW_TOKENS, Result
 from tests.support.tolerances import CLOSE, RETAIN
 
 WORKER = Path(__file__).parent / "ranks_worker.py"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dartfx.tools.zoo.hooked import SelectionInputs, pruned_generate, unpruned_generate
 from dartfx.tools.zoo.oracle import select_batch
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 HELD_OUT = EXAMPLES / "tiny_vlm" / "heldout"
 MODEL = EXAMPLES / "tiny_vlm" / "model"
 RETAIN = 64

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dartfx.selection.attended import attended
 from dartfx.selection.registry import register_selector
-from tests.support.decoders import IMAGE, Decoder, Sizes
+from tests.support.plain.decoders import IMAGE, Decoder, Sizes
 
 PATCHES, WIDTH, HEADS = 4, 16, 2
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.support.spellings import JOINS, SPLITS, Attention, Context, Sizes, Style
+from tests.support.plain.spellings import JOINS, SPLITS, Attention, Context, Sizes, Style
 
 LOW = torch.finfo(torch.float32).min
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.random_attention import LayerStyle, RandomAttention
-from tests.support.spellings import MLPS, Context, Mlp, RMSNorm, Sizes, Style
+from tests.support.plain.random_attention import LayerStyle, RandomAttention
+from tests.support.plain.spellings import MLPS, Context, Mlp, RMSNorm, Sizes, Style
 
 EXPERTS = 4
 

@@ -15,8 +15,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.support.decoders import IMAGE, Decoder, Inputs
-from tests.support.random_attention import (
+from tests.support.plain.decoders import IMAGE, Decoder, Inputs
+from tests.support.plain.random_attention import (
     EQUAL_HEADS,
     LOW,
     MASKINGS,
@@ -27,8 +27,15 @@ from tests.support.random_attention import (
     WEIGHS,
     LayerStyle,
 )
-from tests.support.random_layers import EXTRAS, MERGES, NORMS, RANDOM_MLPS, RESIDUALS, RandomLayer
-from tests.support.spellings import JOINS, Context, Sizes
+from tests.support.plain.random_layers import (
+    EXTRAS,
+    MERGES,
+    NORMS,
+    RANDOM_MLPS,
+    RESIDUALS,
+    RandomLayer,
+)
+from tests.support.plain.spellings import JOINS, Context, Sizes
 
 
 @dataclass(frozen=True)

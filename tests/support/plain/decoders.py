@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dartfx
 from dartfx.passes.outcome import Outcome
-from tests.support.spellings import Attention, Context, Mlp, Sizes, Style, make_norm
+from tests.support.plain.spellings import Attention, Context, Mlp, Sizes, Style, make_norm
 
 IMAGE = 1
 Inputs = dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""One run of vLLM in a process of its own: ``python -m tests.support.vllm_serving IN OUT``.
+"""One run of vLLM in a process of its own: ``python -m tests.support.serving.vllm_serving IN OUT``.
 
 IN and OUT are files of JSON.  IN: engine (arguments of vLLM's LLM), requests ([prompt, [picture],
 tokens], then the folder of a LoRA adapter where there is one).  OUT: tokens of each request, and
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -34,7 +34,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
-    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support/vllm_start'}",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support/serving/vllm_start'}",
 }
 # Model Runner V2 needs Triton; where there is no GPU its interpreter will do.
 INTERPRETED = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
@@ -57,7 +57,7 @@ def serve(
     given.write_text(json.dumps({"engine": ENGINE | engine, "requests": requests}))
     multiprocessing = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process))}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.vllm_serving", given, made],
+        [sys.executable, "-m", "tests.support.serving.vllm_serving", given, made],
         cwd=ROOT,
         env=os.environ | ENVIRONMENT | multiprocessing | RUNNERS[runner],
         capture_output=True,

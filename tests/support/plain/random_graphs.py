@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.support.decoders import Decoder, Layer
-from tests.support.spellings import Sizes, Style
+from tests.support.plain.decoders import Decoder, Layer
+from tests.support.plain.spellings import Sizes, Style
 
 Step = Callable[["Text", Tensor, Tensor, Tensor], Tensor]
 

@@ -8,7 +8,7 @@ import torch
 
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
-from tests.support.decoders import Decoder, Inputs, Sizes, assert_same, pruned_by_hand, run
+from tests.support.plain.decoders import Decoder, Inputs, Sizes, assert_same, pruned_by_hand, run
 
 RETAIN = 5
 SMALL = Sizes(layers=2)

@@ -1,0 +1,1 @@
+"""Decoders in plain torch, of which the tests know every operator."""

@@ -1,0 +1,1 @@
+"""What the tests inside vLLM run and compare with."""
