@@ -1,4 +1,4 @@
-"""Adapters for other programs: a module for each, which needs that program installed."""
+"""Adapters for other programs; each module needs its program installed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["lmms_eval_manifest"]
 
 
 def lmms_eval_manifest() -> Any:
-    """What lmms-eval reads from the entry point group ``lmms_eval.models``: its model "dartfx".
+    """Return the manifest of model "dartfx" for the entry point group ``lmms_eval.models``.
 
-    Returns lmms-eval's ModelManifest.  Names the classes only: lmms-eval calls this whenever it
-    starts, and imports a class when a run needs it.
+    The result is lmms-eval's ModelManifest.  It only names the classes: lmms-eval calls this at
+    every start and imports a class when a run needs it.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 

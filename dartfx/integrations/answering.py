@@ -1,8 +1,8 @@
-"""A Hugging Face vision-language model that answers many prompts, pruned; adapters share it.
+"""Batched answers of a pruned Hugging Face vision-language model, shared by the adapters.
 
-Answers must not depend on the batch size.  Every row of a batch drops as many tokens, so only
-prompts whose images give as many vision tokens share one; text is padded on the left, which changes
-no row's selection.
+Answers must not depend on the batch size.  All rows of a batch drop the same number of tokens, so
+only prompts with equally many vision tokens share a batch; text is padded on the left, which does
+not change any row's selection.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = ["Answer", "Answering", "Settings", "Tally"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate.
+    """Generation settings.
 
-    sample: draw, with temperature and top_p (None: the model's own); else take the likeliest.
-    until: texts that end an answer and are no part of it.
+    sample: sample with temperature and top_p (None: the model's defaults); otherwise greedy.
+    until: stop strings, which are not part of the answer.
     """
 
     max_new_tokens: int = 1024
@@ -44,7 +44,7 @@ class Settings:
         """The arguments of ``generate``."""
         drawn = {"temperature": self.temperature, "top_p": self.top_p}
         given = {k: v for k, v in drawn.items() if v is not None}
-        # None overrules what a checkpoint's generation settings say of sampling.
+        # None overrides the sampling settings in the checkpoint's generation config.
         how = given if self.sample else {**dict.fromkeys(drawn), "top_k": None}
         return {
             "max_new_tokens": self.max_new_tokens,
@@ -61,7 +61,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote to one prompt, and how many tokens prompt and answer have, pads not."""
+    """The answer to one prompt, and the token counts of prompt and answer without padding."""
 
     text: str
     read: int
@@ -70,9 +70,9 @@ class Answer:
 
 @dataclass
 class Tally:
-    """Prompts so far, those with images or videos, and those of them that were pruned.
+    """Counts of prompts: all, those with images or videos, and those that were pruned.
 
-    tokens, kept: of the pruned prompts' sequences before and after, left pads included.
+    tokens, kept: sequence lengths of the pruned prompts before and after, with left padding.
     """
 
     prompts: int = 0
@@ -84,7 +84,7 @@ class Tally:
 
     @property
     def all_retained(self) -> bool:
-        """Whether the options keep every vision token of some prompt."""
+        """Whether the options keep all vision tokens of some prompt."""
         outcomes = (made.outcome for made in self.reports)
         return any(isinstance(o, Unchanged) and o.all_retained for o in outcomes)
 
@@ -110,12 +110,12 @@ def _matters(made: Report) -> bool:
 
 
 class Answering:
-    """Prompts in, answers or losses out, in batches, and a tally of what was pruned.
+    """Computes answers or losses for prompts in batches and counts what was pruned.
 
     model, processor: of Hugging Face.  options: those of :func:`dartfx.compile`, which compiles the
-    model in place; None leaves it unpruned, for comparison.  ``on_unsupported`` is "error" unless
-    given: a measure of a model that silently ran unpruned is worth nothing.  Raises ConfigError for
-    an option that is not valid.
+    model in place; None leaves it unpruned, for comparison.  ``on_unsupported`` defaults to
+    "error": measuring a model that silently ran unpruned is worthless.  Raises ConfigError for an
+    invalid option.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Answering:
     def answer(
         self, conversations: Sequence[Conversation], settings: Sequence[Settings]
     ) -> Iterator[tuple[int, Answer]]:
-        """Each prompt's number and answer, as they come; prompts of equal settings share batches.
+        """Yield each prompt's index and answer; prompts with equal settings share batches.
 
         Raises UnsupportedGraphError where a prompt's vision tokens were not pruned.
         """
@@ -158,12 +158,12 @@ class Answering:
     def losses(
         self, conversations: Sequence[Conversation], continuations: Sequence[str]
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Each prompt's number, its continuation's loss, and whether the model itself says that.
+        """Yield each prompt's index, its continuation's loss, and whether it is the greedy output.
 
         The loss is the mean negative log-likelihood of the continuation's tokens (nats).  They are
-        fed one by one after the pruned prompt, as ``generate`` does, so that tokens are selected
-        without a look at the continuation.  Raises ValueError for an empty continuation or one with
-        an end of text inside, and what :meth:`answer` raises.
+        fed one by one after the pruned prompt, as ``generate`` does, so the selection does not
+        depend on the continuation.  Raises ValueError for a continuation that is empty or contains
+        an end-of-text token, and whatever :meth:`answer` raises.
         """
         for batch in self._prompts.batches(conversations, [None] * len(continuations)):
             targets = [self._target(conversations[n], continuations[n]) for n in batch.numbers]
@@ -185,9 +185,9 @@ class Answering:
         return target
 
     def _forced(self, batch: Batch, targets: Sequence[list[int]]) -> list[Tensor]:
-        """The logits [T, V], float32, that ``generate`` sees before each token of a row's target.
+        """The float32 logits [T, V] that ``generate`` computes for each token of a row's target.
 
-        Rows with shorter targets repeat their last token till the others end.
+        Rows with shorter targets repeat their last token until the others end.
         """
         most = max(map(len, targets))
         forced = torch.tensor([target + target[-1:] * (most - len(target)) for target in targets])
@@ -202,7 +202,7 @@ class Answering:
 
     @torch.no_grad()
     def _generate(self, batch: Batch, **arguments: Any) -> Any:
-        """``generate``, counted."""
+        """Call ``generate`` and update the tally."""
         inputs = batch.inputs.to(device=self.model.device, dtype=self.model.dtype)
         before = report.latest()
         output = self.model.generate(**inputs, **arguments, return_dict_in_generate=True)
@@ -228,13 +228,13 @@ _UNPRUNED = (
 
 
 def _without_pads(row: Tensor, pad: int | None) -> int:
-    """How many tokens a row has before its padding."""
+    """The number of tokens in a row before its padding."""
     filled = (row != pad).nonzero() if pad is not None else row.nonzero()
     return int(filled[-1]) + 1 if len(filled) else 0
 
 
 def _force(targets: Tensor, inputs: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A logits processor that lets only the next of ``targets`` [B, T] be chosen."""
+    """A logits processor that forces the next token of ``targets`` [B, T]."""
     start = inputs["input_ids"].shape[1]
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:

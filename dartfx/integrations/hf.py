@@ -1,9 +1,9 @@
-"""Loads Hugging Face models, and makes their inputs of an image and a prompt.
+"""Loads Hugging Face models and prepares their inputs from an image and a prompt.
 
-Everything here raises :class:`~dartfx.errors.InputError`, which names what cannot be used and says
-what to do.  Loading runs code of transformers, of the tokeniser and of Pillow, each of which raises
-whatever it likes about a file that is missing, cut short or of another kind; so any exception of
-theirs becomes an InputError, with the original as its cause.
+Errors are :class:`~dartfx.errors.InputError`, which names what cannot be used and what to do.
+Loading runs code of transformers, the tokeniser and Pillow, which may raise anything for a file
+that is missing, truncated or of the wrong kind; any such exception becomes an InputError with the
+original as its cause.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     **arguments: Any,
 ) -> tuple[Any, Any]:
-    """A vision-language model for inference, and its processor.
+    """Load a vision-language model for inference, and its processor.
 
-    name: a folder or a name on the hub.  device: default: the GPU where there is one.  dtype: of
-    the weights; default: float32 on a CPU, bfloat16 elsewhere.  arguments: of ``from_pretrained``
-    (attn_implementation, revision, trust_remote_code).  Raises InputError when transformers is
-    missing, or the device, the model or its processor cannot be used.
+    name: a folder or a name on the hub.  device: defaults to the GPU if there is one.  dtype: of
+    the weights; defaults to float32 on a CPU, bfloat16 elsewhere.  arguments: passed to
+    ``from_pretrained`` (attn_implementation, revision, trust_remote_code).  Raises InputError when
+    transformers is missing, or the device, the model or its processor cannot be used.
     """
-    # The processor first: it loads fast, and a model without one cannot be used.
+    # Processor first: it loads fast, and the model is useless without one.
     processor = load_processor(
         name, **{k: v for k, v in arguments.items() if k in ("revision", "trust_remote_code")}
     )
@@ -51,7 +51,7 @@ def load_model(
 
 
 def load_processor(name: str, **arguments: Any) -> Any:
-    """The processor of :func:`load_model` alone."""
+    """Load only the processor, as in :func:`load_model`."""
     _check_folder(name)
     try:
         processor = _transformers().AutoProcessor.from_pretrained(name, **arguments)
@@ -73,7 +73,7 @@ def load_weights(
     dtype: str | torch.dtype | None = None,
     **arguments: Any,
 ) -> Any:
-    """The model of :func:`load_model` alone."""
+    """Load only the model, as in :func:`load_model`."""
     _check_folder(name)
     device = _device(device)
     weights = _dtype(dtype, device)
@@ -95,7 +95,7 @@ def _transformers() -> Any:
 
 def _check_folder(name: str) -> None:
     path = Path(name)
-    if name.startswith((".", "/", "~")) and not path.exists():  # no name on the hub does
+    if name.startswith((".", "/", "~")) and not path.exists():  # never a hub name
         raise InputError("model", f"there is no folder {name!r}")
     if path.exists() and not (path / "config.json").is_file():
         raise InputError("model", f"{name!r} is not a model folder: it has no config.json")
@@ -121,9 +121,9 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
 
 
 def read_image(path: str | Path) -> Any:
-    """The image at ``path`` as RGB, read completely, so that a truncated file fails here.
+    """Read the whole image at ``path`` as RGB, so that a truncated file fails here.
 
-    Raises InputError when Pillow or the file is missing, or the file is no picture.
+    Raises InputError when Pillow or the file is missing, or the file is not an image.
     """
     try:
         from PIL import Image, UnidentifiedImageError
@@ -141,11 +141,11 @@ def read_image(path: str | Path) -> Any:
 
 
 def prompt_inputs(processor: Any, image: Any, prompt: str, **settings: Any) -> dict[str, Any]:
-    """The processor's inputs for one image and a prompt, on the CPU.
+    """Prepare model inputs on the CPU for one image and a prompt.
 
-    The prompt becomes the user's turn of the processor's chat template, after the image.  One that
-    holds the image token is taken as it is.  settings: of the processor, as do_resize.  Raises
-    InputError when it cannot be tokenised.
+    The image and the prompt become a user turn of the processor's chat template; a prompt that
+    already contains the image token is used verbatim.  settings: of the processor, such as
+    do_resize.  Raises InputError when the prompt cannot be tokenised.
     """
     token = getattr(processor, "image_token", None)
     if token is not None and token in prompt:
@@ -169,20 +169,20 @@ def prompt_inputs(processor: Any, image: Any, prompt: str, **settings: Any) -> d
 
 
 def to_model(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The inputs on the model's device, floating-point ones in its dtype."""
+    """Move the inputs to the model's device, and floating-point ones to its dtype."""
     weight = next(model.parameters())
     moved = {name: value.to(weight.device) for name, value in inputs.items()}
     return {k: v.to(weight.dtype) if v.is_floating_point() else v for k, v in moved.items()}
 
 
 def quiet_dynamo() -> None:
-    """Leave out dynamo's page about a graph break, where that is part of what is explained."""
+    """Silence dynamo's long message on a graph break where the caller explains the break."""
     if "TORCH_LOGS" not in os.environ:
         logging.getLogger("torch._dynamo.variables.tensor").setLevel(logging.ERROR)
 
 
 def _line(error: BaseException) -> str:
-    """The error's text in one line; with its type where the text alone says nothing."""
+    """The error's text on one line, with its type where the text alone says nothing."""
     text = " ".join(str(error).split())
     short = text if len(text) <= 300 else f"{text[:297]}..."
     return (

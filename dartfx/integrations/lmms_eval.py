@@ -1,6 +1,6 @@
-"""lmms-eval's model "dartfx": any Hugging Face vision-language model, pruned while it is measured.
+"""lmms-eval's model "dartfx": any Hugging Face vision-language model, pruned during evaluation.
 
-lmms-eval finds it by dartfx's entry point: ``lmms-eval --model dartfx --model_args
+lmms-eval finds it through dartfx's entry point: ``lmms-eval --model dartfx --model_args
 pretrained=NAME,retain_tokens=64 --tasks pope``.  Written against lmms-eval 0.7.3.
 """
 
@@ -33,14 +33,14 @@ T = TypeVar("T")
 
 @register_model("dartfx")
 class Dartfx(lmms):  # type: ignore[misc]
-    """The model for tasks that give messages; lmms-eval makes messages of every generating task.
+    """The model for chat-message tasks, which all generation tasks of lmms-eval are.
 
-    pretrained: a name on the hub or a folder.  device, dtype: default, the process's own; float32
-    on a CPU, else bfloat16.  batch_size: prompts at once, which changes no answer.  prune: False
-    measures the model unpruned.  num_frames: of each video.  attn_implementation, revision,
-    trust_remote_code: of ``from_pretrained``.  Every other argument is one of
-    :func:`dartfx.compile`; what begins with a bracket or brace is read as JSON.  Raises ConfigError
-    for an argument that is not valid.
+    pretrained: a name on the hub or a folder.  device: defaults to the process's own.  dtype:
+    defaults to float32 on a CPU, else bfloat16.  batch_size: prompts per batch; does not change
+    answers.  prune: False measures the unpruned model.  num_frames: per video.
+    attn_implementation, revision, trust_remote_code: of ``from_pretrained``.  All other arguments
+    go to :func:`dartfx.compile`; values that start with a bracket or brace are parsed as JSON.
+    Raises ConfigError for an invalid argument.
     """
 
     is_simple = False
@@ -80,7 +80,7 @@ class Dartfx(lmms):  # type: ignore[misc]
         )
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
-        """The answers, with how many tokens were read and written for each."""
+        """Return the answers, each with its numbers of prompt and generated tokens."""
         ignored: set[str] = set()
         arguments = [self._generation(request.args) for request in requests]
         settings = [settings_of(given, ignored) for given in arguments]
@@ -99,21 +99,21 @@ class Dartfx(lmms):  # type: ignore[misc]
         ]
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Each continuation's mean negative log-likelihood, and whether it is the greedy one.
+        """Return each continuation's mean negative log-likelihood, and whether it is greedy.
 
-        Not the likelihood's logarithm, as lmms-eval's own description has it: its multiple choice
-        takes the smallest of what models return, and its models return losses.
+        lmms-eval documents a log-likelihood here, but its models return losses and its multiple
+        choice takes the minimum.
         """
         start = time.monotonic()
         said = [self._continuation(request.args) for request in requests]
         losses = self._answering.losses(self._conversations(requests), said)
         done = self._in_order(losses, said)
         self._tell(time.monotonic() - start, 0)
-        # lmms-eval 0.7.3 makes a string of a bare pair; what it unwraps it leaves as it is.
+        # lmms-eval 0.7.3 turns a bare pair into a string, but leaves unwrapped values as they are.
         return [GenerationResult(pair) for pair in done]
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
-        """Not offered: a second round would continue a pruned cache, which dartfx refuses."""
+        """Unsupported: a second round would continue a pruned cache, which dartfx refuses."""
         raise NotImplementedError(
             "dartfx answers tasks of one round; a second would continue a cache that was pruned"
         )
@@ -151,7 +151,7 @@ class Dartfx(lmms):  # type: ignore[misc]
         return [found[number] for number in range(len(requests))]
 
     def _tell(self, seconds: float, written: int) -> None:
-        """Report what was pruned, in the log and in the results' "throughput"."""
+        """Report what was pruned in the log and in the results' "throughput"."""
         tally = self._answering.tally
         logger.info(f"dartfx: {tally}")
         figures: dict[str, float] = {
@@ -166,7 +166,7 @@ class Dartfx(lmms):  # type: ignore[misc]
 
 
 class DartfxSimple(Dartfx):
-    """The model for ``--force_simple``: tasks with likelihoods and multiple choice need it."""
+    """The model for ``--force_simple``, which likelihood and multiple-choice tasks need."""
 
     is_simple = True
 
@@ -180,7 +180,7 @@ class DartfxSimple(Dartfx):
 
 
 def _value(name: str, given: Any) -> Any:
-    """An argument as written on the command line; lists and mappings are JSON."""
+    """Parse a command-line argument; lists and mappings are JSON."""
     if not isinstance(given, str) or given[:1] not in ("[", "{"):
         return given
     try:

@@ -1,6 +1,6 @@
-"""lmms-eval's requests in the terms of Hugging Face; needs no lmms-eval.
+"""Converts lmms-eval's requests to Hugging Face formats, without importing lmms-eval.
 
-The arguments of a request are a tuple whose order depends on its kind and on the kind of model
+A request's arguments are a tuple whose order depends on the kinds of request and model
 (``construct_requests`` in lmms-eval's api/task.py):
 
     messages:      context, doc_to_messages, generation arguments, document, task, split
@@ -20,12 +20,12 @@ __all__ = ["OnDemand", "document", "from_visuals", "settings_of"]
 
 T = TypeVar("T")
 
-# Those of the language that Settings does not know of. They are for other models, or say nothing.
+# Generation arguments without a field in Settings: for other models, or without effect.
 _TAKEN = {"max_new_tokens", "temperature", "top_p", "num_beams", "do_sample", "until"}
 
 
 class OnDemand(Sequence[T]):
-    """``make(i)`` for i below ``length``, at every access; stored, pictures would fill memory."""
+    """Computes ``make(i)`` for i < ``length`` on each access: stored images would fill memory."""
 
     def __init__(self, length: int, make: Callable[[int], T]) -> None:
         self._length, self._make = length, make
@@ -45,9 +45,9 @@ class OnDemand(Sequence[T]):
 
 
 def document(tasks: Mapping[str, Any], arguments: Sequence[Any]) -> Any:
-    """The document that a request asks about; ``tasks`` is what lmms-eval sets as ``task_dict``.
+    """Return a request's document; ``tasks`` is lmms-eval's ``task_dict``.
 
-    Raises ValueError for a request without a document, which asks for a likelihood of text alone.
+    Raises ValueError for a request without a document (a text-only likelihood).
     """
     if len(arguments) != 6:
         raise ValueError(
@@ -59,7 +59,7 @@ def document(tasks: Mapping[str, Any], arguments: Sequence[Any]) -> Any:
 
 
 def from_visuals(context: str, visuals: Sequence[Any] | None) -> Conversation:
-    """One user's turn of images (Pillow) and videos (paths), then the context.
+    """Build one user turn: images (Pillow) and videos (paths), then the context.
 
     Raises TypeError for anything else, such as audio.
     """
@@ -78,7 +78,7 @@ def from_visuals(context: str, visuals: Sequence[Any] | None) -> Conversation:
 
 
 def settings_of(given: Mapping[str, Any], ignored: set[str]) -> Settings:
-    """A task's generation settings; unsupported names are added to ``ignored``.
+    """Convert a task's generation settings; unsupported names are added to ``ignored``.
 
     A temperature of 0 means greedy, whatever ``do_sample`` says.
     """

@@ -1,4 +1,4 @@
-"""Checks, before a command starts to work, that it can write its outputs."""
+"""Checks that a command can write its outputs before it starts work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["check_file", "check_folder"]
 
 
 def check_file(argument: str, path: str | Path | None) -> None:
-    """Raise InputError where no file could be written at ``path``; None passes."""
+    """Raise InputError if no file can be written at ``path``; None passes."""
     if path is None:
         return
     path = Path(path)
@@ -24,9 +24,9 @@ def check_file(argument: str, path: str | Path | None) -> None:
 
 
 def check_folder(argument: str, path: str | Path | None) -> None:
-    """Raise InputError where ``path`` could be no folder to write into; None passes.
+    """Raise InputError if ``path`` cannot be a writable folder; None passes.
 
-    The folder need not exist: what writes into it makes it.
+    The folder need not exist: the writer creates it.
     """
     if path is None:
         return

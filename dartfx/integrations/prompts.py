@@ -1,4 +1,4 @@
-"""Conversations in the chat format of Hugging Face, as inputs of a model, in batches."""
+"""Turns conversations in Hugging Face's chat format into batches of model inputs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Conversation = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Which conversations, a model's arguments for them, and whether they hold images or videos.
+    """Indices of conversations, their model inputs, and whether they contain images or videos.
 
-    All of them do, or none does.
+    Either all of them do or none does.
     """
 
     numbers: tuple[int, ...]
@@ -36,27 +36,27 @@ def _parts(conversation: Conversation) -> Iterator[dict[str, Any]]:
 
 
 class Prompts:
-    """Conversations as a processor's inputs, ``batch_size`` at a time.
+    """Processes conversations in batches of ``batch_size``.
 
-    num_frames: frames sampled of each video; None is what the processor does by itself.
+    num_frames: frames sampled per video; None is the processor's default.
     """
 
     def __init__(self, processor: Any, batch_size: int, num_frames: int | None = None) -> None:
         self._processor, self._size, self._frames = processor, batch_size, num_frames
         self.tokenizer = processor.tokenizer
-        # What is generated follows the last column, so pads go in front.
+        # Generation continues after the last column, so padding goes in front.
         self.tokenizer.padding_side = "left"
 
     def decode(self, ids: Tensor) -> list[str]:
-        """The texts of token ids [B, T]."""
+        """Decode token ids [B, T] to texts."""
         return list(self._processor.batch_decode(ids, skip_special_tokens=True))
 
     def batches(
         self, conversations: Sequence[Conversation], settings: Sequence[Hashable]
     ) -> Iterator[Batch]:
-        """All conversations; those of a batch have equal settings and as many vision tokens each.
+        """Yield batches whose conversations have equal settings and equally many vision tokens.
 
-        Where their texts differ in length, they are padded on the left.
+        Texts of different lengths are padded on the left.
         """
         if self._size == 1:
             for number, one in enumerate(conversations):
@@ -67,7 +67,7 @@ class Prompts:
             length, form = self._form(one)
             alike.setdefault((how, form), []).append((length, number))
         for group in alike.values():
-            # Alike lengths together: few pads, and the most memory first.
+            # Group similar lengths: little padding, and peak memory first.
             numbers = [number for _, number in sorted(group, reverse=True)]
             for start in range(0, len(numbers), self._size):
                 chosen = tuple(numbers[start : start + self._size])
@@ -75,9 +75,9 @@ class Prompts:
                 yield Batch(chosen, self._inputs(some), _has_vision(some[0]))
 
     def _form(self, conversation: Conversation) -> tuple[int, Hashable]:
-        """Length of the prompt, and all that decides how many vision tokens it has.
+        """The prompt's length, and everything that determines its number of vision tokens.
 
-        These are the shapes of everything but text, and integers, which hold grids and sizes.
+        These are the shapes of all non-text inputs, and integer inputs, which hold grids and sizes.
         """
         if not _has_vision(conversation):
             return len(self.text(conversation)), None
@@ -103,18 +103,18 @@ class Prompts:
         return self._processor(text=texts, images=images if any(images) else None, **more)
 
     def text(self, conversation: Conversation) -> str:
-        """The prompt as text; see :func:`prompt_text`."""
+        """The prompt's text; see :func:`prompt_text`."""
         return prompt_text(self._processor, conversation)
 
     def continuation(self, conversation: Conversation, text: str) -> list[int]:
         """The token ids that ``text`` adds to the prompt.
 
-        A blank at its start goes where the prompt ends in one.
+        Leading whitespace is removed if the prompt ends with whitespace.
         """
         prompt = self.text(conversation)
         text = text.lstrip() if prompt[-1:].isspace() else text
         before, both = map(self._ids, (prompt, prompt + text))
-        # A tokenizer may join the last word of one and the first of the other.
+        # A tokeniser may merge the prompt's last word with the continuation's first.
         return both[len(before) :] if both[: len(before)] == before else self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
@@ -122,10 +122,10 @@ class Prompts:
 
 
 def prompt_text(processor: Any, conversation: Conversation) -> str:
-    """A conversation as the text of a prompt, images and videos as placeholders.
+    """Render a conversation as prompt text with placeholders for images and videos.
 
-    Without a chat template: an image token a line, then the texts.  Raises ValueError for a video
-    there, since nothing says how one is written.
+    Without a chat template: one image token per line, then the texts.  Videos then raise
+    ValueError, since their placeholder is unknown.
     """
     if _has_template(processor):
         return str(processor.apply_chat_template(conversation, add_generation_prompt=True))
