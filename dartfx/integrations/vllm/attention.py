@@ -1,8 +1,8 @@
-"""Attention backends of the served model: where metadata comes from, and whose KV blocks it names.
+"""Attention backends of the served model, whose metadata remembers how it was built.
 
-A layer keeps the backend that vLLM chose for it, as a subclass.  vLLM builds metadata once for all
-layers of a KV cache group that have the same backend class, so layers behind the cut get metadata
-of their own.
+Each layer keeps the backend that vLLM chose, as a subclass.  vLLM builds metadata once for all
+layers of a KV cache group with the same backend class, so layers behind the cut get separate
+metadata.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ __all__ = ["Source", "backend_before_cut", "backend_behind_cut"]
 
 
 class Source:
-    """What metadata was built from: the builder and the batch, to build it again for fewer tokens.
+    """The builder and batch that metadata was built from, to rebuild it for fewer tokens.
 
-    Metadata of layers behind the cut carries it as ``dartfx_source``.
+    Metadata of layers behind the cut carries this as ``dartfx_source``.
     """
 
     def __init__(self, builder: Any, batch: Any) -> None:
@@ -26,20 +26,20 @@ class Source:
         self.batch = batch
 
     def rebuild(self, batch: Any) -> Any:
-        """Metadata of the same layers for another batch."""
+        """Build metadata of the same layers for another batch."""
         return self.builder.build(0, batch)
 
 
 @functools.cache
 def backend_behind_cut(backend: Any, own_blocks: bool) -> Any:
-    """A subclass of ``backend`` whose metadata remembers its source.
+    """Return a subclass of ``backend`` whose metadata remembers its source.
 
-    own_blocks: the layers are in KV cache groups of their own.
+    own_blocks: the layers are in separate KV cache groups.
     """
     base: Any = backend.get_builder_cls()
 
     class Builder(base):  # type: ignore[misc]
-        # Metadata of one group must not be copied to another: each has blocks of its own.
+        # Metadata must not be copied between groups: each has its own blocks.
         supports_update_block_table = False
 
         def __init__(
@@ -51,7 +51,7 @@ def backend_behind_cut(backend: Any, own_blocks: bool) -> Any:
             **named: Any,
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, *more, **named)
-            # Builders are made when weights are loaded and nothing is served yet.
+            # Builders are created when weights are loaded, before anything is served.
             layers = vllm_config.compilation_config.static_forward_context
             for name in layer_names:
                 if (check := layers[name].__dict__.pop("dartfx_when_ready", None)) is not None:
@@ -69,7 +69,7 @@ def backend_behind_cut(backend: Any, own_blocks: bool) -> Any:
 
 @functools.cache
 def backend_before_cut(backend: Any) -> Any:
-    """A subclass of ``backend`` for layers before the cut, in KV cache groups of their own."""
+    """Return a subclass of ``backend`` for layers before the cut, in separate KV cache groups."""
     return _subclass("BeforeCut", backend, {}, "BeforeCutSpec")
 
 

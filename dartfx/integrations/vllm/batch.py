@@ -1,8 +1,8 @@
-"""What happens to one step's requests at the cut, as arithmetic on lengths and KV blocks.
+"""Plans what one step's requests do at the cut: arithmetic on lengths and KV blocks.
 
-Layers before the cut take a prompt in the chunks that vLLM makes of it.  Text before the first
-image passes the cut in its chunk; rows from there on are held until the prompt is complete, since
-the selection looks at all of them.  Nothing before the first image is dropped or looked at.
+Layers before the cut process a prompt in vLLM's chunks.  Text before the first image passes the cut
+with its chunk; later rows are held until the prompt is complete, since the selection needs all of
+them.  Nothing before the first image is dropped or used by the selection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 class Prompt:
     """A request's prompt of ``tokens`` tokens, of which ``dropped`` are dropped at the cut.
 
-    first: position of its first image.  held: what the cut holds of it while it is incomplete.
+    first: position of its first image.  held: rows held at the cut while the prompt is incomplete.
     """
 
     tokens: int
@@ -39,7 +39,7 @@ class Prompt:
     held: Any = None
 
     def behind(self, count: int) -> int:
-        """Tokens behind the cut, once the request's first ``count`` went through the layers."""
+        """Tokens behind the cut after the request's first ``count`` have been computed."""
         if not self.dropped:
             return count
         return count - self.dropped if count >= self.tokens else min(count, self.first)
@@ -47,10 +47,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Part:
-    """One request in a step: rows [start, end), of which [seen_from, seen_to) are the selection's.
+    """One request in a step: rows [start, end), with [seen_from, seen_to) input to the selection.
 
-    The other rows pass as they are.  count: its tokens with those of this step.  prompt: None for
-    a request that drops nothing.
+    The other rows pass unchanged.  count: the request's tokens including this step.  prompt: None
+    for a request that drops nothing.
     """
 
     start: int
@@ -62,33 +62,33 @@ class Part:
 
     @property
     def sees(self) -> bool:
-        """Whether some of its rows are the selection's, now or once the prompt is complete."""
+        """Whether any of its rows are input to the selection, now or at the prompt's end."""
         return self.seen_to > self.seen_from
 
     @property
     def selects(self) -> bool:
-        """Whether its prompt becomes complete."""
+        """Whether this step completes its prompt."""
         return self.sees and self.prompt is not None and self.count >= self.prompt.tokens
 
     @property
     def position(self) -> int:
-        """Position in the request of the first row that is the selection's."""
+        """The request position of the first row that is input to the selection."""
         return self.count - (self.end - self.seen_from)
 
     @property
     def length(self) -> int:
-        """Its tokens behind the cut."""
+        """The request's tokens behind the cut."""
         return self.count if self.prompt is None else self.prompt.behind(self.count)
 
 
 def plan_step(
     starts: Sequence[int], counts: Sequence[int], prompts: Mapping[int, Prompt]
 ) -> list[Part]:
-    """The requests of a step: starts [B + 1] of their rows, counts [B], prompts by row of B."""
+    """Plan a step's requests: row starts [B + 1], token counts [B], prompts by batch index."""
     parts = []
     for row, (start, end) in enumerate(itertools.pairwise(starts)):
         count, prompt = int(counts[row]), prompts.get(row)
-        first_row = start - (count - (end - start))  # of the request's token 0, if it were there
+        first_row = start - (count - (end - start))  # where the request's token 0 would be
         if prompt is None:
             bounds = end, end
         else:
@@ -103,9 +103,9 @@ def plan_step(
 def pieces(
     rows: Sequence[int], lengths: Sequence[int], most: int
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Rows and lengths of each request, in pieces of at most ``most`` rows, in order.
+    """Split the requests' rows and lengths into pieces of at most ``most`` rows, in order.
 
-    Kept rows of several chunks can be more than the layers behind the cut take at a time.
+    The kept rows of several chunks can exceed what the layers behind the cut take at once.
     """
     left = list(rows)
     while any(left):
@@ -118,17 +118,17 @@ def pieces(
 
 
 def starts_of(rows: Sequence[int]) -> Tensor:
-    """[B + 1] int32 on the host: where each request's rows begin, and the end."""
+    """[B + 1] int32 on the host: the start of each request's rows, and the end."""
     starts = torch.zeros(len(rows) + 1, dtype=torch.int32)
     starts[1:] = torch.tensor(list(rows), dtype=torch.int32).cumsum(0)
     return starts
 
 
 def where_stored(rows: Sequence[int], lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """[T'] int64 request and position of the last ``rows[i]`` of ``lengths[i]`` tokens of each.
+    """[T'] int64 request and position of the last ``rows[i]`` of each request's ``lengths[i]``.
 
-    lengths: [B], on the device that the result is for.  With drafts only the device knows how many
-    of the last ones were accepted, so the host's lengths are too large.
+    lengths: [B], on the result's device.  With speculative decoding only the device knows how many
+    draft tokens were accepted, so the host's lengths are too large.
     """
     counts = torch.tensor(rows)
     request = torch.repeat_interleave(torch.arange(len(rows)), counts)
@@ -138,9 +138,10 @@ def where_stored(rows: Sequence[int], lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compact_slots(block_table: Tensor, request: Tensor, position: Tensor, block: int) -> Tensor:
-    """[T'] int64 KV slots of tokens that lie one after the other from a request's first block on.
+    """[T'] int64 KV slots of tokens stored contiguously from a request's first block on.
 
-    block_table: [B, blocks].  request, position: from :func:`where_stored`.  block: tokens in one.
+    block_table: [B, blocks].  request, position: from :func:`where_stored`.  block: tokens in a
+    block.
     """
     blocks = block_table[request, position // block].long()
     return blocks * block + position % block

@@ -1,4 +1,4 @@
-"""The cut between two decoder layers: which rows go on, and what the layers behind it see."""
+"""The cut between two decoder layers: which rows are kept, and what later layers see of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Layer", "Piece", "Rows", "group_by_metadata", "hold", "rows_kept", "
 
 
 class Layer:
-    """What the selection takes from the model: its final norm, the attention of layer K-1."""
+    """What the selection uses of the model: its final norm and the attention of layer K-1."""
 
     def __init__(self, norm: Any, attention: Any, ranks: int) -> None:
         self.norm = norm
@@ -27,7 +27,7 @@ class Layer:
         self.ranks = ranks
 
     def hidden(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """[T, D] hidden states after the final norm, out of place: vLLM's own writes to both."""
+        """[T, D] hidden states after the final norm, out of place: vLLM's op mutates its inputs."""
         normed: Tensor = self.norm(hidden + residual)
         return normed
 
@@ -38,7 +38,7 @@ class Layer:
             return split.transpose(0, 1)[None]
         norms = keys.abs().sum(1, dtype=torch.float32)
         if self.ranks > 1:
-            # Ranks hold heads of their own: the sums add up, and every rank keeps the same.
+            # Each rank has its own heads: with the sum over ranks, all keep the same tokens.
             norms = vllm_api.tensor_model_parallel_all_reduce(norms)
         return norms[None, None, :, None]
 
@@ -48,7 +48,7 @@ class Rows:
     """Tokens between the two halves of the decoder.
 
     positions: [T] or [3, T].  hidden, residual: [T, D].  keys: [1, H, T, Dh].  vision: [T] bool on
-    the host.  begins: position in its request of the first one, for rows of one request.
+    the host.  begins: request position of the first row, where all are of one request.
     """
 
     positions: Tensor
@@ -62,7 +62,7 @@ class Rows:
         return len(self.hidden)
 
     def copied(self, start: int, end: int, begins: int) -> Rows:
-        """Rows of one request in memory of their own."""
+        """Copy rows of one request."""
         rows = slice(start, end)
         return Rows(
             positions=self.positions[..., rows].clone(),
@@ -74,7 +74,7 @@ class Rows:
         )
 
     def joined(self, more: Sequence[Rows]) -> Rows:
-        """These, then those."""
+        """Concatenate these rows with ``more``."""
         if not more:
             return self
         every = [self, *more]
@@ -89,10 +89,10 @@ class Rows:
 
 
 def _held(part: Part) -> Rows | None:
-    """What is held of the part's prompt, if this chunk follows it.
+    """The held rows of the part's prompt, if this chunk follows them.
 
-    A request that was preempted in the middle of its prompt begins again: what was held is dropped.
-    Raises RuntimeError where rows are missing.
+    A request preempted in the middle of its prompt starts over, so its held rows are discarded.
+    Raises RuntimeError if rows are missing.
     """
     assert part.prompt is not None
     held: Rows | None = part.prompt.held
@@ -108,7 +108,7 @@ def _held(part: Part) -> Rows | None:
 
 
 def hold(parts: Iterable[Part], rows: Rows) -> None:
-    """Keep the rows of prompts that are not complete yet."""
+    """Store the rows of incomplete prompts."""
     for part in parts:
         if part.sees and not part.selects:
             assert part.prompt is not None
@@ -119,7 +119,7 @@ def hold(parts: Iterable[Part], rows: Rows) -> None:
 
 
 def with_held(parts: Iterable[Part], rows: Rows) -> tuple[Rows, list[int]]:
-    """The step's rows, then what was held of prompts that it completes, and how much of each."""
+    """The step's rows, then the held rows of prompts that it completes, with their counts."""
     held = [_held(part) if part.selects else None for part in parts]
     for part in parts:
         if part.prompt is not None and part.selects:
@@ -131,7 +131,7 @@ def with_held(parts: Iterable[Part], rows: Rows) -> tuple[Rows, list[int]]:
 def rows_kept(
     config: DartConfig, layer: Layer, parts: Sequence[Part], rows: Rows, held: Sequence[int]
 ) -> tuple[Tensor, list[int]]:
-    """[T'] int64 rows that go on, request by request, and how many of each.
+    """[T'] int64 rows that pass the cut, request by request, and each request's count.
 
     rows, held: from :func:`with_held`.
     """
@@ -154,10 +154,10 @@ def rows_kept(
 def _select(
     config: DartConfig, layer: Layer, part: Part, rows: Rows, seen: Tensor, vision: Tensor
 ) -> Tensor:
-    """The rows of ``seen``, a complete prompt from its first image on, that are kept.
+    """Select the kept rows of ``seen``, a complete prompt from its first image on.
 
-    vision: [len(seen)] bool on the host.  A prompt's last token stays, whatever it is: the first
-    answer token is read off it.
+    vision: [len(seen)] bool on the host.  A prompt's last token is always kept: its logits predict
+    the first answer token.
     """
     assert part.prompt is not None
     vision[-1] = False
@@ -177,7 +177,7 @@ def _select(
 
 
 def group_by_metadata(metadata: Any, names: Iterable[str]) -> list[list[str]]:
-    """Names of layers, those with the same metadata together."""
+    """Group layer names by shared metadata."""
     groups: dict[int, list[str]] = {}
     for name in names:
         groups.setdefault(id(metadata[name]), []).append(name)
@@ -187,8 +187,8 @@ def group_by_metadata(metadata: Any, names: Iterable[str]) -> list[list[str]]:
 class Piece:
     """Rows that run through the layers behind the cut at once, for all KV cache groups.
 
-    batch: of the step.  rows: of each of its requests.  lengths: each one's tokens behind the cut,
-    with those rows.
+    batch: the step's.  rows: number per request.  lengths: each request's tokens behind the cut,
+    including those rows.
     """
 
     def __init__(self, batch: Any, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -219,7 +219,7 @@ class Piece:
     def put(self, context: Any, source: Any, names: list[str]) -> None:
         """Put metadata and KV slots of these rows into vLLM's forward context.
 
-        source: of the metadata of the step.  names: layers that share it.
+        source: of the step's metadata.  names: the layers that share it.
         """
         table = source.batch.block_table_tensor[self.requests]
         slots = compact_slots(

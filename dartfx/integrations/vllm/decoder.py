@@ -1,7 +1,7 @@
-"""The decoder in two halves, with the cut between them.
+"""The decoder split into two halves, with the cut between them.
 
-Each half is a compiled unit of its own with its own number of tokens, as vLLM's models with fewer
-tokens in later layers have it.  The cut runs between them as plain Python.
+Each half is compiled separately with its own number of tokens, as in vLLM's models with fewer
+tokens in later layers.  The cut runs between them as plain Python.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TRIAL_ROWS = 8
 
 @functools.cache
 def _watched(attention_class: Any) -> Any:
-    """A subclass of an attention layer that remembers the rotated keys of its last call."""
+    """Return a subclass of an attention layer that records the rotated keys of its last call."""
 
     def forward(
         self: Any, query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any
@@ -41,7 +41,7 @@ def _watched(attention_class: Any) -> Any:
 
 @functools.cache
 def _halves() -> tuple[Any, Any]:
-    """The classes of the two halves; made once, where vLLM is."""
+    """Create the classes of the two halves once, where vLLM is installed."""
     dynamic = {"positions": -1, "hidden": 0}
 
     @vllm_api.support_torch_compile(dynamic_arg_dims=dynamic)
@@ -78,7 +78,7 @@ def _halves() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _without_attention(decoder: Any) -> Iterator[None]:
-    """Attention layers return their queries: there is no KV cache yet."""
+    """Make attention layers return their queries while there is no KV cache."""
     layers = [m for m in decoder.modules() if isinstance(m, vllm_api.Attention)]
     for layer in layers:
         layer.forward = lambda query, *_, **__: query
@@ -91,9 +91,9 @@ def _without_attention(decoder: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _adapters(tables: list[Any], gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Give the rows of the layers that run inside their LoRA adapters.
+    """Set the LoRA adapters of the rows that the layers inside the block process.
 
-    gather: from the adapters of the step's rows.
+    gather: computes them from the adapters of the step's rows.
     """
     before = [vllm_api.put_adapters(table, gather(table.token_lora_indices)) for table in tables]
     yield
@@ -103,14 +103,14 @@ def _adapters(tables: list[Any], gather: Callable[[Tensor], Tensor]) -> Iterator
 
 
 def _of_requests(first: Tensor, rows: Tensor, adapters: Tensor) -> Tensor:
-    """Adapters of ``rows`` rows of each request, whose rows in the step begin at ``first``."""
+    """Adapters for ``rows`` rows of each request, whose rows in the step start at ``first``."""
     return adapters[first].repeat_interleave(rows)
 
 
 class PrunedDecoder:
     """Runs one decoder instance with a cut before layer ``config.layer``.
 
-    vision: [T] bool on the host, the vision tokens of the step that comes next.
+    vision: [T] bool on the host, the vision tokens of the next step.
     """
 
     def __init__(
@@ -146,14 +146,14 @@ class PrunedDecoder:
         ranks = vllm_config.parallel_config.tensor_parallel_size
         self.layer = cut.Layer(decoder.norm, watched, ranks)
         self.prompts = prompts_of(vllm_config)
-        # The layers behind the cut are compiled, and have buffers, for as many rows at a time.
+        # The layers behind the cut are compiled, and have buffers, for this many rows at a time.
         self.most = vllm_config.scheduler_config.max_num_batched_tokens
         self.adapter_tables: list[Any] = []
         self.vision: Tensor | None = None
         self.tokens = self.tokens_behind_cut = 0
 
     def install(self, decoder: Any) -> None:
-        """Make calls of ``decoder``, this instance only, run this."""
+        """Redirect calls of ``decoder`` (this instance only) to :meth:`run`."""
         original = type(decoder)
 
         def call(
@@ -170,7 +170,7 @@ class PrunedDecoder:
         decoder.__class__ = type(f"Pruned{original.__name__}", (original,), {"__call__": call})
 
     def run(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """[T, D] hidden states after the final norm; zeros in rows that did not pass the cut."""
+        """[T, D] hidden states after the final norm, zero in rows that did not pass the cut."""
         vision, self.vision = self.vision, None
         hidden, residual, keys = self.head(positions, hidden)
         context = vllm_api.get_forward_context()
@@ -200,7 +200,7 @@ class PrunedDecoder:
         passed = self._behind(
             context, parts, counts, positions, rows.hidden[keep], rows.residual[keep]
         )
-        # Logits are read by row of the whole batch; rows that did not pass never are.
+        # Logits are indexed by row of the full batch; dropped rows are never read.
         output: Tensor = passed.new_zeros(len(rows), passed.shape[1])
         output[keep] = passed
         return output[:total]
@@ -214,7 +214,7 @@ class PrunedDecoder:
         hidden: Tensor,
         residual: Tensor,
     ) -> Tensor:
-        """The layers behind the cut, with ``counts`` rows of each request."""
+        """Run the layers behind the cut on ``counts`` rows of each request."""
         if all(part.prompt is None for part in parts):
             return self.tail(positions, hidden, residual)  # type: ignore[no-any-return]
         groups = cut.group_by_metadata(context.attn_metadata, self.names)
@@ -236,10 +236,10 @@ class PrunedDecoder:
 
     @torch.inference_mode()
     def _verify(self, original: Any, decoder: Any, device: torch.device) -> None:
-        """Hold the two halves against the decoder's own forward, on a few random rows.
+        """Compare the two halves with the decoder's own forward on a few random rows.
 
         Raises ConfigError where they differ: the decoder then does something around its layers that
-        the halves do not.  Runs when weights are loaded and nothing is served yet.
+        the halves do not.  Runs after weights are loaded, before anything is served.
         """
         model = self.vllm_config.model_config
         shape = (_TRIAL_ROWS, decoder.norm.weight.shape[0])

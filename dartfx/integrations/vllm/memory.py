@@ -1,9 +1,9 @@
-"""KV blocks of layers behind the cut: as many as their kept tokens need.
+"""KV blocks of layers behind the cut: only as many as the kept tokens need.
 
-vLLM gives each KV cache group a block table of its own.  Layers before and behind the cut get specs
-of different classes, so they never share a group, and the manager of the groups behind the cut
-allocates for the tokens that are left.  The scheduler knows a request's vision tokens before its
-first step, so the number dropped is known as well.
+vLLM has one block table per KV cache group.  Layers before and behind the cut get specs of
+different classes, so they never share a group, and the manager of the groups behind the cut
+allocates blocks for the kept tokens only.  The scheduler knows a request's vision tokens before its
+first step, and thus the number dropped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 logger = logging.getLogger("vllm.dartfx")
 
-_SECONDS_BETWEEN_LINES = 10.0  # as vLLM's own lines of statistics
+_SECONDS_BETWEEN_LINES = 10.0  # as for vLLM's own statistics
 
 # Prompts with images, by request; only in the scheduler's process.
 _PROMPTS: dict[str, Prompt] = {}
@@ -44,13 +44,13 @@ def _behind(request_id: str, num_tokens: int) -> int:
 
 
 class _Apart:
-    """A spec that is merged with its own class only; FullAttentionSpec takes any subclass."""
+    """A spec that merges only with its own class; FullAttentionSpec accepts any subclass."""
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        """One spec for the layers of a group."""
+        """Merge the specs of a group's layers into one."""
         if any(type(spec) is not cls for spec in specs):
-            # vLLM takes this error for: they need groups of their own.
+            # vLLM takes this error to mean that they need separate groups.
             raise AssertionError(
                 "dartfx: layers before and behind the cut need KV cache groups of their own"
             )
@@ -68,7 +68,7 @@ class BehindCutSpec(_Apart, vllm_api.FullAttentionSpec):  # type: ignore[misc]
 
 
 def respecify(spec_class: Any, backend: Any, spec: Any) -> Any:
-    """``spec`` as ``backend`` wants it, as a ``spec_class`` where it is plain full attention."""
+    """Adapt ``spec`` to ``backend``, as a ``spec_class`` where it is plain full attention."""
     spec = backend.customize_spec(spec)
     if type(spec) is not vllm_api.FullAttentionSpec:
         return spec
@@ -76,36 +76,36 @@ def respecify(spec_class: Any, backend: Any, spec: Any) -> Any:
 
 
 class BehindCutManager(vllm_api.FullAttentionManager):  # type: ignore[misc]
-    """Counts a request's tokens without those that are dropped or not there yet.
+    """Counts a request's tokens without those that are dropped or still held at the cut.
 
-    Blocks are shared up to the first image: KV behind it depends on what is dropped, by the whole
-    prompt.  Where nothing is dropped they are not shared either, since the next turn may drop.
+    Blocks are shared up to the first image: later KV depends on what is dropped, and thus on the
+    whole prompt.  This holds where nothing is dropped, too, since the next turn may drop tokens.
     """
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *more: Any, **named: Any
     ) -> int:
-        """Blocks that the request still needs."""
+        """The number of blocks that the request still needs."""
         left = _behind(request_id, num_tokens)
         needed: int = super().get_num_blocks_to_allocate(request_id, left, *more, **named)
         return needed
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, main_model: int) -> Any:
-        """Those blocks."""
+        """Allocate those blocks."""
         left = _behind(request_id, num_tokens), _behind(request_id, main_model)
         return super().allocate_new_blocks(request_id, *left)
 
     def cache_blocks(self, request: Any, num_tokens: int, *more: Any, **named: Any) -> None:
-        """Let other requests find the blocks that they may share."""
+        """Register the blocks that other requests may share."""
         prompt = _PROMPTS.get(request.request_id)
         shared = num_tokens if prompt is None else min(num_tokens, prompt.first)
         super().cache_blocks(request, shared, *more, **named)
 
 
 def vision_tokens(request: Any) -> int:
-    """Vision tokens of a request's prompt that may be dropped.
+    """The number of droppable vision tokens in a request's prompt.
 
-    A prompt's last token is never one of them: the first answer token is read off it.
+    A prompt's last token is never one: its logits predict the first answer token.
     """
     count = 0
     for feature in request.mm_features:
@@ -118,19 +118,19 @@ def vision_tokens(request: Any) -> int:
 
 @functools.cache
 def _exported(name: str, what: str) -> Any:
-    """A counter of this process; made once, since engines of one process share a registry."""
+    """A counter, created once per process, since engines of one process share a registry."""
     return Counter(f"dartfx:{name}", what)
 
 
 class Counters:
-    """Counts requests with vision tokens as the scheduler takes them in."""
+    """Counts requests with vision tokens as the scheduler adds them."""
 
     def __init__(self) -> None:
         self.requests = self.kept = self.dropped = 0
         self._next_line = 0.0
 
     def add(self, kept: int, dropped: int) -> None:
-        """Count one request; logs the sums, at most every ten seconds."""
+        """Count one request, and log the sums at most every ten seconds."""
         self.requests += 1
         self.kept += kept
         self.dropped += dropped
@@ -150,7 +150,7 @@ class Counters:
 
 
 class PrunedScheduler(vllm_api.AsyncScheduler):  # type: ignore[misc]
-    """vLLM's scheduler; notes what each request drops, before its first block is allocated."""
+    """vLLM's scheduler, which records what each request drops before allocating its first block."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -158,7 +158,7 @@ class PrunedScheduler(vllm_api.AsyncScheduler):  # type: ignore[misc]
         self.counters = Counters()
 
     def add_request(self, request: Any) -> None:
-        """Take in a request."""
+        """Add a request."""
         prompt = None
         if self._config is not None and request.mm_features:
             vision = vision_tokens(request)
@@ -181,14 +181,14 @@ class PrunedScheduler(vllm_api.AsyncScheduler):  # type: ignore[misc]
 
 
 def _register() -> None:
-    """Tell vLLM which manager serves which spec."""
+    """Register the manager of each spec with vLLM."""
     registry = vllm_api.KVCacheSpecRegistry
-    # A first entry of ours would keep vLLM's own out.
+    # vLLM would not add its own entries after ours.
     registry._ensure_registered()
     registry.register(BeforeCutSpec, vllm_api.FullAttentionManager)
     registry.register(BehindCutSpec, BehindCutManager)
 
 
-# Once the module is imported, as a process does that makes or receives such specs: where nothing is
-# pruned vLLM's table stays as it is.
+# On import, which happens only in processes that create or receive such specs: without pruning,
+# vLLM's registry stays unchanged.
 _register()

@@ -1,6 +1,6 @@
-"""vLLM's models with a cut in their decoder: a subclass of each.
+"""Subclasses of vLLM's models with a cut in the decoder.
 
-Which decoders can be cut is found by their parts; no model is known by name.
+Decoders that can be cut are recognised by their structure; no model is known by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["attach", "attentions_of", "find_decoder", "pruned_class"]
 
 logger = logging.getLogger("vllm.dartfx")
 
-# Where a model keeps its PrunedDecoder: not as a submodule, so that weights keep their names.
+# A model's attribute for its PrunedDecoder: not a submodule, so that weights keep their names.
 _ATTRIBUTE = "dartfx_decoder"
 
 
@@ -37,10 +37,10 @@ def refused(model: Any, why: str) -> ConfigError:
 
 
 def find_decoder(model: Any) -> Any:
-    """The module with the decoder layers and the final norm.
+    """Find the module with the decoder layers and the final norm.
 
-    Raises ConfigError where its call takes more than embeddings and positions (visual features for
-    later layers, say), or where it has another form.
+    Raises ConfigError if its forward takes more than embeddings and positions (such as visual
+    features for later layers), or if its structure differs.
     """
     language = model.get_language_model()
     for decoder in (getattr(language, "model", None), language):
@@ -63,8 +63,8 @@ def find_decoder(model: Any) -> Any:
 def attentions_of(model: Any, decoder: Any, layer: int) -> list[Any]:
     """The attention module of each decoder layer; ``layer`` is the first behind the cut.
 
-    Raises ConfigError for a layer of another form, and for attention behind the cut that would read
-    what was dropped.
+    Raises ConfigError for a layer of another structure, and for attention behind the cut that would
+    read dropped tokens.
     """
     depth = len(decoder.layers)
     if not layer < depth:
@@ -94,7 +94,7 @@ def attentions_of(model: Any, decoder: Any, layer: int) -> list[Any]:
 
 
 def attach(model: Any, vllm_config: Any, config: DartConfig) -> PrunedDecoder:
-    """Cut the decoder of ``model``, whose weights are not loaded yet.  Raises ConfigError."""
+    """Cut the decoder of ``model`` before its weights are loaded.  Raises ConfigError."""
     refusals.check(vllm_config)
     options.check_ranks(config, vllm_config.parallel_config.tensor_parallel_size)
     decoder = find_decoder(model)
@@ -125,13 +125,13 @@ def attach(model: Any, vllm_config: Any, config: DartConfig) -> PrunedDecoder:
 
 @functools.cache
 def pruned_class(base: Any) -> Any:
-    """A subclass of a multimodal vLLM model that prunes where ``additional_config`` says so."""
+    """Return a subclass of a multimodal vLLM model that prunes if ``additional_config`` says so."""
 
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         self.__dict__[_ATTRIBUTE] = None
         config = options.read(vllm_config.additional_config)
-        if config is not None and not prefix:  # a prefix: part of another model
+        if config is not None and not prefix:  # with a prefix: part of another model
             self.__dict__[_ATTRIBUTE] = attach(self, vllm_config, config)
 
     def embed_input_ids(
@@ -149,6 +149,6 @@ def pruned_class(base: Any) -> Any:
         return embedded
 
     members = {"__init__": __init__, "embed_input_ids": embed_input_ids}
-    if "_processor_factory" in vars(base):  # vLLM looks for it in the class itself
+    if "_processor_factory" in vars(base):  # vLLM looks it up in the class itself
         members["_processor_factory"] = base._processor_factory
     return type(base.__name__, (base,), members | {"__module__": base.__module__})

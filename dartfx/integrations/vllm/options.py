@@ -1,4 +1,4 @@
-"""dartfx's options as vLLM's ``--additional-config`` brings them, and how many tokens they drop."""
+"""dartfx's options in vLLM's ``--additional-config``, and how many tokens they drop."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = [
 
 KEY = "dartfx"
 
-# As vLLM's options name classes.
+# The format of class names in vLLM's options.
 SCHEDULER = "dartfx.integrations.vllm.memory.PrunedScheduler"
 LOGITS_PROCESSORS = {
     "V1": "dartfx.integrations.vllm.runners.v1:Requests",
     "V2": "dartfx.integrations.vllm.runners.v2:Requests",
 }
 
-# The others are about graphs that dartfx compiles; here vLLM compiles.
+# The others concern graphs that dartfx compiles; here vLLM compiles.
 OPTIONS = (
     "kernel",
     "layer",
@@ -43,9 +43,9 @@ OPTIONS = (
 
 
 def read(additional_config: object) -> DartConfig | None:
-    """The checked options under ``"dartfx"``; None where that key is absent or null.
+    """Parse and check the options under ``"dartfx"``; None if that key is absent or null.
 
-    Raises ConfigError for an unknown option, a value that is not valid, and what vLLM cannot serve.
+    Raises ConfigError for an unknown option, an invalid value, or what cannot be served in vLLM.
     """
     given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
     if given is None:
@@ -77,7 +77,7 @@ def read(additional_config: object) -> DartConfig | None:
 
 
 def check_ranks(config: DartConfig, ranks: int) -> None:
-    """Raise ConfigError for a selector that could keep other tokens on other ranks."""
+    """Raise ConfigError for a selector that could keep different tokens on different ranks."""
     if ranks == 1:
         return
     if is_random(config.selector) or not uses_key_norms_only(config.selector):
@@ -94,7 +94,7 @@ def dropped(config: DartConfig, vision_tokens: int) -> int:
 
 
 def summary(config: DartConfig) -> str:
-    """What is kept, for the log."""
+    """Describe what is kept, for the log."""
     if config.retain_tokens is not None:
         kept = f"at most {config.retain_tokens} vision tokens"
     else:

@@ -1,9 +1,8 @@
-"""dartfx's entries in vLLM's tables.
+"""dartfx's entries in vLLM's registries.
 
-Models: each registered one is wrapped, so that vLLM loads a subclass of it.  Config checks: one
-runs for every architecture while vLLM puts its config together, in the process that the user
-started, so that errors come out there.  :mod:`dartfx.integrations.vllm.memory` adds KV cache specs,
-where there are any.
+Models: each registered one is wrapped so that vLLM loads a subclass.  Config checks: one runs for
+every architecture while vLLM assembles its config, in the process that the user started, so that
+errors surface there.  :mod:`dartfx.integrations.vllm.memory` adds KV cache specs, if needed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ __all__ = ["install", "prepare"]
 
 
 def install() -> None:
-    """Put the entries in; once more changes nothing.  Raises compat.Unavailable."""
+    """Add the entries; idempotent.  Raises compat.Unavailable."""
     models, checks = vllm_api.ModelRegistry.models, vllm_api.MODELS_CONFIG_MAP
     tested = vllm_api.is_tested(vllm_api.installed() or "")
     for architecture in list(models):
@@ -28,7 +27,7 @@ def install() -> None:
 
 
 def prepare(vllm_config: Any) -> None:
-    """Check a VllmConfig, and add what pruning needs to it.  Raises ConfigError."""
+    """Check a VllmConfig and add what pruning needs.  Raises ConfigError."""
     config = options.read(vllm_config.additional_config)
     if config is None:
         return
@@ -48,7 +47,7 @@ def prepare(vllm_config: Any) -> None:
 
 
 class _Check:
-    """An entry of vLLM's table of config checks: an architecture's own, then dartfx's."""
+    """An entry in vLLM's config checks: the architecture's own check, then dartfx's."""
 
     def __init__(self, own: Any) -> None:
         self.own = own
@@ -64,7 +63,7 @@ class _Check:
 
 
 def _wrapped(entry: Any) -> Any:
-    """An entry of vLLM's table of models that loads the subclass which can prune."""
+    """Wrap an entry of vLLM's model registry so that it loads the subclass that can prune."""
 
     class Wrapped(vllm_api.BaseRegisteredModel):  # type: ignore[misc]
         dartfx = True

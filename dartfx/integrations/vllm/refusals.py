@@ -1,4 +1,4 @@
-"""What vLLM can do and a pruned decoder cannot: refused at start, with the flag that lifts it."""
+"""vLLM features that a pruned decoder cannot support: refused at start, with a flag to avoid it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["REFUSALS", "Refusal", "check", "found_in"]
 
 @dataclass(frozen=True)
 class Refusal:
-    """One feature: its name, whether a VllmConfig asks for it, why not, and what to do."""
+    """A refused feature: its name, whether a VllmConfig enables it, the reason, and advice."""
 
     feature: str
     is_on: Callable[[Any], object]
@@ -27,7 +27,7 @@ def _more_than_one(name: str) -> Callable[[Any], object]:
 
 
 def _graphs(config: Any) -> bool:
-    # None before vLLM has chosen a mode; checked again when the model is made.
+    # None until vLLM has chosen a mode; checked again when the model is created.
     mode = getattr(config.compilation_config, "cudagraph_mode", None)
     return getattr(mode, "name", mode) not in (None, "NONE")
 
@@ -181,12 +181,12 @@ REFUSALS = (
 
 
 def found_in(vllm_config: Any) -> list[Refusal]:
-    """The refused features that a VllmConfig asks for."""
+    """The refused features that a VllmConfig enables."""
     return [refusal for refusal in REFUSALS if refusal.is_on(vllm_config)]
 
 
 def check(vllm_config: Any) -> None:
-    """Raise ConfigError that names each refused feature and the flag that lifts it."""
+    """Raise ConfigError with each refused feature and the flag that avoids it."""
     found = found_in(vllm_config)
     if found:
         lines = [f"  {r.feature}: {r.why}; {r.instead}" for r in found]

@@ -1,7 +1,7 @@
-"""Every name of vLLM that dartfx uses, each once; looked up when it is used, as in dartfx.compat.
+"""All names of vLLM that dartfx uses, each looked up on use, as in dartfx.compat.
 
-vLLM promises stability for few of them, so a release of dartfx names the one minor version of vLLM
-that it was tested with, and refuses to prune in any other.
+vLLM guarantees stability for few of them, so each release of dartfx names the one minor version of
+vLLM that it was tested with, and refuses to prune in any other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PROMPTS = "text pivots come from the prompt only"
 _V2_STATES = "vllm.v1.worker.gpu.model_states"
 
 NAMES: dict[str, PrivateName] = {
-    # Tables that take entries.
+    # Registries
     **_names("vllm.model_executor.models", "ModelRegistry", "models are pruned"),
     **_names("vllm.model_executor.models.registry", "_BaseRegisteredModel", "models are pruned"),
     **_names("vllm.model_executor.models.config", "MODELS_CONFIG_MAP", "options are checked"),
@@ -79,7 +79,7 @@ def __getattr__(name: str) -> Any:
 
 
 def installed() -> str | None:
-    """The version of vLLM in this environment; None where there is none."""
+    """The installed version of vLLM, or None."""
     for name in DISTRIBUTIONS:
         try:
             return importlib.metadata.version(name)
@@ -89,7 +89,7 @@ def installed() -> str | None:
 
 
 def is_tested(version: str) -> bool:
-    """Whether ``version`` is of the minor version that dartfx was tested with."""
+    """Whether ``version`` belongs to the minor version that dartfx was tested with."""
     return version.split("+")[0].split(".")[:2] == TESTED.split(".")
 
 
@@ -105,7 +105,7 @@ def missing() -> list[PrivateName]:
 
 
 def adapter_tables(modules: Iterable[Any]) -> list[Any]:
-    """What says which LoRA adapter a row has, of modules that have adapters (Punica wrappers)."""
+    """The tables (Punica wrappers) that assign LoRA adapters to rows, of modules with adapters."""
     tables = {
         id(m.punica_wrapper): m.punica_wrapper for m in modules if hasattr(m, "punica_wrapper")
     }
@@ -113,7 +113,7 @@ def adapter_tables(modules: Iterable[Any]) -> list[Any]:
 
 
 def put_adapters(table: Any, adapters: Any) -> Any:
-    """Let a table say the adapter of each row, [T] int64; returns what it said before, if any."""
+    """Set each row's adapter, [T] int64, in a table; returns the previous value, if any."""
     before = None if table.indices_len[0] is None else table.token_lora_indices.clone()
     table._token_lora_indices[: len(adapters)].copy_(adapters)
     table.indices_len[0] = len(adapters)
