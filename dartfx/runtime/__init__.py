@@ -1,1 +1,1 @@
-"""What runs around compiled code: vision masks, keep_idx, recordings, agreement between ranks."""
+"""Runtime support around compiled code: vision masks, keep_idx, recordings, rank agreement."""

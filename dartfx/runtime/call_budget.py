@@ -1,7 +1,7 @@
-"""The budget of a single call, where it is not the one that its graphs were compiled for.
+"""Per-call budgets that differ from the one that the graphs were compiled for.
 
-The number reaches a graph as the size of an empty input, so the compiler treats it as a symbol like
-any other length, and one graph serves every number.
+The number enters a graph as the size of an empty input, so the compiler treats it as a symbol like
+any other length, and one graph serves all numbers.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ __all__ = ["BudgetDispatcher", "CallBudget", "active", "applied", "not_honoured"
 
 Compiled = Callable[..., Any]
 
-# A share is a whole number of these, so that it fits into a size.
+# A share is an integer number of these parts, so that it can be a size.
 _PARTS = 10_000
 
 
 @dataclass(frozen=True)
 class CallBudget:
-    """kind: "tokens", ``number`` being R, or "share", of 10,000 parts of the vision tokens."""
+    """kind: "tokens", where ``number`` is R, or "share", in 1/10,000 of the vision tokens."""
 
     kind: str
     number: int
 
     @classmethod
     def of_ratio(cls, reduction_ratio: float) -> CallBudget | None:
-        """The budget that drops this share; None where it has more than four decimals."""
+        """The budget that drops this share; None if it has more than four decimals."""
         parts = round((1 - reduction_ratio) * _PARTS)
         return cls("share", parts) if round(1 - parts / _PARTS, 12) == reduction_ratio else None
 
     def retain(self, tokens: Size, number: Size) -> Size:
-        """R of ``tokens`` vision tokens for a number of this kind, also as a symbol."""
+        """R for ``tokens`` vision tokens and a number of this kind; both may be symbolic."""
         if self.kind == "tokens":
             return number
         nearest = (2 * tokens * number + _PARTS) // (2 * _PARTS)
@@ -52,11 +52,11 @@ class CallBudget:
 
     @property
     def example(self) -> int:
-        """The example of the number while a graph is rewritten: 0 and 1 would not be symbolic."""
+        """The example number used to rewrite a graph: 0 and 1 would not be symbolic."""
         return max(self.number, 2)
 
     def as_input(self, args: tuple[Any, ...]) -> Tensor:
-        """The graph's input whose size is the number, on the device of the others."""
+        """The graph input whose size is the number, on the device of the others."""
         device = next((a.device for a in args if isinstance(a, Tensor)), None)
         size = torch.empty((self.number, 0), device=device)
         if (mark := compat.find("maybe_mark_dynamic")) is not None:
@@ -89,9 +89,9 @@ def requested_for(model: object, budget: CallBudget) -> Iterator[None]:
 
 @contextmanager
 def applied(model: object, lengths: FrameLengths) -> Iterator[None]:
-    """Run graphs of ``model``, with the budget that was requested for it, if any.
+    """Run graphs of ``model`` with the budget requested for it, if any.
 
-    lengths: of the frames of this call, for budgets by frame.
+    lengths: frame lengths of this call, for budgets per frame.
     """
     token = _active.set(_requested.get().get(id(model)))
     try:
@@ -102,14 +102,14 @@ def applied(model: object, lengths: FrameLengths) -> Iterator[None]:
 
 
 def active() -> CallBudget | None:
-    """The budget of the call that runs; None where it is the options'."""
+    """The running call's budget; None if it is the options'."""
     return _active.get()
 
 
 class BudgetDispatcher:
-    """Runs a graph with the budget of its options, or the graph that takes the call's.
+    """Runs the graph with the options' budget, or the one that takes the call's budget.
 
-    build: makes the second, which takes :meth:`CallBudget.as_input` in front of the inputs.
+    build: makes the latter, which takes :meth:`CallBudget.as_input` before the other inputs.
     """
 
     def __init__(self, fixed: Compiled, build: Callable[[CallBudget], Compiled]) -> None:

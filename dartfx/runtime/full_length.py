@@ -1,4 +1,4 @@
-"""Logits or hidden states of a pruned call at the prompt's length, for code that expects it."""
+"""Restores logits or hidden states of a pruned call to the prompt's length."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["restore_length"]
 
 
 def restore_length(result: Any, length: int) -> Any:
-    """The result of a call with logits [B, S, V] in place of pruned ones [B, S', V].
+    """Replace a call's pruned logits [B, S', V] by logits [B, S, V].
 
-    Of a model without a head, the last hidden states.  A dropped token's are those of the last kept
-    token before it, so the label of a token that follows a dropped one is predicted from what
-    precedes it in the pruned sequence.  length: S; raises SelectionError where the call's arguments
-    do not say it (0).
+    For a model without a head: the last hidden states.  A dropped token gets those of the last kept
+    token before it, so the label of a token after a dropped one is predicted from its predecessor
+    in the pruned sequence.  length: S; raises SelectionError if it is 0, that is, the call's
+    arguments do not determine it.
     """
     if isinstance(result, Tensor):
         return _restored(result, length)

@@ -1,4 +1,4 @@
-"""Why a call is not one graph: dynamo's reason, for the refusals of its several graphs."""
+"""Dynamo's reasons for graph breaks, for the refusals of calls that are several graphs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _current: ContextVar[GraphBreak | None] = ContextVar("dartfx_graph_break", defau
 
 @contextmanager
 def broken_by(graph_break: GraphBreak | None) -> Iterator[None]:
-    """Record that calls inside the ``with`` block are several graphs for this reason."""
+    """Record the reason why calls inside the ``with`` block are several graphs."""
     token = _current.set(graph_break)
     try:
         yield
@@ -45,14 +45,14 @@ def broken_by(graph_break: GraphBreak | None) -> Iterator[None]:
 
 _GENERATE = "model.generate in place of a plain call: it computes image features before the graph"
 
-# In the names of files in which attention counts and removes pads, on the host in every layer.
+# In names of files where attention counts and removes padding on the host in every layer.
 _FLASH = "flash_attention"
 
 
 def with_graph_break(declined: Declined) -> Declined:
-    """The refusal of a graph or call of a model that :func:`dartfx.compile` compiled.
+    """Adapt the refusal of a graph or call of a model compiled by :func:`dartfx.compile`.
 
-    It has the reason why the call is not one graph, and no advice to compile it as it is compiled.
+    Adds why the call is not one graph, and removes advice to compile as is already done.
     """
     found = _current.get()
     instead = _GENERATE if found is None else f"what breaks the graph taken out; or {_GENERATE}"

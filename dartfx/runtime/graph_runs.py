@@ -1,8 +1,8 @@
-"""Which compiled graphs ran in a call, and whether any of them concerned vision tokens.
+"""Tracks which compiled graphs ran in a call, and whether any concerned vision tokens.
 
-A graph reports the outcome for its vision tokens once, when it is compiled.  A call whose graphs
-torch did not run (past ``recompile_limit``, under a stance, inside another mode) reports nothing,
-so every graph notes that it ran.
+A graph reports its outcome once, when it is compiled.  A call whose graphs torch did not run (past
+``recompile_limit``, under a stance, inside another mode) would go unreported, so every graph
+records that it ran.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _collected: ContextVar[list[bool] | None] = ContextVar("dartfx_graph_runs", defa
 
 
 def collect_runs() -> AbstractContextManager[list[bool]]:
-    """One bool per graph that runs inside the ``with`` block: does it concern vision tokens."""
+    """Collect a bool per graph run inside the ``with`` block: does it concern vision tokens?"""
     return collecting(_collected)
 
 
 def note_run(vision: bool) -> None:
-    """Note that a graph runs.  vision: it prunes or merges vision tokens, or was refused."""
+    """Record a graph's run.  vision: it prunes or merges vision tokens, or was refused."""
     if (collected := _collected.get()) is not None:
         collected.append(vision)
 
 
 def warn_at_limit() -> None:
-    """Warn where dynamo compiles the code of a pruned graph for the last time.
+    """Warn when dynamo compiles the code of a pruned graph for the last time.
 
-    Past its limit it runs the code as it is, and no code of ours runs that could report it.
+    Past its limit dynamo runs the code eagerly, and nothing of dartfx runs that could report it.
     """
     context, settings = compat.find("CompileContext"), compat.find("dynamo_config")
     frame = None if context is None else context.current_compile_id()
@@ -52,7 +52,7 @@ def warn_at_limit() -> None:
 
 
 class NotedRun:
-    """Runs a compiled graph and notes that it ran."""
+    """Runs a compiled graph and records that it ran."""
 
     def __init__(self, compiled: Callable[..., Any], vision: bool) -> None:
         self._compiled, self._vision = compiled, vision

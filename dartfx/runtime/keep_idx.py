@@ -1,7 +1,7 @@
-"""The keep_idx [B, S'] that pruned graphs return: for the option ``tokens`` and for decode masks.
+"""The keep_idx [B, S'] returned by pruned graphs, for the option ``tokens`` and decode masks.
 
-Such a graph returns up to three small index tensors more, so that recording works the same under
-Inductor, in CUDA graphs and across graph breaks.  Where they are not needed nothing is added.
+Such a graph returns up to three additional small index tensors, so that recording works the same
+under Inductor, in CUDA graphs and across graph breaks.  Nothing is added where none is needed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Compiled = Callable[..., Any]
 class KeepIdxRecord:
     """What a pruned graph kept: keep_idx [B, S'], and vision mask and picker, both [B, S].
 
-    vision_mask: None without the option ``tokens``.  picker: by which pivot each vision token was
-    kept; None for selectors other than "dart".
+    vision_mask: None without the option ``tokens``.  picker: the pivot for which each vision token
+    was kept; None for selectors other than "dart".
     """
 
     keep_idx: Tensor
@@ -54,7 +54,7 @@ _collected: ContextVar[list[KeepIdxRecord] | None] = ContextVar("dartfx_keep_idx
 
 
 def last_record() -> KeepIdxRecord | None:
-    """What the latest pruned graph compiled with the option ``tokens`` kept."""
+    """The record of the latest pruned graph compiled with the option ``tokens``."""
     with _LOCK:
         return _last
 
@@ -71,12 +71,12 @@ def _store(record: KeepIdxRecord | None) -> None:
 
 
 def collect_keep_idx() -> AbstractContextManager[list[KeepIdxRecord]]:
-    """The record of every graph that runs inside the ``with`` block and returns keep_idx."""
+    """Collect the records of graphs that run inside the ``with`` block and return keep_idx."""
     return collecting(_collected)
 
 
 class KeepIdxRecorder:
-    """Runs a graph whose last ``added`` outputs are index tensors; records and removes those.
+    """Runs a graph, and records and removes its last ``added`` outputs, the index tensors.
 
     note_first: receives the record of the first call.
     """
@@ -91,7 +91,7 @@ class KeepIdxRecorder:
 
     def __call__(self, *args: Any) -> Any:
         outputs = self._compiled(*args)
-        # Copies: outputs of a CUDA graph are overwritten when it runs next.
+        # Copy: a CUDA graph's next run overwrites its outputs.
         record = KeepIdxRecord(*(t.detach().clone() for t in outputs[-self._added :]))
         if self._note_first is not None:
             note, self._note_first = self._note_first, None
@@ -105,10 +105,10 @@ class KeepIdxRecorder:
 
 
 def return_keep_idx(module: GraphModule, *, tokens: bool) -> int:
-    """Append keep_idx to a pruned graph's outputs, for tokens also vision mask and picker.
+    """Append keep_idx to a pruned graph's outputs, with ``tokens`` also vision mask and picker.
 
-    Returns how many were appended.  Positions are those of the prompt; of several cuts, keep_idx
-    and picker are the last one's.
+    Returns the number of appended outputs.  Positions refer to the prompt; with several cuts,
+    keep_idx and picker are those of the last.
     """
     graph = module.graph
     keep_idx, last = keep_idx_in_prompt(graph), _selections(graph)[-1]
@@ -116,7 +116,7 @@ def return_keep_idx(module: GraphModule, *, tokens: bool) -> int:
     added: list[Any] = [keep_idx[-1]]
     if tokens:
         added.append(vision_mask)
-    # Under quotas pivots differ from image to image, which the attribution does not follow.
+    # With quotas, pivots differ between images, which the attribution does not model.
     if tokens and argument(last, "selector") == "dart" and argument(last, "quota") is None:
         emit, picked_by = Emitter(keep_idx[-1].next), torch.ops.dartfx.picked_by.default
         picker = emit(picked_by, *(argument(last, name) for name in argument_names(picked_by)))
@@ -131,10 +131,10 @@ def return_keep_idx(module: GraphModule, *, tokens: bool) -> int:
 
 
 def keep_idx_in_prompt(graph: Graph) -> list[Node]:
-    """keep_idx [B, S'] int64 after each cut of a pruned graph, in the prompt's positions.
+    """keep_idx [B, S'] int64 after each cut of a pruned graph, in positions of the prompt.
 
-    A later cut selects among the tokens that the one before it kept, so all but the first are
-    emitted here.
+    A later cut selects among the tokens kept by the one before, so all but the first are computed
+    here.
     """
     first, *later = _selections(graph)
     found = [first]

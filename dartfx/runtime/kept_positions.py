@@ -1,8 +1,8 @@
-"""The prompt positions of a pruned graph's outputs, and later graphs that must not take these.
+"""Prompt positions of a pruned graph's outputs, and later graphs that must not consume these.
 
-Outputs with a token axis carry keep_idx [B, S'] with them: to the caller, who may look up labels
-or the last token by it, and to later graphs of the call.  Such a graph (behind a graph break) may
-index by a position of the prompt, which is in range, but another token of the shorter sequence.
+Outputs with a token axis carry keep_idx [B, S']: for the caller, to find labels or the last token,
+and for later graphs of the call.  Such a graph (after a graph break) may index by a position of the
+prompt, which can be in range and yet denote another token of the shorter sequence.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class PositionsAfterCut(SelectionError):
 
 
 def kept_positions(output: Any) -> Tensor | None:
-    """The prompt's position of every token in a pruned call's output: [B, S'] int64, ascending.
+    """The prompt position of every token in a pruned call's output: [B, S'] int64, ascending.
 
-    output: what a model returned that :func:`dartfx.compile` compiled, or a tensor of it [B, S',
-    ...].  None where nothing was pruned: then positions are the prompt's.  Gather labels by it for
+    output: the result of a model compiled by :func:`dartfx.compile`, or a tensor [B, S', ...] of
+    it.  Returns None if nothing was pruned: positions are then the prompt's.  To gather labels for
     your own loss: ``kept = dartfx.kept_positions(output); labels.gather(1, kept)``.
     """
     found: Tensor | None = _attached(output)
     return found
 
 
-# Dynamo breaks the graph here: it loses attributes of tensors inside of one.
+# Dynamo breaks the graph here: inside a graph it loses attributes of tensors.
 @torch.compiler.disable(reason="a graph's outputs carry positions")  # type: ignore[untyped-decorator,no-untyped-call]
 def _attached(output: Any) -> Tensor | None:
     parts = output.values() if isinstance(output, Mapping) else output
@@ -71,13 +71,13 @@ def mark(outputs: Sequence[Any], keep_idx: Tensor) -> None:
 
 
 def uses_of_positions(graph: Graph) -> dict[int, str]:
-    """Inputs of a dynamo graph that are indexed by numbers from elsewhere, and where."""
+    """Inputs of a dynamo graph that are indexed by unrelated numbers, and where."""
     uses = {place: _position_use(node) for place, node in _may_be_shortened(graph)}
     return {place: source_line(use) for place, use in uses.items() if use is not None}
 
 
 def _may_be_shortened(graph: Graph) -> list[tuple[int, Node]]:
-    """Inputs of a dynamo graph that may have a token axis: floats [B, S, ...], no parameters."""
+    """Inputs of a dynamo graph that may have a token axis: non-parameter floats [B, S, ...]."""
     return [
         (place, node)
         for place, node in enumerate(graph.find_nodes(op="placeholder"))
@@ -89,7 +89,7 @@ def _may_be_shortened(graph: Graph) -> list[tuple[int, Node]]:
 
 
 def _position_use(start: Node) -> Node | None:
-    """The first node that indexes what is computed of ``start`` by something that is not."""
+    """The first node that indexes a value derived from ``start`` by one that is not."""
     derived = {start}
     for node in start.graph.nodes:
         if derived.intersection(node.all_input_nodes):
@@ -120,12 +120,12 @@ def _is_position(part: Any, derived: set[Node], length: int | torch.SymInt) -> b
     if isinstance(part, Node):
         value = part.meta.get("example_value")
         return part not in derived and not (isinstance(value, Tensor) and value.dtype == torch.bool)
-    # The first token stays the first, and those counted from the end stay there.
+    # The first token stays first, and tokens counted from the end keep their index.
     return isinstance(part, int) and part > 0
 
 
 def _is_bound(bound: Any, length: int | torch.SymInt) -> bool:
-    """Whether a slice begins or ends between tokens by a number that is not the sequence's own."""
+    """Whether a slice bound lies between tokens and is not derived from the sequence's length."""
     if isinstance(bound, Node):
         value = bound.meta.get("example_value")
         own = length.node.expr.free_symbols if isinstance(length, torch.SymInt) else set()
@@ -136,7 +136,7 @@ def _is_bound(bound: Any, length: int | torch.SymInt) -> bool:
 
 
 class TakesShortened:
-    """Runs a later graph: refuses a shortened input that it indexes by positions, marks outputs."""
+    """Runs a later graph: refuses shortened inputs that it indexes by position, marks outputs."""
 
     def __init__(self, compiled: Callable[..., Any], graph: Graph) -> None:
         self._compiled, self._uses = compiled, uses_of_positions(graph)
@@ -161,11 +161,11 @@ _SHORT = "_dartfx_short_cache"
 
 
 class ShortCaches:
-    """A graph of a bare ``torch.compile``, whose caller's KV caches do not know what they lack.
+    """A graph of a bare ``torch.compile``, whose KV caches do not count dropped tokens.
 
-    They look as long as what is left of the prompt in all layers, so positions of later tokens
-    come out too low, unless the caller gives them: a call without is refused, and so are several
-    tokens, of which transformers slices off what it takes for new.  reports: of this graph.
+    All layers of the caches are as long as the pruned prompt, so positions of later tokens come out
+    too low unless the caller passes them.  A call without positions is refused, and so is one with
+    several tokens, of which transformers keeps those it takes to be new.  reports: this graph's.
     """
 
     def __init__(self, compiled: Callable[..., Any], graph: Graph, reports: Sequence[Any]) -> None:
@@ -178,7 +178,7 @@ class ShortCaches:
 
     def __call__(self, *args: Any) -> Any:
         short = any(getattr(args[place], _SHORT, False) for place in self._caches)
-        # Token ids and positions of one token.
+        # Token ids and positions of a single token.
         if short and sum(args[place].shape[-1:] == (1,) for place in self._integers) < 2:
             raise SelectionError(
                 "a bare torch.compile cannot let a KV cache know that pruning dropped tokens of "

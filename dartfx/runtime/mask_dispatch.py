@@ -1,4 +1,4 @@
-"""Compiled graphs that exchange a vision mask at run time, across dynamo's graph breaks."""
+"""Compiled graphs that pass a vision mask at run time across dynamo's graph breaks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Lower = Callable[[GraphModule, Sequence[Any]], Compiled]
 
 
 def compile_apart(module: GraphModule, lower: Lower) -> Compiled:
-    """Compile outside dynamo's call, which may be over: guards on what comes are its own."""
-    # Dynamo inlines a plain GraphModule, but not the lazily recompiled kind that it makes.
+    """Compile outside dynamo's call, which may be over, with separate guards on the inputs."""
+    # Dynamo inlines a plain GraphModule, but not the lazily recompiled kind that it creates.
     module = GraphModule(module, module.graph)
 
     def run(*args: Any) -> Any:
         return module(*args)
 
-    # Dynamo counts recompilations per code object; every graph gets one of its own.
+    # Dynamo counts recompilations per code object, so every graph gets a separate one.
     run.__code__ = run.__code__.replace(co_name=f"run_{id(module):x}")
     return torch.compile(run, backend=lower, fullgraph=True)
 
@@ -41,15 +41,15 @@ def compile_apart(module: GraphModule, lower: Lower) -> Compiled:
 class MaskProducer:
     """Runs a graph that returns ``(*outputs, mask, row_count)``; records the mask of one output.
 
-    earlier: the inputs that the output continues; what an earlier graph merged into one of them
-    (pictures, where this one merges videos) is part of its mask.
+    earlier: the inputs that the output derives from; what an earlier graph merged into one of them
+    (images, where this one merges videos) is part of the mask.
     """
 
     def __init__(self, compiled: Compiled, place: int, earlier: Sequence[int] = ()) -> None:
         self._compiled, self._place, self._earlier = compiled, place, earlier
 
     def __call__(self, *args: Any) -> Any:
-        # Before the graph runs, which may write to its inputs.
+        # Read before the graph runs, since it may mutate its inputs.
         noted = [found for i in self._earlier if (found := vision_mask.find(args[i])) is not None]
         *outputs, mask, row_count = self._compiled(*args)
         rows = row_count.shape[0]
@@ -60,7 +60,7 @@ class MaskProducer:
 
 
 class IncomingMask(NamedTuple):
-    """A mask for one call.  embeds: the input it was noted for, or None when it was given;
+    """A mask for one call.  embeds: the input it was recorded for, or None if the caller gave it;
     like: an input with the mask's [B, S]."""
 
     embeds: int | None
@@ -69,14 +69,14 @@ class IncomingMask(NamedTuple):
 
 
 class MaskDispatcher:
-    """Runs a decoder's graph pruned when its embeddings come with a mask, else as it is.
+    """Runs a decoder's graph pruned if its embeddings come with a mask, else unchanged.
 
-    Which of the two a call needs is known only at run time, and dynamo guards on neither, so each
-    is built when first needed.  original: what runs unpruned; announce: reports every outcome;
-    rewrite: the graph pruned for such a mask; compile_pruned: compiles that; lower: compiles
-    ``original``; compare_ranks: every rank's value where they differ, else None; request_for: what
-    stands for ``request`` where a call has a budget of its own, None where none has; otherwise:
-    what runs a call without a mask, where that is not the graph as it is: it merges tokens itself.
+    Which one a call needs is known only at run time, and dynamo guards on neither, so each is built
+    on first use.  original: the unpruned graph; announce: reports every outcome; rewrite: prunes
+    the graph for such a mask; compile_pruned: compiles the result; lower: compiles ``original``;
+    compare_ranks: returns every rank's value if they differ, else None; request_for: replaces
+    ``request`` for a call with its own budget, None if no call has one; otherwise: runs calls
+    without a mask if the graph merges tokens itself, in place of the unchanged graph.
     """
 
     def __init__(
@@ -105,15 +105,15 @@ class MaskDispatcher:
 
     @property
     def may_receive_masks(self) -> bool:
-        """Whether a later call could bring a mask; a decode step's graph never does."""
+        """Whether a later call could bring a mask, which a decode step never does."""
         return bool(self._embeds or self._ids)
 
     def unexplained_inputs(self) -> list[str]:
-        """Floating inputs that could bring vision tokens, as ``float32 [1, 630, 4096]``.
+        """Floating-point inputs that could hold vision tokens, as ``float32 [1, 630, 4096]``.
 
         A text prompt comes as token ids, perhaps with a mask of their shape; embeddings, pixels or
-        features may hold more than text.  Empty for a graph whose attention hides no later
-        keys: a vision tower's.
+        features may hold more than text.  Empty for a graph without causal attention, such as a
+        vision tower.
         """
         if not self.may_receive_masks or not has_causal_attention(self._module.graph):
             return []
@@ -156,10 +156,10 @@ class MaskDispatcher:
         return compile_apart(self._original, self._lower)
 
     def _incoming(self, inputs: Sequence[Any]) -> IncomingMask | None:
-        """The mask that comes with these inputs on every rank."""
+        """The mask for these inputs on every rank."""
         incoming = self.incoming(inputs)
         came = None if incoming is None else [incoming.embeds, incoming.like, incoming.record.rows]
-        # A graph without embeddings has no notes on them, as in every decode step.
+        # A graph without embeddings, such as a decode step's, has no records for them.
         may_come = self._embeds or vision_mask.given() is not None
         by_rank = self._compare_ranks(came) if may_come else None
         if by_rank is None:
@@ -174,7 +174,7 @@ class MaskDispatcher:
         return None
 
     def incoming(self, inputs: Sequence[Any]) -> IncomingMask | None:
-        """The mask that comes with these inputs: noted for one of them, given, or compared."""
+        """The mask for these inputs: recorded for one of them, given, or found by comparison."""
         for place in self._embeds:
             noted = vision_mask.find(inputs[place])
             if noted is not None:
@@ -191,7 +191,7 @@ class MaskDispatcher:
         return None
 
     def _budget(self) -> CallBudget | None:
-        """The budget that this call brings, instead of the options'."""
+        """The budget of this call, where it is not the options'."""
         return None if self._request_for is None else call_budget.active()
 
     def _pruned_for(self, incoming: IncomingMask) -> Compiled | None:
@@ -199,7 +199,7 @@ class MaskDispatcher:
             budget, request = self._budget(), self._request
             if budget is not None and self._request_for is not None:
                 request = self._request_for(budget)
-            # True of this many rows in this batch only: a larger image may come the same way.
+            # Holds only for this number of rows: a later image may be larger.
             size = incoming.record.rows, incoming.record.mask.shape[0]
             if budget is None and size in self._all_retained:
                 return None
@@ -223,18 +223,18 @@ class MaskDispatcher:
 
 
 def _same_shape(one: torch.Size, other: torch.Size) -> bool:
-    """Whether two shapes are equal for every input; installs no guard."""
+    """Whether two shapes are equal for all inputs; adds no guard."""
     return len(one) == len(other) and all(map(same_size, one, other))
 
 
 def _is_state_or_cache(node: Node) -> bool:
-    """Whether a dynamo input is a parameter, a buffer, or a layer's KV cache or other state."""
+    """Whether a dynamo input is a parameter, a buffer, a layer's KV cache or other state."""
     if is_state(node):
         return True
-    # The code of a decode mask reads a cache's size, which says nothing of its contents.
+    # Code for a decode mask reads a cache's size, which says nothing about its contents.
     reads = [module_paths(user) for user in node.users if user.target not in ("numel", "size")]
     in_layers = all(any(map(split_index, paths)) for paths in reads)
-    # A convolution's state is read inside a layer; hidden states are added to by the layer itself.
+    # A convolution's state is read by submodules of a layer, hidden states by the layer itself.
     inside = in_layers and all(split_index(paths[-1]) is None for paths in reads)
     return in_layers if (ndim := node.meta["example_value"].ndim) == 4 else ndim == 3 and inside
 

@@ -1,9 +1,9 @@
-"""Tensor parallelism: ranks that compile the same graph and agree on its outcome.
+"""Tensor parallelism: ranks that compile the same graph agree on its outcome.
 
-Every rank compiles the same graphs in the same order, each on its own shards.  A graph that is
-pruned on one rank only would leave the others waiting in a collective, so ranks exchange a graph's
-outcome before they compile it.  They use the process group's key-value store, which can name the
-rank that did not answer and does not interfere with the model's collectives.
+All ranks compile the same graphs in the same order, each on its own shards.  A graph pruned on one
+rank only would leave the others waiting in a collective, so ranks exchange a graph's outcome before
+they compile it.  They use the process group's key-value store, which can identify a rank that does
+not answer and does not interfere with the model's collectives.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dartfx.passes.refusal import Declined
 __all__ = ["TIMEOUT_VARIABLE", "Ranks"]
 
 TIMEOUT_VARIABLE = "DARTFX_RANKS_TIMEOUT"
-_TIMEOUT = 600.0  # seconds; other ranks may still be compiling the graph before
+_TIMEOUT = 600.0  # seconds; other ranks may still be compiling the previous graph
 _ALL_OR_NONE = "a tensor-parallel model is pruned on every rank or on none"
 
 Compiled = Callable[..., Any]
@@ -46,7 +46,7 @@ class Ranks:
         self._module = module
         self._input_count = len(module.graph.find_nodes(op="placeholder"))
         named = groups(module.graph)
-        # With several groups it is unknown which one counts; every rank refuses such a graph.
+        # With several groups the relevant one is unknown, so every rank refuses the graph.
         self.group = min(named) if len(named) == 1 else ""
 
     @cached_property
@@ -59,18 +59,18 @@ class Ranks:
 
     @property
     def module(self) -> GraphModule:
-        """The graph over local, plain tensors; dynamo's own where it has no others.
+        """The graph over local, plain tensors; dynamo's own if all of its tensors are plain.
 
-        Raises Refusal where it cannot be had.
+        Raises Refusal if there is no such graph.
         """
         if self._plain is not None:
             return self._plain.module
         return self._module if self._local is None else self._local.module
 
     def inputs(self, given: Sequence[Any]) -> Sequence[Any]:
-        """The inputs of :attr:`module` for these of dynamo's graph.
+        """Convert inputs of dynamo's graph to inputs of :attr:`module`.
 
-        Inputs that a rewritten graph has in front of them (a mask, a budget) are not changed.
+        Leading inputs added to a rewritten graph (a mask, a budget) are unchanged.
         """
         added = len(given) - self._input_count
         local = given[added:] if self._local is None else self._local.inputs(given[added:])
@@ -82,16 +82,16 @@ class Ranks:
         return local if self._plain is None else self._plain.starts[local]
 
     def wrap(self, compiled: Compiled) -> Compiled:
-        """A callable that takes dynamo's inputs, around code compiled for :attr:`module`."""
+        """Wrap code compiled for :attr:`module` in a callable that takes dynamo's inputs."""
         if self._local is None and self._plain is None:
             return compiled
         return lambda *args: compiled(*self.inputs(args))
 
     def agree(self, outcome: Outcome | None) -> Outcome | None:
-        """The outcome of this graph on all ranks: ``outcome`` if it is the same on each.
+        """Return this graph's outcome on all ranks: ``outcome`` if all ranks have the same.
 
-        Every rank must call it for the same graphs.  Where one declined, all do.  Raises RanksError
-        when a rank does not answer in time.
+        Every rank must call this for the same graphs.  If one declined, all do.  Raises RanksError
+        if a rank does not answer in time.
         """
         if not self.group:
             return outcome
@@ -115,7 +115,7 @@ class Ranks:
         )
 
     def compare(self, fact: object) -> list[Any] | None:
-        """Every rank's ``fact`` (plain data) where they differ, else None."""
+        """Return every rank's ``fact`` (plain data) if they differ, else None."""
         if not self.group:
             return None
         facts = [t["fact"] for t in _exchange(self.group, {"fact": fact})]
@@ -124,7 +124,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class _RankOutcome:
-    """The part of an outcome that ranks exchange and that must be equal on all of them."""
+    """The part of an outcome that ranks exchange and that must be equal on all ranks."""
 
     kind: str
     what: str = ""
@@ -154,7 +154,7 @@ _exchanged_in: Any = None
 
 
 def _exchange(group: str, mine: object) -> list[Any]:
-    """Plain data of every rank of a group, in rank order; each must call as often as the others."""
+    """All-gather plain data in rank order; all ranks must make the same number of calls."""
     members = torch.distributed.get_process_group_ranks(compat.resolve_process_group(group))
     me, store = torch.distributed.get_rank(), compat.get_default_store()
     number = _next(store, group)
@@ -175,7 +175,7 @@ def _exchange(group: str, mine: object) -> list[Any]:
                 raise
             raise _unanswered(group, me, late) from error
         found.append(json.loads(store.get(key(rank, number))))
-    # All have answered this one, so all have read the one before.
+    # All ranks have answered this exchange, so all have read the previous one.
     store.delete_key(key(me, number - 1))
     return found
 

@@ -1,8 +1,8 @@
-"""Where the vision mask comes from when the decoder's graph does not hold the merge.
+"""Sources of the vision mask when the decoder's graph does not contain the merge.
 
 An earlier graph of the same call recorded it for the embeddings it returned; or the caller gave it
 with :func:`vision_tokens`; or the embeddings are compared with those of the call's token ids, where
-features were merged in code that dynamo leaves to Python.
+features were merged in code that dynamo does not trace.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MaskRecord:
-    """A vision mask [B, S] bool, its feature rows over the batch, and how it was found.
+    """A vision mask [B, S] bool, its number of feature rows in the batch, and how it was found.
 
-    version: of the embeddings' data when it was recorded; consumed: set once a decoder read it.
+    version: that of the embeddings when it was recorded; consumed: set once a decoder has read it.
     """
 
     mask: Tensor
@@ -65,8 +65,8 @@ LOST = (
 LOST_ADVICE = f"{ONE_GRAPH}; or say where the tokens are with dartfx.vision_tokens"
 
 _LOCK = threading.Lock()
-# Keyed by the tensor object itself: two threads, streams or prompts never share a record, and a
-# record dies with its embeddings.
+# Keyed by tensor object: threads, streams and prompts never share a record, and a record dies with
+# its embeddings.
 _records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _given: ContextVar[MaskRecord | None] = ContextVar("dartfx_vision_tokens", default=None)
 _open: dict[int, MaskRecord] = {}  # of all threads
@@ -74,10 +74,10 @@ _collected: ContextVar[list[MaskRecord] | None] = ContextVar("dartfx_masks", def
 
 
 def record(embeds: Tensor, mask: Tensor, rows: int) -> None:
-    """Remember the mask of these very embeddings [B, S, D], for as long as they live.
+    """Record the mask of this embeddings tensor [B, S, D] for its lifetime.
 
-    Embeddings that no compiled decoder ever took are a pruning that silently did not happen, so
-    their end is logged as a warning.
+    Embeddings that no compiled decoder consumed mean that pruning silently did not happen, so a
+    warning is logged when they are freed.
     """
     found = MaskRecord(mask, rows, "merge in an earlier graph", _version(embeds))
     with _LOCK:
@@ -88,7 +88,7 @@ def record(embeds: Tensor, mask: Tensor, rows: int) -> None:
 
 
 def find(embeds: Tensor) -> MaskRecord | None:
-    """The record for these embeddings; None without one or when they were written to since."""
+    """The record for these embeddings; None if there is none or they were mutated since."""
     with _LOCK:
         found: MaskRecord | None = _records.get(embeds)  # type: ignore[no-untyped-call]
     if found is None or found.version != _version(embeds):
@@ -98,22 +98,22 @@ def find(embeds: Tensor) -> MaskRecord | None:
 
 
 def any_noted(inputs: Iterable[object]) -> bool:
-    """Whether any of a graph's inputs is embeddings that have a record."""
+    """Whether any of a graph's inputs are embeddings with a record."""
     with _LOCK:
         return any(isinstance(value, Tensor) and value in _records for value in inputs)
 
 
 def collect_masks() -> AbstractContextManager[list[MaskRecord]]:
-    """The records made inside the ``with`` block; those not consumed after it pruned nothing."""
+    """Collect records made inside the ``with`` block; those left unconsumed pruned nothing."""
     return collecting(_collected)
 
 
 def lost(noted: Sequence[MaskRecord], tokens: int, elsewhere: bool) -> bool:
-    """Whether one of a call's records is of tokens that should have been dropped and were not.
+    """Whether any of a call's records is for tokens that should have been dropped and were not.
 
-    An audio tower that packs its frames merges as well, into a sequence that is not the decoder's.
-    tokens: the prompt's length, 0 where unknown; elsewhere: whether another graph saw to vision
-    tokens.  The records count as consumed then, so that none is reported twice.
+    An audio tower that packs its frames also merges, into a sequence that is not the decoder's.
+    tokens: the prompt's length, 0 if unknown; elsewhere: whether another graph handled vision
+    tokens.  The records are then marked as consumed, so that none is reported twice.
     """
     used = {record.mask.shape for record in noted if record.consumed.is_set()}
     left = [record for record in noted if not record.consumed.is_set()]
@@ -143,11 +143,11 @@ _text: ContextVar[_Text | None] = ContextVar("dartfx_text", default=None)
 
 @contextmanager
 def text_of(model: nn.Module, ids: object) -> Iterator[None]:
-    """Let :func:`compared` know a prompt's token ids [B, S] in calls inside the ``with`` block.
+    """Provide a prompt's token ids [B, S] to :func:`compared` inside the ``with`` block.
 
-    Changes nothing where ``ids`` are none, or the model names no module that embeds them.
+    Does nothing if ``ids`` are no token ids, or the model does not expose its embedding module.
     """
-    # A decode step brings none, and does not look for the module either.
+    # A decode step has none, and skips the lookup of the module.
     embed = _embedding(model) if isinstance(ids, Tensor) and ids.ndim == 2 else None
     if not isinstance(ids, Tensor) or embed is None:
         yield
@@ -169,11 +169,11 @@ def _embedding(model: nn.Module) -> nn.Module | None:
 
 
 def compared(embeds: Tensor) -> MaskRecord | None:
-    """The mask of embeddings [B, S, D] of which some are not those of the prompt's token ids.
+    """The mask of embeddings [B, S, D] that differ from those of the prompt's token ids.
 
-    A token id is a placeholder of features where it stands for several and different ones; one row
-    for all (a marker around images that a model embeds by itself) is no feature.  None where all
-    or none differ.  Reads the embeddings once (a host synchronisation on an accelerator).
+    A token id is a feature placeholder if it stands for several different features; one row for all
+    (such as an image marker that a model embeds itself) is not a feature.  None if all or none
+    differ.  Reads the embeddings once (a host synchronisation on an accelerator).
     """
     text = _text.get()
     copies, rest = divmod(embeds.shape[0], text.ids.shape[0]) if text else (0, 0)
@@ -182,7 +182,7 @@ def compared(embeds: Tensor) -> MaskRecord | None:
     weight: Any = text.embed.weight
     with torch.no_grad():
         ids = text.ids.repeat_interleave(copies, 0)  # ``generate`` repeats rows for its beams
-        # Placeholders may lie outside of the vocabulary.
+        # Placeholders may be outside the vocabulary.
         plain = text.embed(ids.to(weight.device).clamp(0, weight.shape[0] - 1))
         if not isinstance(plain, Tensor) or plain.shape != embeds.shape:
             return None
@@ -211,9 +211,9 @@ def given() -> MaskRecord | None:
 
 
 def given_for(rows: int, length: int) -> MaskRecord | None:
-    """The given mask for a prompt of ``rows`` [rows, length]; None where it does not fit.
+    """The given mask for a prompt [rows, length]; None if it does not fit.
 
-    ``generate`` repeats each row of a prompt for its beams and for ``num_return_sequences``.
+    ``generate`` repeats each row of a prompt for beams and for ``num_return_sequences``.
     """
     found = given()
     if found is None or found.mask.shape[1] != length:
@@ -227,7 +227,7 @@ def given_for(rows: int, length: int) -> MaskRecord | None:
 
 
 def given_elsewhere() -> bool:
-    """Whether a :func:`vision_tokens` is open in another thread and none in this one."""
+    """Whether another thread is inside :func:`vision_tokens` and this one is not."""
     return given() is None and bool(_open)
 
 
@@ -239,12 +239,12 @@ def clear() -> None:
 
 @contextmanager
 def vision_tokens(mask: Tensor) -> Iterator[None]:
-    """Say which positions hold vision tokens, for callers who build ``inputs_embeds`` themselves.
+    """Mark the positions of vision tokens, for callers who build ``inputs_embeds`` themselves.
 
     mask: [B, S] bool, as long as the prompt; calls of another length (decode steps) ignore it.
-    ``generate`` may repeat its rows (beams, num_return_sequences).  It holds for this thread only.
-    A merge found in the graph itself goes first.  Reads ``mask`` once (a host synchronisation on
-    an accelerator).  Raises ValueError for another shape or dtype.
+    ``generate`` may repeat its rows (beams, num_return_sequences).  Applies to this thread only.
+    A merge found in the graph itself takes precedence.  Reads ``mask`` once (a host synchronisation
+    on an accelerator).  Raises ValueError for another shape or dtype.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
         shown = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
@@ -261,7 +261,7 @@ def vision_tokens(mask: Tensor) -> Iterator[None]:
             del _open[id(found)]
 
 
-# The same for tokens of any kind: all that is looked at is where they are.
+# The same for tokens of any kind: only their positions matter.
 media_tokens = vision_tokens
 
 

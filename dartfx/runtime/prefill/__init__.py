@@ -1,1 +1,1 @@
-"""Prefills as CUDA graphs: prompts padded to few lengths, and a recording for each of them."""
+"""Prefills as CUDA graphs: prompts padded to few lengths, with a recording per length."""

@@ -1,4 +1,4 @@
-"""What keeps compiled code from being recorded, and whether a replay is right."""
+"""Checks whether compiled code can be recorded and whether a replay is correct."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ __all__ = ["Unrecordable", "alike", "on_host", "require_here"]
 
 
 class Unrecordable(Exception):
-    """Code that cannot be replayed: what it reads or returns is not what a recording holds."""
+    """Code that cannot be replayed: a recording cannot hold what it reads or returns."""
 
 
 def on_host(graph: Graph) -> str:
-    """What of a graph for an accelerator is done on the host; "" for none that shows."""
+    """Describe work on the host in a graph for an accelerator; "" if none is visible."""
     devices: dict[str, str] = {}
     for node in graph.nodes:
         if torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()):
             return f"{node.target} reads on the host"
         value = node.meta.get("val", node.meta.get("example_value"))
-        if isinstance(value, Tensor) and value.ndim:  # numbers are constants of the launch
+        if isinstance(value, Tensor) and value.ndim:  # scalars are launch constants
             devices.setdefault(value.device.type, node.name)
     return f"{devices['cpu']} is on the host" if "cpu" in devices and len(devices) > 1 else ""
 
 
 def require_here(tensors: Iterable[Tensor], here: torch.device) -> None:
-    """Raise Unrecordable for tensors on other devices, and for other than plain ones."""
+    """Raise Unrecordable for tensors on other devices and tensors that are not plain."""
     for value in tensors:
         if type(value) not in (Tensor, nn.Parameter):
             raise Unrecordable(f"it takes a {type(value).__name__}")
@@ -38,7 +38,7 @@ def require_here(tensors: Iterable[Tensor], here: torch.device) -> None:
 
 
 def alike(replayed: Sequence[Any], plain: Sequence[Any]) -> bool:
-    """Whether outputs are equal but for the rounding of sums in another order."""
+    """Whether outputs are equal up to rounding from a different summation order."""
     pairs = list(zip(replayed, plain, strict=True))
     tensors = [(one, other) for one, other in pairs if isinstance(other, Tensor)]
     rest = [(one, other) for one, other in pairs if not isinstance(other, Tensor)]

@@ -1,7 +1,7 @@
-"""Prompts padded to few lengths, so that few recordings serve them all.
+"""Pads prompts to few lengths, so that few recordings serve them all.
 
-A pad is a token in front of the prompt that attention masks.  It is removed from what the call
-returns: the caches hold no column of it, and positions count without it.
+A pad is a token in front of the prompt that attention masks.  It is removed from the call's
+results: the caches hold no column for it, and positions do not count it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ __all__ = ["crop_caches", "cropped", "is_plain_prefill", "padded", "without_mask
 
 _IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
 
-# Arguments of a prompt's length, and the value of a pad in them; ids are the model's own.
+# Arguments as long as the prompt, and the pad value in each; the pad's id depends on the model.
 _PADS = {_MASK: 0, "token_type_ids": 0, "mm_token_type_ids": 0, _POSITIONS: 1}
 
-# With these a call returns or takes more of the prompt than padding knows of.
+# With these, a call returns or takes more of the prompt than padding can handle.
 _MORE = ("labels", "inputs_embeds", "cache_position", "output_hidden_states", "output_attentions")
 
 
 def is_plain_prefill(named: Mapping[str, Any], caches: Sequence[Any]) -> bool:
-    """Whether a call is one row's prefill as ``generate`` makes it, which may be padded.
+    """Whether a call is one row's prefill as made by ``generate``, which may be padded.
 
-    That is token ids with their positions, one cache, which is empty and grows in every layer, no
-    other argument of the prompt's length, and no more wanted than the last tokens' logits.
+    That is: token ids with positions, one empty cache that grows in every layer, no other argument
+    as long as the prompt, and only the last tokens' logits as result.
     caches: those of the call and of the model.
     """
     ids = named.get(_IDS)
@@ -45,8 +45,8 @@ def is_plain_prefill(named: Mapping[str, Any], caches: Sequence[Any]) -> bool:
     if _POSITIONS not in given or long - {_IDS} != mine:
         return False
     if len(caches) != 1 or caches[0] is not named.get("past_key_values"):
-        return False  # pads could stay in one that is not known
-    mask = named.get(_MASK)  # of a static cache: [B, 1, S, slots], or one per kind of layer
+        return False  # pads could remain in an unknown one
+    mask = named.get(_MASK)  # for a static cache: [B, 1, S, slots], or one per kind of layer
     return (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and _grows(caches[0])
 
 
@@ -56,9 +56,9 @@ def _grows(cache: Any) -> bool:
 
 
 def without_mask(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments without a mask that hides nothing: attention is causal without one, too.
+    """Remove a mask that hides nothing: attention is causal without it, too.
 
-    Reads the mask once (a host synchronisation, while nothing of the call is queued yet).
+    Reads the mask once (a host synchronisation, before anything of the call is queued).
     """
     mask = kwargs.get(_MASK)
     if isinstance(mask, Tensor) and bool(mask.all()):
@@ -67,9 +67,9 @@ def without_mask(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def padded(kwargs: Mapping[str, Any], pads: int, token: Any) -> dict[str, Any]:
-    """The arguments with ``pads`` pads in front, and a mask in any case, so that calls are alike.
+    """Put ``pads`` pads in front, and always add a mask, so that all calls look alike.
 
-    token: the id of a pad, an int or a tensor; not that of an image.
+    token: the id of a pad, an int or a tensor; not an image token.
     """
     ids = kwargs[_IDS]
     found = {_MASK: torch.ones_like(ids), **{k: v for k, v in kwargs.items() if v is not None}}
@@ -81,7 +81,7 @@ def padded(kwargs: Mapping[str, Any], pads: int, token: Any) -> dict[str, Any]:
 
 
 def crop_caches(caches: Sequence[Any], pads: int) -> None:
-    """Remove the columns of the pads, the first ones, from all layers that the call filled."""
+    """Remove the pads' columns, the first ones, from all layers that the call filled."""
     for cache in caches:
         for layer in cache.layers:
             layer.keys = layer.keys[..., pads:, :].contiguous()
@@ -89,5 +89,5 @@ def crop_caches(caches: Sequence[Any], pads: int) -> None:
 
 
 def cropped(record: KeepIdxRecord, pads: int) -> KeepIdxRecord:
-    """What was kept of the prompt without its pads."""
+    """The record for the prompt without its pads."""
     return replace(record, keep_idx=record.keep_idx[:, pads:] - pads)

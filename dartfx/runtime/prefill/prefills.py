@@ -1,4 +1,4 @@
-"""How a compiled model runs its prefills: as recordings, of prompts as they are or padded."""
+"""Runs a compiled model's prefills as recordings, of prompts as they are or padded."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from dartfx.runtime.prefill.recorded import CudaGraphs, Recordings
 
 __all__ = ["MULTIPLE", "Prefills"]
 
-MULTIPLE = 64  # of tokens; matrix products on a GPU work on as many rows at a time
+MULTIPLE = 64  # of tokens; GPU matrix products process tiles of this many rows
 
 
 class Prefills:
-    """The prefills of one model.  multiple: of tokens, that prompts are padded to; 1: to none."""
+    """The prefills of one model.  multiple: prompts are padded to multiples of it; 1: never."""
 
     def __init__(self, model: nn.Module, multiple: int) -> None:
         self.recordings = Recordings(model, CudaGraphs())
         self._model, self._multiple = model, multiple
 
     def prepared(self, kwargs: dict[str, Any], caches: Sequence[Any]) -> tuple[dict[str, Any], int]:
-        """A call's arguments as recordings are to see them, and how many pads are in front.
+        """Return a call's arguments for recordings, and the number of pads in front.
 
-        A call in which pads would show keeps its arguments and its length.
+        A call in which pads would be visible keeps its arguments and length.
         """
         if not is_plain_prefill(kwargs, caches):
             return kwargs, 0
@@ -36,7 +36,7 @@ class Prefills:
         return padded(kwargs, pads, self._pad(ids)), pads
 
     def _pad(self, ids: Any) -> Any:
-        """A token id that is not an image's: of the begin or end of text, or the prompt's last."""
+        """A non-image token id: begin or end of text, or the prompt's last token."""
         settings = getattr(self._model, "generation_config", None)
         for name in ("bos_token_id", "eos_token_id"):
             if isinstance(found := getattr(settings, name, None), int):

@@ -1,10 +1,10 @@
-"""CUDA graphs of prefills: what compiled code launches is recorded per shape and replayed.
+"""CUDA graphs of prefills: the launches of compiled code, recorded per shape and replayed.
 
-Inductor's own (``mode="reduce-overhead"``) do not serve here.  What they return is overwritten by
-their next run, and a KV cache outlives many; torch keeps them by thread, and servers generate in
-threads; they record decode steps, too, whose growing caches would take one for every token; and
-nothing bounds how many there are.  A recording here serves calls with vision inputs only, is made
-when a shape comes for the second time, and what it returns is copied out.
+Inductor's CUDA graphs (``mode="reduce-overhead"``) are unsuitable here.  Their next run overwrites
+their outputs, and a KV cache outlives many runs; torch keeps them per thread, and servers generate
+in threads; they also record decode steps, whose growing caches would need one per token; and their
+number is unbounded.  A recording here serves only calls with vision inputs, is made when a shape
+occurs for the second time, and its outputs are copied out.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ Replay = Callable[[], object]
 
 
 class Recorder(Protocol):
-    """What records launches on one kind of device."""
+    """Records launches on one kind of device."""
 
     def here(self) -> torch.device:
-        """The device that launches go to now."""
+        """The device of current launches."""
 
     def queue(self) -> object:
-        """What launches are queued in now; a recording serves one such queue."""
+        """The current launch queue; a recording serves one queue."""
 
     def record(self, run: Compiled, args: Sequence[Any]) -> tuple[Replay, Sequence[Any]]:
-        """Record ``run(*args)`` without running it: what replays it, and its outputs."""
+        """Record ``run(*args)`` without running it; return its replay function and outputs."""
 
 
 class CudaGraphs:
-    """Records CUDA graphs, which share memory since no two of them run at once."""
+    """Records CUDA graphs, which share memory since no two run at once."""
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self.bytes = 0  # of the device's memory that recordings took
+        self.bytes = 0  # device memory used by recordings
 
     def here(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
@@ -82,7 +82,7 @@ class CudaGraphs:
 
 @dataclass
 class Recordings:
-    """Those of one compiled model.  limit: how many each of its compiled graphs keeps."""
+    """The recordings of one compiled model.  limit: how many each of its graphs keeps."""
 
     model: nn.Module
     recorder: Recorder
@@ -94,15 +94,15 @@ class Recordings:
         self._queue: object = None
 
     def may_replay(self) -> bool:
-        """Whether launches of now go where all recordings do, which share memory, as they are."""
+        """Whether current launches can be replayed: recordings share memory on one queue."""
         if torch.is_autocast_enabled(self.recorder.here().type):
-            return False  # its casts of weights are kept outside of recordings
+            return False  # autocast's weight casts live outside recordings
         queue = self.recorder.queue()
         self._queue = queue if self._queue is None else self._queue
         return self._queue == queue
 
     def state(self, args: Sequence[Any]) -> tuple[int, ...]:
-        """Which inputs are parameters and buffers, which a recording reads where they are."""
+        """Indices of parameters and buffers, which a recording reads in place."""
         tensors = chain(self.model.parameters(), self.model.buffers())
         known = {(t.data_ptr(), t.shape) for t in tensors if t.data_ptr()}
         given = [(n, a) for n, a in enumerate(args) if isinstance(a, Tensor)]
@@ -114,7 +114,7 @@ _active: ContextVar[Recordings | None] = ContextVar("dartfx_recordings", default
 
 @contextmanager
 def replaying(recordings: Recordings | None) -> Iterator[None]:
-    """Let compiled graphs inside the ``with`` block run as recordings; None: as they are."""
+    """Run compiled graphs inside the ``with`` block as recordings; None: run them normally."""
     token = _active.set(recordings)
     try:
         yield
@@ -124,11 +124,11 @@ def replaying(recordings: Recordings | None) -> Iterator[None]:
 
 @dataclass
 class _Recording:
-    buffers: dict[int, Tensor]  # by place among the inputs
+    buffers: dict[int, Tensor]  # by input index
     replay: Replay
     outputs: Sequence[Any]
     state: set[int]
-    unchecked: int = 2  # replays that are still to be compared
+    unchecked: int = 2  # replays still to be compared
 
     def run(self, args: Sequence[Any]) -> list[Any]:
         for place, buffer in self.buffers.items():
@@ -138,14 +138,14 @@ class _Recording:
 
 
 class Recorded:
-    """Runs compiled code; inside :func:`replaying` a recording of it once a shape came before.
+    """Runs compiled code; inside :func:`replaying`, replays a recording for shapes seen before.
 
-    graph: what was compiled, in which some things show that keep it from being recorded.
+    graph: the compiled graph, which shows some reasons why it cannot be recorded.
     """
 
     def __init__(self, compiled: Compiled, graph: Graph | None = None) -> None:
         self._compiled = compiled
-        self._state: tuple[int, ...] | None = None  # places of parameters and buffers
+        self._state: tuple[int, ...] | None = None  # indices of parameters and buffers
         self._by_shape: OrderedDict[object, _Recording | None] = OrderedDict()
         self.refused = ""
         if graph is not None and (found := on_host(graph)):
@@ -159,13 +159,13 @@ class Recorded:
             try:
                 replayed = self._replayed(recordings, args)
             except Exception as error:
-                # The code itself says below what is wrong with it, if anything is.
+                # The code itself raises below if anything is wrong with it.
                 self._refuse(str(error))
                 replayed = None
         return self._compiled(*args) if replayed is None else replayed
 
     def _replayed(self, recordings: Recordings, args: Sequence[Any]) -> list[Any] | None:
-        """What a replay returns; None while there is no recording for these inputs."""
+        """Replay and return the outputs; None while there is no recording for these inputs."""
         if not recordings.may_replay():
             return None
         recording = self._recording(recordings, args)
@@ -184,11 +184,11 @@ class Recorded:
         log.warning("a prefill is launched kernel by kernel, not as a recording: %s", because)
 
     def _recording(self, recordings: Recordings, args: Sequence[Any]) -> _Recording | None:
-        """The recording for these inputs; None where they come for the first time."""
+        """The recording for these inputs; None if their shape occurs for the first time."""
         if self._state is None:
             self._state = recordings.state(args)
         key = _shapes(args, self._state)
-        if key not in self._by_shape:  # the call runs as it is, and sets up what it uses
+        if key not in self._by_shape:  # the call runs normally, which initialises what it uses
             self._by_shape[key] = None
         elif self._by_shape[key] is None:
             self._by_shape[key] = _record(recordings, self._compiled, args, self._state)
@@ -199,7 +199,7 @@ class Recorded:
 
 
 def _shapes(args: Sequence[Any], state: tuple[int, ...]) -> tuple[object, ...]:
-    """What decides whether a recording serves these inputs.  Raises Unrecordable."""
+    """The key by which a recording serves these inputs.  Raises Unrecordable."""
     fixed = set(state)
     found: list[object] = [tuple((args[n].data_ptr(), args[n].shape) for n in state)]
     for place, value in enumerate(args):
@@ -216,7 +216,7 @@ def _shapes(args: Sequence[Any], state: tuple[int, ...]) -> tuple[object, ...]:
 def _record(
     recordings: Recordings, run: Compiled, args: Sequence[Any], state: tuple[int, ...]
 ) -> _Recording:
-    """A recording of ``run(*args)``, tried once.  Raises Unrecordable, and what recording does."""
+    """Record ``run(*args)`` and replay it once.  Raises Unrecordable, and recording's errors."""
     recorder = recordings.recorder
     tensors = {place: value for place, value in enumerate(args) if isinstance(value, Tensor)}
     require_here(tensors.values(), recorder.here())
@@ -246,26 +246,26 @@ def _record(
 
 
 def _version(value: Tensor) -> int:
-    """How often a tensor was written to; 0 where torch does not count."""
+    """A tensor's version counter; 0 where torch keeps none."""
     return 0 if value.is_inference() else value._version
 
 
 def _buffer(value: Tensor) -> Tensor:
-    """Memory for an input's later values, which holds this one."""
+    """Allocate a buffer for an input's later values, initialised with this one."""
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     _single(made).copy_(_single(value))
     return made
 
 
 def _single(value: Tensor) -> Tensor:
-    """A view that has every element once, where expanded dims repeat them."""
+    """A view with every element once, where expanded dimensions repeat them."""
     if 0 not in value.stride():
         return value
     return value[tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())]
 
 
 def _copied(outputs: Sequence[Any], state: set[int]) -> list[Any]:
-    """The outputs in memory of their own, which some may share; parameters as they are."""
+    """Copy the outputs, preserving shared storage; parameters are returned as they are."""
     storages: dict[int, torch.UntypedStorage] = {}
     return [
         _moved(value, state, storages) if isinstance(value, Tensor) else value for value in outputs
