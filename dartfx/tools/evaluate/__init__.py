@@ -1,8 +1,8 @@
-"""``python -m dartfx eval``: what pruning costs in answers, selector against selector.
+"""``python -m dartfx eval``: measures what pruning costs in answers, selector by selector.
 
-A model answers questions about pictures unpruned, and then pruned by the backend with every
-selector, number of retained tokens, layer and seed requested. Reported for each type of question:
-accuracy, exact agreement with the unpruned answers, and the divergence of the first answer token.
+A model answers questions about images unpruned, and then pruned by the backend with each requested
+selector, number of retained tokens, layer and seed. Reported per type of question: accuracy, exact
+agreement with the unpruned answers, and the divergence of the first answer token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HELP = "measure what pruning costs in answers"
 MODEL = Path("examples/tiny_vlm/model")
 QUESTIONS = Path("examples/tiny_vlm/heldout/questions.jsonl")
 QUICK = {"pictures": 32, "selectors": ["dart"], "retain": [576, 192, 0], "layers": [2]}
-# There are no frames here, and no tower in the decoder's graph.
+# Without selectors that need frames, or a vision tower in the decoder's graph.
 KNOWN = [n for n in BUILT_IN if n not in ("changed", "attended")] + ["key_norm", DOWNSAMPLED]
 # DART first.
 SELECTORS = [
@@ -80,7 +80,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print; 1 when ``--quick`` finds something that must hold broken."""
+    """Measure and print; returns 1 if a check of ``--quick`` fails."""
     if arguments.quick:
         vars(arguments).update(QUICK)
     _check(arguments)
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise InputError for an argument that cannot be used, before anything long is begun."""
+    """Raise InputError for an unusable argument before starting long work."""
     for name in ("json", "write", "plot"):
         check_file(name, getattr(arguments, name))
     if not arguments.questions.is_file():
@@ -150,15 +150,15 @@ def _measure(arguments: argparse.Namespace) -> Results:
             file=sys.stderr,
             flush=True,
         )
-        _write(arguments, results)  # every time, so that what was measured survives an interruption
+        _write(arguments, results)  # each time, so that results survive an interruption
     return results
 
 
 def _plan(arguments: argparse.Namespace, total: int) -> Iterator[Task]:
-    """Every layer and number of tokens, with the choices there.
+    """Yield every layer and number of tokens with its choices.
 
-    Where no selector decides (all or none are kept) one stands for all.  Those come first at each
-    layer: where nothing is lost with no token left, nothing can be compared.
+    Where all or no tokens are kept, one selector represents all.  These settings come first at each
+    layer: if keeping no token loses nothing, there is nothing to compare.
     """
     for layer in arguments.layers:
         first = layer == arguments.layers[0]
@@ -178,7 +178,7 @@ def _write(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def _broken(results: Results) -> Iterator[str]:
-    """What must hold of any measure worth reading, and does not."""
+    """Yield the sanity checks that the results fail."""
     full = results.sample.figures(results.full)
     for key in results.values:
         accuracy = results.figures(key, "accuracy")

@@ -1,4 +1,4 @@
-"""What a model answers, unpruned and pruned by the backend."""
+"""A model's answers, unpruned and pruned by the backend."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ MERGED = "+merge"
 
 @dataclass(frozen=True)
 class Choice:
-    """What is kept at a cut: so many tokens, by this selector, drawn with this seed.
+    """What is kept at a cut: the number of tokens, the selector and its seed.
 
-    selector: a name, "NAME+merge" for one whose dropped tokens are merged, or "downsampled".
+    selector: a name, "NAME+merge" to merge dropped tokens, or "downsampled".
     """
 
     selector: str
@@ -48,8 +48,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answers:
-    """texts: one for each question.  first: [questions, vocabulary] float32, log-probabilities of
-    the first token of each.  tokens: vision tokens of a prompt, where it is not what was requested.
+    """texts: one per question.  first: [questions, vocabulary] float32, log-probabilities of each
+    answer's first token.  tokens: vision tokens of a prompt, if not the requested number.
     """
 
     texts: tuple[str, ...]
@@ -59,7 +59,7 @@ class Answers:
 
 @torch.no_grad()
 def answer(model: Any, processor: Any, batches: Iterable[Batch], most: int) -> Answers:
-    """Greedy answers of at most ``most`` tokens, in the order of the questions."""
+    """Return greedy answers of at most ``most`` tokens, in the order of the questions."""
     texts: dict[int, str] = {}
     first: dict[int, Tensor] = {}
     for batch in batches:
@@ -81,15 +81,15 @@ def answer(model: Any, processor: Any, batches: Iterable[Batch], most: int) -> A
 
 
 class PrunedModel:
-    """The model compiled by dartfx to prune before one layer; ``model`` itself stays as it is.
+    """A copy of the model compiled by dartfx to prune before one layer; ``model`` is unchanged.
 
-    selectors: all that will be used.  retain: the number of tokens that it is compiled
-    with; where some are dropped, any other that drops some may be used later.  merge: average
-    dropped tokens into the kept ones.
+    selectors: all that will be used.  retain: the number of tokens to compile with; if it drops
+    some, any other number that drops some may be used later.  merge: average dropped tokens into
+    the kept ones.
 
-    The rewritten graph is run eagerly: compiling it would take longer than running it, and the
-    selector is then looked up in every call.  Raises UnsupportedModelError, when first called,
-    where the model cannot be pruned.
+    The rewritten graph runs eagerly: compiling it would take longer than running it, and the
+    selector is thus looked up in every call.  Raises UnsupportedModelError on the first call if
+    the model cannot be pruned.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class PrunedModel:
 
 
 def encode_once(model: Any) -> None:
-    """Let the model, and copies made later, remember what it makes of each tensor of pixels.
+    """Cache image features by pixel tensor in the model, and in copies made later.
 
-    ``generate`` calls for image features before the decoder's graph, so that they are the same
-    whatever is dropped there.  A model without that call computes them every time.
+    ``generate`` computes image features before the decoder's graph, so they do not depend on what
+    is dropped there.  A model without that method computes them every time.
     """
     base = getattr(model, "base_model", model)
     if not hasattr(base, "get_image_features"):
@@ -142,7 +142,7 @@ def encode_once(model: Any) -> None:
         pixels = kwargs.get("pixel_values")
         if torch.compiler.is_compiling() or args or pixels is None:
             return encode(*args, **kwargs)
-        if id(pixels) not in known:  # the tensor is kept as well, so its id is not used again
+        if id(pixels) not in known:  # the tensor is kept as well, so its id is not reused
             known[id(pixels)] = pixels, encode(**kwargs)
         return known[id(pixels)][1]
 
@@ -150,9 +150,9 @@ def encode_once(model: Any) -> None:
 
 
 def vision_tokens(model: Any, batch: Batch) -> int:
-    """Vision tokens of each prompt of the batch, as dartfx counts them.
+    """The vision tokens per prompt of the batch, as counted by dartfx.
 
-    Raises ValueError when there are none to prune.
+    Raises ValueError if there are none to prune.
     """
     inputs: dict[str, Any] = dict(batch.inputs)
     explanation = dartfx.explain(

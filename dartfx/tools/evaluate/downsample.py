@@ -1,4 +1,4 @@
-"""The rival that prunes nothing: the unpruned model on a smaller picture of as many tokens."""
+"""The baseline without pruning: the unpruned model on a smaller image of as many tokens."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from dartfx.tools.evaluate.questions import Batch
 
 __all__ = ["DOWNSAMPLED", "any_grid", "grid_of", "smaller_inputs", "vision_tokens_of"]
 
-DOWNSAMPLED = "downsampled"  # beside the names of selectors
+DOWNSAMPLED = "downsampled"  # in addition to the selectors' names
 
 _BICUBIC = 3  # of Pillow
 _INTERPOLATES = "interpolate_pos_encoding"
 
 
 def grid_of(full: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """Rows and columns of about ``tokens`` tokens, in the shape of a grid of ``full``."""
+    """Rows and columns of a grid of about ``tokens`` tokens, shaped like the grid ``full``."""
     scale = sqrt(tokens / (full[0] * full[1]))
     guess = [max(1, round(side * scale)) for side in full]
     near = [(guess[0] + a, guess[1] + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
 
     def off(grid: tuple[int, int]) -> float:
-        """How far it is from the number of tokens and from the picture's shape, together."""
+        """The combined deviation from the number of tokens and from the image's shape."""
         stretch = (grid[0] * full[1]) / (grid[1] * full[0])
         return abs(log(grid[0] * grid[1] / tokens)) + abs(log(stretch))
 
@@ -40,10 +40,10 @@ def grid_of(full: tuple[int, int], tokens: int) -> tuple[int, int]:
 def smaller_inputs(
     processor: Any, image: Any, prompt: str, *, tokens: int, of: int
 ) -> dict[str, Any]:
-    """The inputs of the picture resized to about ``tokens`` vision tokens, where it has ``of``.
+    """Inputs for the image resized from ``of`` to about ``tokens`` vision tokens.
 
-    Raises InputError where the processor takes no smaller picture, or writes another number of
-    image tokens into the prompt than the picture has patches.
+    Raises InputError if the processor accepts no smaller image, or if the number of image tokens
+    that it writes into the prompt differs from the image's number of patches.
     """
     pixels = prompt_inputs(processor, image, prompt).get("pixel_values")
     if pixels is None or pixels.ndim != 4 or pixels.shape[0] != 1:
@@ -78,7 +78,7 @@ def _impossible(because: str) -> InputError:
 
 @contextmanager
 def any_grid(model: Any) -> Iterator[None]:
-    """Within it, towers with a table of positions interpolate it to the picture's grid."""
+    """Make towers with a position table interpolate it to the image's grid."""
     changed = []
     for module in model.modules():
         if _INTERPOLATES in inspect.signature(module.forward).parameters:

@@ -1,4 +1,4 @@
-"""Accuracy over retained tokens, one line a selector, one panel a type of question."""
+"""Plots accuracy over retained tokens: a line per selector, a panel per type of question."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["draw"]
 
 
 def draw(results: Results, layer: int, path: Path) -> None:
-    """Writes the plot; the suffix of ``path`` says as what.  Needs matplotlib."""
+    """Write the plot in the format of ``path``'s suffix.  Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The questions of a measure: read from a file, and turned into a model's inputs."""
+"""Reads evaluation questions from a file and converts them to model inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Make = Callable[[Any, str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Question:
-    """A picture, a question, its right answer, and the type that it is counted under."""
+    """An image, a question, its correct answer, and its type."""
 
     image: Path
     type: str
@@ -33,9 +33,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of one shape: which questions they are, and the model's arguments.
+    """Prompts of one shape: the indices of their questions, and the model's arguments.
 
-    A batch of one question holds it twice: sizes that are 1 would be compiled again.
+    A batch of one question holds it twice: a size of 1 would trigger another compilation.
     """
 
     numbers: tuple[int, ...]
@@ -43,10 +43,10 @@ class Batch:
 
 
 def load(path: Path, pictures: int | None = None) -> list[Question]:
-    """The questions of a JSON Lines file, those on the first so many pictures if it says so.
+    """Read the questions of a JSON Lines file, only those on the first ``pictures`` if given.
 
     Each line is an object with "image" (a path relative to the file), "type", "question" and
-    "answer".  Raises InputError for a line that is not and a file that cannot be read.
+    "answer".  Raises InputError for any other line and for an unreadable file.
     """
     questions = []
     try:
@@ -68,12 +68,12 @@ def load(path: Path, pictures: int | None = None) -> list[Question]:
 
 
 def batches(questions: Sequence[Question], make: Make, size: int) -> list[Batch]:
-    """The prompts, ``size`` together, with never a pad: only equal shapes share a batch.
+    """Batch the prompts, ``size`` each, without padding: only equal shapes share a batch.
 
-    make: a model's inputs of an image and a prompt.  Questions of one
-    type lie together, so that a batch stops as soon as its answers end.  All are held in memory.
-    A batch that is short of prompts asks its own again: all batches have as many rows, at least 2,
-    since dynamo fixes the number of pictures, and compiling takes longer than asking.
+    make: makes a model's inputs from an image and a prompt.  Questions of one type are adjacent, so
+    that a batch stops as soon as its answers end.  All are held in memory.  A short batch repeats
+    its prompts: all batches have equally many rows, at least 2, since dynamo specialises on the
+    number of images, and compiling takes longer than answering.
     """
     alike: dict[object, list[tuple[int, dict[str, Tensor]]]] = {}
     for number, inputs in enumerate(_inputs(questions, make)):

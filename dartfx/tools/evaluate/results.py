@@ -1,4 +1,4 @@
-"""A measure while it grows: settings with their figures, as JSON and as Markdown tables."""
+"""Accumulates the figures of all settings, and renders them as JSON and Markdown tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Results", "as_lines"]
 
 Key = tuple[int, str, int]  # layer, selector, retained
 
-SEES_NOTHING = 0.10  # accuracy above chance that is allowed without one vision token
+SEES_NOTHING = 0.10  # accuracy above chance allowed without any vision token
 
 _TITLES = {
     "accuracy": "Accuracy, %",
@@ -35,10 +35,10 @@ _TITLES = {
 class Results:
     """Figures of each setting; seeds of one setting are averaged question by question.
 
-    vision_tokens: of each prompt.  full: accuracy of the unpruned model, [questions].  values: by
-    layer, selector and retained tokens, the metrics of each seed, [questions].  tokens: how many
-    there were instead, where a picture could not be resized to that number.  earlier: settings
-    that were measured before, as in JSON, and made_before with what.
+    vision_tokens: per prompt.  full: accuracy of the unpruned model, [questions].  values: by
+    layer, selector and retained tokens, the metrics of each seed, [questions].  tokens: the actual
+    number where an image could not be resized to the requested one.  earlier: settings from
+    earlier runs, as in JSON; made_before: what they were made with.
     """
 
     questions: Sequence[Question]
@@ -53,15 +53,15 @@ class Results:
         self.sample = Sample(self.questions)
 
     def add(self, key: Key, seed: int, metrics: dict[str, Tensor]) -> None:
-        """Takes in what one setting gave with one seed, [questions] each."""
+        """Add the metrics of one setting and seed, [questions] each."""
         self.values.setdefault(key, {})[seed] = metrics
 
     @classmethod
     def of_json(cls, questions: Sequence[Question], entries: Sequence[dict[str, Any]]) -> Results:
-        """Earlier measures of these questions together; of a setting in several the last counts.
+        """Combine earlier results on these questions; the last of duplicate settings counts.
 
-        entries: what :meth:`as_json` gave.  Raises InputError where they are of other questions or
-        another model, and where none has a setting that keeps all tokens.
+        entries: from :meth:`as_json`.  Raises InputError if they are for other questions or another
+        model, or if none has a setting that keeps all tokens.
         """
         entry = entries[0]
         total = entry["vision_tokens"]
@@ -87,11 +87,11 @@ class Results:
         return made
 
     def settings(self) -> list[Key]:
-        """All settings, those measured before first."""
+        """All settings, earlier ones first."""
         return [*self.earlier, *self.values]
 
     def mean(self, key: Key, metric: str) -> Tensor:
-        """A metric's mean over seeds, [questions]; accuracy alone of what was measured before."""
+        """A metric's mean over seeds, [questions]; only accuracy for earlier settings."""
         if key in self.earlier:
             bits = self.earlier[key]["right_by_seed"].values()
             return torch.stack([_from_bits(each, len(self.questions)) for each in bits]).mean(0)
@@ -104,14 +104,14 @@ class Results:
         return self.sample.figures(self.mean(key, metric))
 
     def differences(self, key: Key, selector: str) -> dict[str, Figure]:
-        """Accuracy of ``selector`` less that of ``key`` at the same layer and retained tokens."""
+        """Accuracy of ``selector`` minus that of ``key`` at the same layer and retained tokens."""
         other = (key[0], selector, key[2])
         return self.sample.figures(self.mean(other, "accuracy") - self.mean(key, "accuracy"))
 
     def void(self) -> list[Key]:
-        """The settings without a vision token that answer better than by guessing.
+        """The settings without vision tokens that answer better than chance.
 
-        At their layers the answers were read off before the cut, whatever is dropped there.
+        At their layers the answers were determined before the cut, whatever is dropped there.
         """
         bound = chance(self.questions)[MEAN] + SEES_NOTHING
         none = [key for key in self.settings() if key[2] == 0]
@@ -143,7 +143,7 @@ class Results:
         return entry | figures | {"right_by_seed": right}
 
     def as_markdown(self) -> str:
-        """Tables of every metric for each layer, then each selector against the first."""
+        """Tables of each metric per layer, then each selector compared with the first."""
         parts = [self._without_vision()]
         for layer in dict.fromkeys(key[0] for key in self.settings()):
             keys = sorted((k for k in self.settings() if k[0] == layer), key=lambda k: -k[2])
@@ -207,20 +207,20 @@ def _as_json(figures: dict[str, Figure]) -> dict[str, Any]:
 
 
 def _bits(right: Tensor) -> str:
-    """Each question's verdict as a bit, the first the highest, padded by 0 to whole hex digits."""
+    """Pack each question's verdict as a bit, first is highest, zero-padded to hex digits."""
     bits = "".join(str(int(r)) for r in right.tolist())
     digits = -(-len(bits) // 4)
     return f"{int(bits.ljust(4 * digits, '0'), 2):0{digits}x}"
 
 
 def _from_bits(digits: str, number: int) -> Tensor:
-    """What :func:`_bits` gave of so many verdicts, [number] float64."""
+    """The inverse of :func:`_bits` for ``number`` verdicts: [number] float64."""
     bits = f"{int(digits, 16):0{4 * len(digits)}b}"[:number]
     return torch.tensor([float(bit) for bit in bits], dtype=torch.float64)
 
 
 def as_lines(entry: dict[str, Any]) -> str:
-    """JSON with one line for each entry, and one for each setting."""
+    """Format JSON with one line per entry and one per setting."""
     entries = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in entry.items() if k != "settings"]
     settings = ",\n".join(map(json.dumps, entry["settings"]))
     return "{\n" + ",\n".join([*entries, f'"settings": [\n{settings}\n]']) + "\n}\n"

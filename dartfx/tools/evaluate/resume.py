@@ -1,7 +1,7 @@
-"""A pruned graph in two halves: what comes before the selection is computed once for each input.
+"""Splits a pruned graph so that everything before the selection is computed once per input.
 
-Measuring selectors and numbers of tokens at one layer runs the same graph on the same prompts over
-and over.  Up to the selection nothing of it depends on either, and that is most of the work.
+Measuring selectors and numbers of tokens at one layer runs the same graph on the same prompts
+repeatedly.  The part before the selection depends on neither, and is most of the work.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["Resumed", "resuming"]
 
 @contextmanager
 def resuming(made: list[Resumed], retain: int) -> Iterator[None]:
-    """Within it, pruned graphs that are lowered to eager are such halves, and keep R tokens.
+    """Split pruned graphs that are lowered to eager in this context, and keep R tokens.
 
-    made: those made before, which new ones are added to.
+    made: the list that new ones are appended to.
     """
 
     def lower(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -43,11 +43,11 @@ def resuming(made: list[Resumed], retain: int) -> Iterator[None]:
 
 
 class Resumed:
-    """A graph module that remembers what it computed before the selection.
+    """A graph module that caches what it computed before the selection.
 
-    Inputs are those of each call, and what the first half writes to them (a cache may hold states
-    that are changed in place) is written again.  What the second half writes to is computed there.
-    Raises ValueError where the first half reads that, or hands on a view of an input written to.
+    The first half's in-place writes to inputs (such as states in a cache) are repeated on each
+    call's inputs.  Values that the second half writes to are computed there.  Raises ValueError if
+    the first half reads these, or passes on a view of a mutated input.
     """
 
     def __init__(self, module: GraphModule) -> None:
@@ -81,10 +81,10 @@ class Resumed:
         self.known: dict[bytes, tuple[Any, list[Any]]] = {}
 
     def retain(self, tokens: int) -> None:
-        """Keep so many vision tokens from now on: less than there are.
+        """Set the number of vision tokens to keep, fewer than there are.
 
-        The rewritten graph reads all sizes behind the cut off what the selection returns, so that
-        R stands in one place of it.  Raises ValueError where it is no number there.
+        The rewritten graph derives all sizes behind the cut from the selection's result, so R
+        occurs in it only once.  Raises ValueError if that is not a number.
         """
         (select,) = _selections(self._rest.graph)
         retain = argument(select, "retain")
@@ -105,7 +105,7 @@ class Resumed:
         values = [
             value.clone() if returned and isinstance(value, torch.Tensor) else value
             for value, returned in zip(self.known[key][0], self._returned, strict=True)
-        ]  # a caller may write to what is returned
+        ]  # a caller may write to the results
         return self._rest(*(inputs[number] for number in self._given), *values)
 
 
@@ -117,7 +117,7 @@ def _selections(graph: Graph) -> list[Node]:
 def _part(
     module: GraphModule, nodes: Sequence[Node], given: Sequence[Node], result: Any
 ) -> GraphModule:
-    """These nodes as a module of its own, from values of others to a result."""
+    """Extract these nodes as a module, from values of other nodes to a result."""
     part, copies = Graph(), {}
     for node in given:
         copies[node] = part.placeholder(node.name)
@@ -128,7 +128,7 @@ def _part(
 
 
 def _digest(inputs: Sequence[Any]) -> bytes:
-    """What tells inputs apart: the values of all of them, parameters included."""
+    """A digest of the values of all inputs, parameters included."""
     digest = hashlib.blake2b()
     for value in inputs:
         if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""From answers to figures: means by type of question, with intervals."""
+"""Scores answers: means by type of question, with intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dartfx.tools.evaluate.questions import Question
 
 __all__ = ["MEAN", "METRICS", "Figure", "Sample", "chance", "score"]
 
-MEAN = "mean"  # over types, each counting as much
+MEAN = "mean"  # over types, with equal weights
 METRICS = ("accuracy", "agreement", "kl")
 _DRAWS = 2000
 
@@ -29,11 +29,11 @@ class Figure:
 
 
 class Sample:
-    """What the questions are a sample of: pictures, each with questions of some types.
+    """The statistical sample: images, each with questions of some types.
 
-    Intervals are percentiles of the bootstrap over pictures, not over questions: the questions on
-    one picture share what was seen and what was dropped.  The draws are the same for every figure,
-    so the interval of a difference comes from the differences.
+    Intervals are bootstrap percentiles over images, not over questions: the questions on one image
+    share what was seen and what was dropped.  All figures use the same draws, so the interval of a
+    difference is computed from paired differences.
     """
 
     def __init__(self, questions: Sequence[Question]) -> None:
@@ -48,28 +48,28 @@ class Sample:
         self._draws = torch.zeros_like(ones).scatter_add_(1, drawn, ones)
 
     def figures(self, values: Tensor) -> dict[str, Figure]:
-        """The mean of each type, and of all, of one value for each question: [questions]."""
+        """Means per type and overall of one value per question, [questions]."""
         sums, counts = self._by_picture(values), self._by_picture(torch.ones_like(values))
         means = torch.cat([sums.sum(0) / counts.sum(0), (sums.sum(0) / counts.sum(0)).mean()[None]])
         draws = (self._draws @ sums) / (self._draws @ counts)
-        # A type of few questions may be missing from a draw.
+        # A type with few questions may be absent from a draw.
         draws = torch.cat([draws, draws.nanmean(1, keepdim=True)], 1)
         ends = draws.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
         rows = torch.stack([means, *ends], 1).tolist()
         return {n: Figure(*row) for n, row in zip((*self.types, MEAN), rows, strict=True)}
 
     def _by_picture(self, values: Tensor) -> Tensor:
-        """[questions] to sums, [pictures, types]."""
+        """Sum [questions] to [pictures, types]."""
         sums = torch.zeros(self.pictures, len(self.types), dtype=torch.float64)
         return sums.index_put_((self._picture, self._type), values.double(), accumulate=True)
 
 
 def score(questions: Sequence[Question], full: Answers, pruned: Answers) -> dict[str, Tensor]:
-    """One value a question and metric, [questions] float64.
+    """Compute each metric per question, [questions] float64.
 
-    accuracy: whether the answer is the right one; agreement: whether it is the unpruned model's,
-    to the letter; kl: Kullback-Leibler divergence in nats of the first answer token's distribution
-    from the unpruned model's.
+    accuracy: whether the answer is correct; agreement: whether it is exactly the unpruned model's;
+    kl: Kullback-Leibler divergence in nats of the first answer token's distribution from the
+    unpruned model's.
     """
     right = [_same(text, q.answer) for text, q in zip(pruned.texts, questions, strict=True)]
     agree = [a == b for a, b in zip(pruned.texts, full.texts, strict=True)]
@@ -77,12 +77,12 @@ def score(questions: Sequence[Question], full: Answers, pruned: Answers) -> dict
     return {
         "accuracy": torch.tensor(right, dtype=torch.float64),
         "agreement": torch.tensor(agree, dtype=torch.float64),
-        "kl": terms.nan_to_num(0).sum(-1).clamp(min=0),  # 0 * -inf where nothing is left out
+        "kl": terms.nan_to_num(0).sum(-1).clamp(min=0),  # 0 * -inf is NaN
     }
 
 
 def chance(questions: Sequence[Question]) -> dict[str, float]:
-    """Accuracy of always giving each type's commonest answer, and its mean."""
+    """Accuracy of always giving each type's most common answer, and the mean."""
     answers: dict[str, Counter[str]] = {}
     for question in questions:
         answers.setdefault(question.type, Counter())[question.answer] += 1
@@ -91,7 +91,7 @@ def chance(questions: Sequence[Question]) -> dict[str, float]:
 
 
 def with_mean(shares: Mapping[str, float]) -> dict[str, float]:
-    """The values and, under MEAN, their mean."""
+    """Add the mean of the values under MEAN."""
     return {**shares, MEAN: sum(shares.values()) / len(shares)}
 
 

@@ -21,7 +21,7 @@ def key_norm(
     budget: Tensor,
     **pivots: Any,
 ) -> Tensor:
-    """The vision tokens of the largest L1 key norms: how DART picks its pivots, and nothing else.
+    """Select the vision tokens with the largest L1 key norms: DART's pivot criterion alone.
 
     Arguments and result as in :class:`dartfx.selection.registry.Selector`.
     """

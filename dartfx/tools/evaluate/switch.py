@@ -1,7 +1,7 @@
-"""One selector that stands for others: which of them is looked up whenever it runs.
+"""A selector that dispatches to another, looked up on each run.
 
-A graph whose operators run one by one can then be measured with many selectors.  Compiled code
-would have one of them built in.
+A graph that runs eagerly can thus be measured with many selectors.  Compiled code would have one
+of them built in.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dartfx.selection.registry import get_selector, optional_inputs, register_se
 __all__ = ["name_for", "selecting"]
 
 _PLAIN, _ASKING = "(as measured)", "(as measured, with queries)"
-_names: list[str] = []  # the last is the one that selects now
+_names: list[str] = []  # the last one is active
 
 
 @contextmanager
 def selecting(name: str) -> Iterator[None]:
-    """Within it, the selectors of this module select as ``name`` does."""
+    """Make the selectors of this module select as ``name`` does."""
     _names.append(name)
     try:
         yield
@@ -31,7 +31,7 @@ def selecting(name: str) -> Iterator[None]:
 
 
 def name_for(selectors: Collection[str]) -> str:
-    """The selector that can stand for all of these: with queries only if one asks for them."""
+    """The selector that can replace all of these: with queries only if one of them needs them."""
     return _ASKING if any("queries" in optional_inputs(name) for name in selectors) else _PLAIN
 
 

@@ -1,4 +1,4 @@
-"""The model with its prompts, in this process or in several."""
+"""Runs the model on its prompts, in this process or in several."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from dartfx.tools.evaluate.questions import Batch, batches, load
 
 __all__ = ["Asker", "answers"]
 
-# What a process needs for compiling a model and for asking all questions once, in what one retained
-# token more takes it.  Rough, measured with examples/tiny_vlm: only shares depend on them.
+# Costs of compiling a model and of answering all questions once, in units of one more retained
+# token.  Rough, measured with examples/tiny_vlm: only the division of work depends on them.
 _COMPILING, _ASKING = 1000, 20
 
 Task = tuple[int, tuple[Choice, ...]]  # a layer, and choices of one number of tokens
 
 
 class Asker:
-    """A model and the prompts that the command line asks for."""
+    """The model and prompts requested on the command line."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         if arguments.jobs > 1:
@@ -59,23 +59,23 @@ class Asker:
         self._smaller: dict[int, Answers] = {}
 
     def full(self) -> Answers:
-        """Answers of the unpruned model."""
+        """The unpruned model's answers."""
         return answer(*self._ask)
 
     @functools.cached_property
     def vision_tokens(self) -> int:
-        """Vision tokens of each prompt."""
+        """The vision tokens per prompt."""
         return vision_tokens(self._ask[0], self._ask[2][0])
 
     def pruned(self, task: Task) -> list[Answers]:
-        """Answers with each choice.  Models compiled last are kept: most tasks can go on with them.
+        """Answers with each choice.  Caches the last compiled models, which most tasks can reuse.
 
-        Where all or none are kept that is another graph: nothing is pruned, or caches that hold a
+        Keeping all or no tokens needs another graph: nothing is pruned, or caches that hold a
         window of tokens may not be full.
         """
         kind = _kind(task, self.vision_tokens)
         if self._pruned[0] != kind:
-            self._pruned = kind, {}  # so that what they remember is freed first
+            self._pruned = kind, {}  # to free what they cache first
             torch.compiler.reset()
             dartfx.reset()
         return [self._answers(task[0], choice, kind[1] == "some") for choice in task[1]]
@@ -91,7 +91,7 @@ class Asker:
         return models[choice.merges].answer(*self._ask[1:], choice)
 
     def _downsampled(self, tokens: int) -> Answers:
-        """Answers of the unpruned model on pictures of about so many tokens."""
+        """The unpruned model's answers on images of about ``tokens`` tokens."""
         if tokens not in self._smaller:
             model, processor, _, most = self._ask
             make = functools.partial(
@@ -109,7 +109,7 @@ class Asker:
 
 
 def _kind(task: Task, vision_tokens: int) -> tuple[int, object]:
-    """What tasks that can share a compiled model have in common."""
+    """A key that is equal for tasks that can share a compiled model."""
     layer, choices = task
     retain = choices[0].retain
     return layer, "some" if 0 < retain < vision_tokens else retain
@@ -118,13 +118,13 @@ def _kind(task: Task, vision_tokens: int) -> tuple[int, object]:
 def answers(
     asker: Asker, arguments: argparse.Namespace, plan: Sequence[Task]
 ) -> Iterator[list[Answers]]:
-    """What ``asker.pruned`` gives for each task, in order, by ``arguments.jobs`` processes."""
+    """Run ``asker.pruned`` on each task in ``arguments.jobs`` processes; results in order."""
     if arguments.jobs == 1:
         yield from map(asker.pruned, plan)
         return
     shares = _shares(plan, asker.vision_tokens, arguments.jobs)
     with contextlib.ExitStack() as stack:
-        # Fresh processes: one that is forked inherits torch's threads in whatever state they are.
+        # Spawn: a forked process would inherit torch's threads in an arbitrary state.
         pools = [
             stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _begin, (arguments,)))
             for _ in range(max(shares) + 1)
@@ -135,13 +135,13 @@ def answers(
                 yield future.result()
         finally:
             for future in made:
-                future.cancel()  # else leaving the pools would wait for all that is left
+                future.cancel()  # else closing the pools would wait for the remaining tasks
 
 
 def _shares(plan: Sequence[Task], vision_tokens: int, jobs: int) -> list[int]:
-    """Which process does each task: one model is compiled by one process alone.
+    """Assign tasks to processes, such that only one process compiles each model.
 
-    The largest shares go first, each to the process with the least so far.
+    The largest shares are assigned first, each to the process with the least work so far.
     """
     kinds = [_kind(task, vision_tokens) for task in plan]
     costs = dict.fromkeys(kinds, _COMPILING)
@@ -154,7 +154,7 @@ def _shares(plan: Sequence[Task], vision_tokens: int, jobs: int) -> list[int]:
     return [process[kind] for kind in kinds]
 
 
-_asker: Asker  # of a worker process
+_asker: Asker  # in a worker process
 
 
 def _begin(arguments: argparse.Namespace) -> None:
