@@ -1,7 +1,7 @@
-"""Tiny vision-language models of many families, and the oracle that pruned ones are compared with.
+"""Tiny vision-language models of many families, and the oracle that checks pruned ones.
 
-For ``python -m dartfx families`` and the tests; nothing else in dartfx imports it.  This is the one
-place that may name models: it builds untouched Hugging Face classes from small configurations.
+For ``python -m dartfx families`` and the tests; nothing else in dartfx imports it.  Only this
+package may name models: it builds unmodified Hugging Face classes from small configurations.
 """
 
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""``python -m dartfx families``: every family through the compiler, as a table."""
+"""``python -m dartfx families``: compiles every family and tabulates the results."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print; 1 when any family is wrong, crashes or is silently left alone."""
+    """Measure and print; returns 1 if any family is wrong, crashes or silently runs unpruned."""
     if arguments.list:
         print("\n".join(FAMILIES))
         return 0
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("json", "write"):
         check_file(name, getattr(arguments, name))
     check_folder("traces", arguments.traces)
-    torch.set_num_threads(1)  # the models are so small that a second thread only waits
+    torch.set_num_threads(1)  # the models are too small for a second thread to help
     results = []
     calls, steps = (["generate"], 2) if arguments.quick else (CALLS, 8)
     for number, name in enumerate(names, 1):
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write_outputs(arguments: argparse.Namespace, results: Sequence[Result]) -> None:
-    """After every family, so that what was measured survives an interruption."""
+    """Write after every family, so that results survive an interruption."""
     if arguments.json:
         found = {"versions": versions(), "families": [r.as_json() for r in results]}
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -97,7 +97,7 @@ def _write_outputs(arguments: argparse.Namespace, results: Sequence[Result]) -> 
 
 
 def versions() -> dict[str, str]:
-    """What the table was made with."""
+    """The versions that the table was made with."""
     return {
         "dartfx": dartfx.__version__,
         "torch": torch.__version__,
@@ -107,7 +107,7 @@ def versions() -> dict[str, str]:
 
 
 def counts(results: Sequence[Result]) -> str:
-    """How many families ended how."""
+    """Count the families per status."""
     found = [result.status for result in results]
     each = (f"{found.count(s)} {s}" for s in dict.fromkeys(sorted(found)))
     return f"{len(results)} families: {', '.join(each)}"
@@ -122,7 +122,7 @@ def _cell(call: Call | None) -> str:
 
 
 def _why(result: Result) -> list[str]:
-    """Each reason once, with the calls it holds for."""
+    """Each reason once, with the calls it applies to."""
     reasons: dict[str, list[str]] = {}
     for name, call in result.calls.items():
         if call.why:
@@ -133,17 +133,17 @@ def _why(result: Result) -> list[str]:
 
 
 def _short(where: str) -> str:
-    """A source line without the folder that packages are installed in."""
+    """A source line without the folder of installed packages."""
     return where.rpartition("site-packages/")[2]
 
 
 def _how(result: Result) -> str:
-    """Where the vision mask came from, of all calls that were pruned."""
+    """The sources of the vision mask in all pruned calls."""
     return "; ".join(dict.fromkeys(call.how for call in result.calls.values() if call.how))
 
 
 def _crossings(result: Result) -> tuple[str, ...]:
-    """What crossed the cut in the call with the most of it."""
+    """What crossed the cut, for the call with the most crossings."""
     return max((call.crossings for call in result.calls.values()), key=len)
 
 

@@ -1,8 +1,8 @@
-"""What a family is: a tiny model, and how prompts for it are written.
+"""A family: a tiny model and the format of its prompts.
 
-The models are the untouched Hugging Face classes with small configurations: fp32, eval, seeded.
-Weights are drawn with the standard deviation 1 / sqrt(fan in) rather than the usual 0.02, so that
-dropping or misplacing one token moves the logits by far more than rounding does.
+The models are unmodified Hugging Face classes with small configurations: fp32, eval, seeded.
+Weights have a standard deviation of 1 / sqrt(fan in) instead of the usual 0.02, so that dropping or
+misplacing one token changes the logits by far more than rounding does.
 Sizes are free, so a test can make the sequence length equal the hidden size, the vocabulary, ...
 """
 
@@ -28,21 +28,21 @@ _GAP = 3  # text tokens between two images
 
 @dataclass(frozen=True)
 class Structure:
-    """A model's configuration and what its prompts need.
+    """A model's configuration and the format of its prompts.
 
     model_class: name in transformers.  config: of the whole model.
-    image_token_id: the placeholder that vision features replace, ``tokens_per_image`` times.
+    image_token_id: the placeholder replaced by vision features, ``tokens_per_image`` times.
     pixels: number of images -> the model's vision arguments, each with the images in dim 0;
-    per_row: those have the prompt's row in dim 0 and the image in dim 1 instead.
+    per_row: they have the prompt's row in dim 0 and the image in dim 1 instead.
     image_prefix, image_suffix: markers around each image.
-    layer: the K of the survey, 2 unless layer 1 has no attention to take keys from.
+    layer: the K of the survey, 2 unless layer 1 has no attention that provides keys.
     types: name of the argument that is 1 at vision tokens, or "".
     extra: (input_ids, attention_mask) -> more arguments.
     decoder: path of the text decoder where ``get_decoder()`` is not it.
-    attention: the one implementation the model supports, or "" for any.
-    eager_parts: paths of modules kept out of dynamo, for those it compiles wrongly by itself.
-    makes_cache: whether a plain forward makes its own KV cache.
-    latent_cache: whether the cache holds latents that keys are made of, not the keys.
+    attention: the only implementation that the model supports, or "" for any.
+    eager_parts: paths of modules excluded from dynamo because it miscompiles them by itself.
+    makes_cache: whether a plain forward creates its own KV cache.
+    latent_cache: whether the cache holds latents that keys are computed from, not the keys.
     """
 
     model_class: str
@@ -69,7 +69,7 @@ Builder = Callable[..., Structure]
 
 @dataclass(frozen=True)
 class Family:
-    """A built model, and prompts for it."""
+    """A built model and its prompts."""
 
     name: str
     structure: Structure
@@ -77,7 +77,7 @@ class Family:
 
     @property
     def image_token_id(self) -> int:
-        """The placeholder that vision features replace."""
+        """The placeholder replaced by vision features."""
         return self.structure.image_token_id
 
     @property
@@ -125,7 +125,7 @@ class Family:
         return self._pack(self._rows(variant, before, after, generator), generator)
 
     def row(self, inputs: Inputs, index: int) -> Inputs:
-        """Row ``index`` of a batch as a prompt of its own, without its padding."""
+        """Row ``index`` of a batch as a single prompt, without its padding."""
         image = inputs["input_ids"] == self.image_token_id
         counts = (image.sum(1) // self.tokens_per_image).tolist()
         first, last = sum(counts[:index]), sum(counts[: index + 1])
@@ -182,7 +182,7 @@ def vocabulary(config: Any) -> int:
 def special(vocab_size: int, number: int) -> int:
     """The ``number``-th special token id, 1 .. SPECIAL_IDS, counted from the vocabulary's end.
 
-    1 is the image, 2 the video, 3 and 4 the markers around them; the rest is free.
+    1 is the image, 2 the video, 3 and 4 are the markers around them; the rest are free.
     """
     return vocab_size - number
 
@@ -195,7 +195,7 @@ def text_sizes(
     vocab_size: int = 200,
     **more: Any,
 ) -> dict[str, Any]:
-    """Sizes of a text model, under the names that nearly all text configurations use."""
+    """Sizes of a text model, under the names used by nearly all text configurations."""
     return {
         "num_hidden_layers": layers,
         "hidden_size": hidden_size,
@@ -213,7 +213,7 @@ def text_sizes(
 
 
 def tower_sizes(layers: int = 3, **more: Any) -> dict[str, Any]:
-    """Sizes of a vision tower, under the names that most vision configurations use."""
+    """Sizes of a vision tower, under the names used by most vision configurations."""
     return {
         "hidden_size": 48,
         "intermediate_size": 96,
@@ -224,7 +224,7 @@ def tower_sizes(layers: int = 3, **more: Any) -> dict[str, Any]:
 
 
 def images(*shape: int, name: str = "pixel_values", **more: list[int]) -> Pixels:
-    """Vision arguments of one random tensor [images, *shape], and one row of ``more`` per image."""
+    """Vision arguments: a random tensor [images, *shape], and one row of ``more`` per image."""
 
     def pixels(count: int, generator: torch.Generator) -> Inputs:
         drawn = {name: torch.randn((count, *shape), generator=generator)}
@@ -251,10 +251,10 @@ def build(
     attn_implementation: str = "sdpa",
     **sizes: Any,
 ) -> Family:
-    """A family's model with random weights.
+    """Build a family's model with random weights.
 
-    Raises AttributeError when this transformers has no such model, ImportError when the model
-    needs a package that is not installed.
+    Raises AttributeError if this transformers has no such model, ImportError if the model needs a
+    package that is not installed.
     """
     structure = builder(**sizes)
     with torch.random.fork_rng(devices=[]):
@@ -267,14 +267,14 @@ def build(
         part.forward = torch.compiler.disable(part.forward)  # type: ignore[no-untyped-call]
     head = model.get_output_embeddings() or model.language_model.get_output_embeddings()
     with torch.no_grad():
-        # Their logits are then zero, so greedy decoding never writes a placeholder token.
+        # Their logits are then zero, so greedy decoding never emits a placeholder token.
         head.weight[vocabulary(structure.config) - SPECIAL_IDS :] = 0.0
     model.generation_config.eos_token_id = None
     return Family(name, structure, model.requires_grad_(False))
 
 
 def _redraw(model: Any) -> None:
-    """Weights that matter, and norms and biases that are neither one nor zero."""
+    """Redraw weights large enough to matter, and norms and biases other than one or zero."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

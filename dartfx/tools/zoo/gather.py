@@ -1,4 +1,4 @@
-"""Tensors of a decoder layer with only the kept tokens left in them, gathered by ``keep_idx``."""
+"""Gathers a decoder layer's tensors by ``keep_idx``, so that only kept tokens remain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LAST_BUT_ONE = {"position_embeddings", "per_layer_input"}
 
 
 class Late:
-    """Stands in for a DeepStack tensor that is moved to a device wherever the decoder uses it."""
+    """A stand-in for a DeepStack tensor, which the decoder moves to a device on each use."""
 
     def __init__(self, now: Callable[[], Tensor]) -> None:
         self._now = now
@@ -27,7 +27,7 @@ class Late:
 
 
 def take(tensor: Tensor, keep_idx: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
-    """``tensor`` gathered along ``dim`` by each row's indices.
+    """Gather ``tensor`` along ``dim`` by each row's indices.
 
     tensor: B or 1 at ``batch_dim``, S at ``dim``; keep_idx: [B, S'].  Returns S' at ``dim``.
     """
@@ -42,7 +42,7 @@ def take(tensor: Tensor, keep_idx: Tensor, dim: int, batch_dim: int = 0) -> Tens
 
 
 def take_tokens(tensor: Tensor, keep_idx: Tensor, dim: int) -> Tensor:
-    """As :func:`take` with ``dim`` counted from the end and the batch in the dim before it."""
+    """As :func:`take`, with ``dim`` counted from the end and the batch in the dim before it."""
     dim = tensor.dim() + dim
     return take(tensor, keep_idx, dim, dim - 1)
 
@@ -56,9 +56,9 @@ def _gather_mask(mask: Tensor, keep_idx: Tensor, last_only: bool) -> Tensor:
 
 
 def gather_argument(name: str, value: Any, keep_idx: Tensor, last_only: bool) -> Any:
-    """One argument of a decoder layer, with only the kept tokens left in it.
+    """Reduce one argument of a decoder layer to the kept tokens.
 
-    last_only: the layer gets only the last token as query, and that token's rows of all tables.
+    last_only: the layer gets only the last token as query, and only its rows of all tables.
     """
     if isinstance(value, dict):
         return {k: gather_argument(name, v, keep_idx, last_only) for k, v in value.items()}

@@ -1,10 +1,10 @@
-"""DART by forward hooks on an eager Hugging Face model: what the compiled model is compared with.
+"""DART by forward hooks on an eager Hugging Face model: the reference for the compiled model.
 
-Nothing here comes from the compiler. Before decoder layer K, every tensor argument of the decoder
-layers is gathered along its token dimensions by ``keep_idx``, one row of indices per sample.
-Positions and masks are gathered, never rebuilt: every token keeps the position it had, and a mask
-built from positions with gaps would treat each gap as the border of another sequence.
-Decode steps (one query token) pass through the hooks untouched.
+Nothing here uses the compiler. Before decoder layer K, every tensor argument of the decoder layers
+is gathered along its token dimensions by ``keep_idx``, one row of indices per sample.
+Positions and masks are gathered, never rebuilt: every token keeps its position, and a mask built
+from positions with gaps would treat each gap as a sequence boundary.
+Decode steps (one query token) pass through the hooks unchanged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
     "unpruned_generate",
 ]
 
-# Under the names that programs written before the hooks had a file of their own import.
+# Names kept for programs written before the hooks had their own file.
 _Hooks, _hooked = Hooks, installed
 
 
@@ -80,7 +80,7 @@ def float64_selector(selection_inputs: SelectionInputs, retain: int) -> Tensor:
 
 
 def _attention_caches(cache: Any) -> list[Any]:
-    """The layers of a cache that hold keys; none where the model returns no cache."""
+    """The layers of a cache that hold keys; empty if the model returns no cache."""
     layers = [] if cache is None else cache.layers
     return [entry for entry in layers if getattr(entry, "keys", None) is not None]
 
@@ -129,13 +129,13 @@ def pruned_forward(
     selector: Selector = float64_selector,
     **where: Any,
 ) -> Pruned:
-    """``model(**inputs)`` with DART before decoder layer ``layer``, 0 <= layer < depth.
+    """Run ``model(**inputs)`` with DART before decoder layer ``layer``, 0 <= layer < depth.
 
     Layered caches keep S tokens before the cut and S' after it; uniform ones hold S' everywhere.
-    where: ``decoder`` (module) and ``image_token_id`` for models that do not tell themselves;
-    ``latent_cache=True`` where the cache does not hold the keys that attention uses; ``merge=True``
+    where: ``decoder`` (module) and ``image_token_id`` for models that do not expose them;
+    ``latent_cache=True`` if the cache does not hold the keys that attention uses; ``merge=True``
     averages dropped tokens into the kept ones.
-    Raises ValueError on a layer out of range.
+    Raises ValueError if the layer is out of range.
     """
     hooks = Hooks(model, inputs, layer, retain, selector, **where)
     return _forward(model, inputs, hooks, kv_layout)
@@ -152,11 +152,11 @@ def pruned_generate(
     selector: Selector = float64_selector,
     **where: Any,
 ) -> Generated:
-    """Greedy ``model.generate(**inputs)`` whose prefill is pruned and whose decode is untouched.
+    """Run greedy ``model.generate(**inputs)`` with a pruned prefill and unchanged decode.
 
     The caches are those of :func:`dartfx.compile`; a bare ``torch.compile`` leaves "layered" ones.
-    Raises ValueError where transformers' one decode mask cannot fit the caches: layered caches
-    under padding or eager attention.
+    Raises ValueError if transformers' single decode mask cannot fit the caches: layered caches with
+    padding or eager attention.
     """
     hooks = Hooks(model, inputs, layer, retain, selector, **where)
     eager = hooks.decoder.config._attn_implementation == "eager"
@@ -169,10 +169,10 @@ def pruned_generate(
 
 
 def unpruned_forward(model: Any, inputs: Inputs, *, layer: int = 2) -> Pruned:
-    """``model(**inputs)`` as it is; ``hidden`` and ``score_keys`` are taken before ``layer``."""
+    """Run ``model(**inputs)`` unpruned; ``hidden``, ``score_keys`` are those before ``layer``."""
     return _forward(model, inputs, Hooks(model, inputs, layer, 0, None), "layered")
 
 
 def unpruned_generate(model: Any, inputs: Inputs, *, max_new_tokens: int) -> Generated:
-    """Greedy ``model.generate(**inputs)`` as it is."""
+    """Run greedy ``model.generate(**inputs)`` unpruned."""
     return _generate(model, inputs, Hooks(model, inputs, 1, 0, None), "layered", max_new_tokens)

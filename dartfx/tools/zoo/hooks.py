@@ -1,4 +1,4 @@
-"""The hooks that prune one call of an eager model, or only watch it."""
+"""Hooks that prune one call of an eager model, or only observe it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class SelectionInputs:
-    """All that a selection may look at, taken before decoder layer K.
+    """All inputs of a selection, taken before decoder layer K.
 
-    ``hidden`` [B, S, C]: what enters layer K, through the model's final norm.
-    ``keys`` [B, H, S, D]: keys of layer K-1 after rotary embedding, as they go to the cache, or
-    to attention where the cache holds something else.  Before layer 0 ``hidden`` are the embeddings
-    themselves and ``keys`` have no heads.
+    ``hidden`` [B, S, C]: layer K's input after the model's final norm.
+    ``keys`` [B, H, S, D]: keys of layer K-1 after rotary embedding, as stored in the cache, or as
+    used by attention if the cache holds something else.  Before layer 0, ``hidden`` are the
+    embeddings themselves and ``keys`` have no heads.
     ``vision`` and ``valid`` [B, S] bool: vision tokens; tokens that are not padding.
     """
 
@@ -44,7 +44,7 @@ Selector = Callable[[SelectionInputs, int], Tensor]
 
 
 class Hooks:
-    """The hooks of one call; ``selector`` None only watches."""
+    """The hooks of one call; ``selector`` None only observes."""
 
     def __init__(
         self,
@@ -79,9 +79,9 @@ class Hooks:
         self.attended: Tensor | None = None
 
     def update(self, cache: Cache, keys: Tensor, values: Tensor, index: int, *more: Any) -> Any:
-        """Stands in for ``Cache.update``: remembers what layers before K store of the prompt.
+        """Replacement for ``Cache.update`` that records the prompt KV stored before layer K.
 
-        The cache itself may hold less of it afterwards, where a layer's window is short.
+        The cache itself may hold less afterwards, if a layer's window is short.
         """
         if index < self.layer and self.selection_inputs is None:
             self.stored[index] = keys, values
@@ -89,7 +89,7 @@ class Hooks:
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """Remembers the keys that layer K-1 gives to its attention call."""
+        """Record the keys that layer K-1 passes to its attention call."""
         attend = torch.nn.functional.scaled_dot_product_attention
         inside = False
 
@@ -170,7 +170,7 @@ class Hooks:
         return keys
 
     def between_layers(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """DeepStack's addition of vision features, for hidden states that were pruned already."""
+        """DeepStack's addition of vision features to hidden states that are already pruned."""
 
         def add(hidden: Tensor, positions: Tensor, features: Tensor) -> Any:
             return original(hidden, *self._left(positions, features))
@@ -180,12 +180,12 @@ class Hooks:
     def before_decoder(
         self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pre-hook of the decoder: the same for one that adds them in its own loop."""
+        """Pre-hook of the decoder: the same for a decoder that adds them in its own loop."""
         kwargs = kwargs | self._positions(kwargs)
         padding: Any = kwargs.get("attention_mask")
         known = self.uniform and isinstance(padding, Tensor) and padding.ndim == 2
         if known and self.keep_idx is not None:
-            # Decode reads the caches by the mask's first columns, so those are gathered alike.
+            # Decode indexes the caches by the mask's first columns, so gather those likewise.
             prompt = self.valid.shape[1]
             columns = padding[:, :prompt].gather(1, self.keep_idx), padding[:, prompt:]
             return args, kwargs | {"attention_mask": torch.cat(columns, 1)}
@@ -208,19 +208,19 @@ class Hooks:
         return args, kwargs | late
 
     def _positions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positions [1, 1] of a decode step that would take them from its caches' length."""
+        """Positions [1, 1] of a decode step that would derive them from its caches' length."""
         cache, given = kwargs.get("past_key_values"), kwargs.get("position_ids")
         kept = self.keep_idx if self.uniform and not self.prefilling else None
         if kept is None or cache is None or given is not None:
             return {}
         dropped = self.valid.shape[1] - kept.shape[1]
-        # Positions of tables that begin behind the pad's row count from there.
+        # Position tables that start after the pad's row are offset by it.
         table = getattr(self.decoder, "embed_positions", None)
         first = getattr(table, "padding_idx", -1) + 1 if hasattr(table, "make_weights") else 0
         return {"position_ids": kept.new_tensor([[first + cache.get_seq_length() + dropped]])}
 
     def _left(self, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, S] and rows of vision features, or what pruning left of them."""
+        """Positions [B, S] and rows of vision features, reduced to those that were kept."""
         if self.selector is None or self.keep_idx is None:
             return positions, features
         row = positions.flatten().cumsum(0).view(positions.shape) - 1
@@ -228,9 +228,9 @@ class Hooks:
         return positions, features[take(row, self.keep_idx, 1)[positions]]
 
     def compact(self, cache: Any) -> None:
-        """Leave only the kept tokens in the caches of the layers before K.
+        """Keep only the kept tokens in the caches of the layers before K.
 
-        A sliding layer that the prompt overflowed holds its last tokens, whatever was dropped.
+        A sliding-window layer shorter than the prompt holds its last tokens, whatever was dropped.
         """
         assert self.keep_idx is not None
         for index, (keys, values) in self.stored.items():
@@ -245,7 +245,7 @@ _CACHE_UPDATE = Cache.update
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute that no hook reaches, for the ``with`` block."""
+    """Replace an attribute that hooks cannot reach, inside the ``with`` block."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -1,4 +1,4 @@
-"""One family through the compiler: what became of it, compared with the hooks and the oracle."""
+"""Compiles one family and compares the result with the hooks and the oracle."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from dartfx.tools.zoo.registry import load
 
 RETAIN = 6
 CALLS = ("one", "pad2", "generate")
-CLOSE = 2e-4  # logits are of order 1; a misplaced token moves them by a hundred times that
+CLOSE = 2e-4  # logits are of order 1; a misplaced token changes them a hundred times as much
 
-# From best to worst; a family is as bad as the worst of its calls.
+# From best to worst; a family's status is its worst call's.
 GOOD = ("pruned", "refused", "unsure", "absent")
 BAD = ("SILENT", "UNCHECKED", "WRONG", "CRASH")
 _ORDER = ("absent", "pruned", "refused", "unsure", *BAD)
@@ -40,11 +40,11 @@ _ORDER = ("absent", "pruned", "refused", "unsure", *BAD)
 class Call:
     """One call of a compiled model.
 
-    status: of ``GOOD`` or ``BAD``; unsure is where dartfx logs that tokens may have come unseen.
+    status: in ``GOOD`` or ``BAD``; "unsure": dartfx logs that it may have missed vision tokens.
     difference: largest |logit difference| to the oracle, or to the eager model after a refusal.
     moved: largest |logit difference| between the oracle and the unpruned eager model at the last
-    token, by which a wrong answer would show.
-    graphs: how many dynamo made.
+    token, which makes a wrong answer detectable.
+    graphs: the number of dynamo graphs.
     why: the refusal or the error; where: the user's line that stopped the compiler.
     """
 
@@ -72,7 +72,7 @@ class Result:
 
     @property
     def status(self) -> str:
-        """The worst of the calls; "partly" where some were pruned, others refused or unsure."""
+        """The worst call's status; "partly" if some were pruned, others refused or unsure."""
         found = {call.status for call in self.calls.values()}
         if "pruned" in found and {"pruned"} < found <= {"pruned", "refused", "unsure"}:
             return "partly"
@@ -84,7 +84,7 @@ class Result:
         return all(call.status in GOOD for call in self.calls.values())
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in types that JSON knows."""
+        """Everything, in JSON-compatible types."""
         return {"status": self.status, **asdict(self)}
 
 
@@ -96,7 +96,7 @@ def measure(
     calls: Sequence[str] = CALLS,
     steps: int = 8,
 ) -> Result:
-    """Build a family and try its calls.  steps: tokens that ``generate`` writes.  Never raises."""
+    """Build a family and run its calls.  steps: tokens to generate.  Never raises."""
     result, start = Result(name, about), time.perf_counter()
     torch.compiler.reset()
     dartfx.reset()
@@ -123,7 +123,7 @@ def _attempt(call: Callable[[], Call]) -> Call:
     try:
         return call()
     except SelectionError as error:
-        # A refusal that depends on the values of a call, so it can only be made while running.
+        # A refusal that depends on a call's values, so it can only happen at run time.
         return Call("refused", why=_first_line(error))
     except Exception as error:
         return _crash(error)
@@ -152,7 +152,7 @@ def _where(family: Family) -> dict[str, Any]:
 
 
 def _forward_one(family: Family, options: dict[str, Any]) -> Call:
-    """One prompt without a mask, through a bare ``torch.compile``."""
+    """Run one prompt without a mask through a bare ``torch.compile``."""
     inputs = family.make_inputs("one")
     del inputs["attention_mask"]
     compiled = torch.compile(family.model, backend="dart", options=options)
@@ -160,7 +160,7 @@ def _forward_one(family: Family, options: dict[str, Any]) -> Call:
 
 
 def _forward_padded(family: Family, options: dict[str, Any]) -> Call:
-    """Two prompts of different lengths, padded on the left, through ``dartfx.compile``."""
+    """Run two left-padded prompts of different lengths through ``dartfx.compile``."""
     with _quiet(), _compiled(family.model, options) as model:
         return _forward(family, family.make_inputs("pad2"), model)
 
@@ -189,7 +189,7 @@ def _forward(family: Family, inputs: Inputs, compiled: Any) -> Call:
 
 
 def _generate(family: Family, options: dict[str, Any], steps: int) -> Call:
-    """One prompt through ``dartfx.compile`` and ``generate``."""
+    """Run one prompt through ``dartfx.compile`` and ``generate``."""
     inputs = family.make_inputs("one")
     del inputs["attention_mask"]
     arguments: dict[str, Any] = {
@@ -228,9 +228,9 @@ def _compiled(model: Any, options: dict[str, Any]) -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[list[str]]:
-    """Collects what dartfx warns of, and keeps torch's and transformers' warnings away."""
+    """Collect dartfx's warnings, and suppress those of torch and transformers."""
     warned: list[str] = []
-    logged = BufferingHandler(1000)  # a bare compile has no other way to say it of a whole call
+    logged = BufferingHandler(1000)  # a bare compile cannot report on a whole call otherwise
     logging.getLogger("dartfx").addHandler(logged)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -243,7 +243,7 @@ def _quiet() -> Iterator[list[str]]:
 
 
 def _told(reports: list[Report], warned: list[str]) -> Call:
-    """What dartfx said of a call."""
+    """Summarise dartfx's reports on a call."""
     for report in reports:
         if isinstance(pruned := report.outcome, Pruned):
             crossings = (f"{c.name} [{', '.join(c.shape)}]" for c in pruned.crossings)
@@ -258,7 +258,7 @@ def _told(reports: list[Report], warned: list[str]) -> Call:
         if isinstance(no := report.outcome, Declined):
             status = "refused" if warned else "SILENT"
             if no.because.startswith("internal error"):
-                status = "CRASH"  # caught by the compiler, but nothing a user can act on
+                status = "CRASH"  # caught by the compiler, but not actionable for a user
             return Call(
                 status, graphs=len(reports), why=no.because, where=no.where, advice=no.advice
             )
@@ -276,7 +276,7 @@ def _unchecked(call: Call, error: Exception) -> Call:
 
 
 def _compare(call: Call, ours: Tensor, theirs: Tensor, valid: Tensor | None = None) -> Call:
-    """``call`` with the difference filled in, WRONG where it is too large."""
+    """Fill in the difference of ``call``; its status is WRONG if that is too large."""
     if ours.shape != theirs.shape:
         call.status = "WRONG"
         call.why = f"logits {list(ours.shape)}, expected {list(theirs.shape)}; {call.why}"

@@ -1,4 +1,4 @@
-"""Dropped vision tokens averaged into the kept ones, token by token in float64."""
+"""Averages dropped vision tokens into the kept ones, token by token in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["merged"]
 
 
 def merged(hidden: Tensor, compared: Tensor, keep_idx: Tensor, vision: Tensor) -> Tensor:
-    """``hidden`` [B, S, D] with each kept vision token's group averaged into it.
+    """Average each kept vision token's group into it, in ``hidden`` [B, S, D].
 
-    A group is a kept vision token and every dropped one whose cosine to it, in ``compared``
-    [B, S, D], is the largest.  keep_idx: [B, S'].  vision: [B, S] bool.
+    A group is a kept vision token and every dropped one whose cosine in ``compared`` [B, S, D] is
+    largest to it.  keep_idx: [B, S'].  vision: [B, S] bool.
     """
     result, values = hidden.clone(), as_float64(hidden)
     vectors = as_float64(compared)

@@ -1,8 +1,8 @@
-"""The selection once more, in float64 numpy with Python loops: slow, obvious, independent.
+"""An independent reference of the selection, in float64 numpy with Python loops.
 
 It shares no code with dartfx. Rankings sort (score, position) pairs, so ties go to the lowest
-position and NaN, mapped to infinity, ranks last. ``gaps`` records by how much each decision was
-made: where the smallest gap is far above the rounding of float32, the operator must agree exactly.
+position and NaN, mapped to infinity, ranks last. ``gaps`` records the margin of each decision:
+where the smallest gap is far above float32 rounding, the operator must agree exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EPS = 1e-8  # each norm of the cosine is clamped at this value
 
 @dataclass
 class Selection:
-    """What one sample keeps, and how the decision was made."""
+    """The tokens that one sample keeps, and how they were selected."""
 
     kept: list[int]
     image_pivots: list[int] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def gap(self) -> float:
-        """The smallest margin of any decision; infinite when nothing had to be decided."""
+        """The smallest margin of any decision; infinite if there was none."""
         return min((gap for row in self.rows for gap in row.gaps), default=float("inf"))
 
 
@@ -49,7 +49,7 @@ Choose = Callable[[int, list[int], list[int], int], Selection]
 
 
 class TextLost(Exception):
-    """A row's valid text does not fit; ``row`` says which."""
+    """The valid text of row ``row`` does not fit."""
 
     def __init__(self, row: int) -> None:
         super().__init__(row)
@@ -57,7 +57,7 @@ class TextLost(Exception):
 
 
 def as_float64(tensor: Any) -> Array:
-    """A torch tensor of any float dtype, or an array, as float64."""
+    """Convert a torch tensor of any float dtype, or an array, to float64."""
     if hasattr(tensor, "detach"):
         tensor = tensor.detach().cpu().double().numpy()
     return np.asarray(tensor, dtype=np.float64)
@@ -70,7 +70,7 @@ def key_norms(keys: Array) -> Array:
 
 
 def cosine(a: Array, b: Array) -> float:
-    """Cosine similarity of two vectors, each norm clamped on its own."""
+    """Cosine similarity of two vectors, with each norm clamped separately."""
     norm_a = max(float(np.sqrt((a * a).sum())), EPS)
     norm_b = max(float(np.sqrt((b * b).sum())), EPS)
     return float((a * b).sum() / (norm_a * norm_b))
@@ -98,7 +98,7 @@ def select(
     p_img: int,
     p_txt: int,
 ) -> Selection:
-    """Exactly min(retain, len(pool)) vision tokens of one sample.
+    """Select exactly min(retain, len(pool)) vision tokens of one sample.
 
     hidden: [S, D].  keys: [H, S, Dh].  pool: vision positions, ascending.  text: valid non-vision
     positions after the last of them, ascending.
@@ -137,7 +137,7 @@ def select_batch(
     p_img: int = 4,
     p_txt: int = 4,
 ) -> Batch:
-    """The batch rule around ``select``.
+    """Apply the batch rule with ``select``.
 
     hidden: [B, S, D].  keys: [B, H, S, Dh].  vision, valid: [B, S] bool.  Raises TextLost.
     """
@@ -150,7 +150,7 @@ def select_batch(
 
 
 def by_batch_rule(choose: Choose, vision: Any, retain: int, valid: Any = None) -> Batch:
-    """The batch rule around any choice: every row keeps S' = S - N + min(retain, N) positions.
+    """Apply the batch rule with any choice: every row keeps S - N + min(retain, N) positions.
 
     vision, valid: [B, S] bool.  N is the number of vision tokens in the batch over B, rounded
     down.  Raises TextLost for the first row whose valid text does not fit.

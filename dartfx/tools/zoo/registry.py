@@ -109,7 +109,7 @@ BUILDERS: tuple[Builder, ...] = (
 
 FAMILIES: dict[str, Builder] = {builder.__name__: builder for builder in BUILDERS}
 
-# Of what ``AutoModelForImageTextToText`` makes, by model type, what the zoo does not hold, and why.
+# Model types of ``AutoModelForImageTextToText`` that the zoo does not contain, and why.
 _ENCODER_DECODER = "vision tokens enter the encoder of an encoder-decoder model, as florence2's"
 _CROSS_ATTENTION = "the text looks at the image by cross-attention, as mllama's"
 EXCLUDED: dict[str, str] = {
@@ -129,14 +129,14 @@ EXCLUDED: dict[str, str] = {
 
 
 def missing_classes() -> dict[str, str]:
-    """Vision-language classes of the installed transformers that no family is built from.
+    """Vision-language classes of the installed transformers without a family in the zoo.
 
-    By model type, from what ``AutoModelForImageTextToText`` makes, but for ``EXCLUDED``.  Raises
-    Unavailable where that is not to be found.
+    By model type, from ``AutoModelForImageTextToText``'s mapping without ``EXCLUDED``.  Raises
+    Unavailable if that mapping cannot be found.
     """
     known, held = compat.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, set()
     for builder in BUILDERS:
-        # This transformers lacks the family, or a package that its configuration needs.
+        # This transformers lacks the family, or its configuration needs a missing package.
         with contextlib.suppress(AttributeError, ImportError):
             held.add(builder().model_class)
     left = {kind: name for kind, name in known.items() if name not in held}

@@ -1,4 +1,4 @@
-"""What ``bench generate`` runs: published shapes with random weights, or a checkpoint.
+"""The workloads of ``bench generate``: published shapes with random weights, or a checkpoint.
 
 llava-1.5-7b    one image of 576 vision tokens, 64 kept
 llava-next-7b   one image in five tiles, 2880 vision tokens and 48 of new lines, 320 kept
@@ -40,7 +40,7 @@ def _clip() -> Any:
 
 
 def _llama() -> dict[str, Any]:
-    """Vicuna-7B, with the vocabulary that LLaVA's checkpoints are padded to."""
+    """Vicuna-7B, with the padded vocabulary of LLaVA's checkpoints."""
     return text_sizes(
         layers=32,
         hidden_size=4096,
@@ -111,17 +111,17 @@ def qwen2_5_vl_7b() -> Structure:
 
 
 def small() -> Structure:
-    """The decoder of ``make bench``, behind a small tower: for later turns on a CPU."""
+    """The decoder of ``make bench`` with a small tower, for later turns on a CPU."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
     return llava(side=24, layers=12, hidden_size=512, max_position_embeddings=4096, **heads)
 
 
 def tiny() -> Structure:
-    """LLaVA-1.5 with two heads of keys for four of queries; for trying the command."""
+    """LLaVA-1.5 with two key heads for four query heads, for trying the command."""
     return llava(side=12)
 
 
-# Builder, and vision tokens kept: the paper's budgets, for Qwen2.5-VL the default ratio.
+# Builder, and vision tokens kept: the paper's budgets; for Qwen2.5-VL, the default ratio.
 SHAPES: dict[str, tuple[Callable[[], Structure], int]] = {
     "llava-1.5-7b": (llava_7b, 64),
     "llava-next-7b": (llava_next_7b, 320),
@@ -134,9 +134,9 @@ SHAPES: dict[str, tuple[Callable[[], Structure], int]] = {
 def build(
     name: str, device: torch.device, dtype: torch.dtype, *, images: int = 1, batch: int = 1
 ) -> Workload:
-    """A model of this shape; every weight is made on ``device`` in ``dtype``, none on the host.
+    """Build a model of this shape, with every weight created on ``device`` in ``dtype``.
 
-    images: pictures in a row in each prompt; batch: prompts, all of the same tokens and pixels.
+    images: consecutive images in each prompt; batch: prompts, all with the same tokens and pixels.
     """
     structure = SHAPES[name][0]()
     with torch.random.fork_rng(), torch.device(device):
@@ -148,7 +148,7 @@ def build(
 
 
 def _repeated(inputs: dict[str, Any], images: int, batch: int) -> dict[str, Any]:
-    """One prompt's inputs with its image ``images`` times in a row, ``batch`` such prompts."""
+    """Inputs of ``batch`` equal prompts, each with its image repeated ``images`` times."""
     length = inputs["input_ids"].shape[1]
 
     def repeat(value: torch.Tensor) -> torch.Tensor:
@@ -167,9 +167,9 @@ def load(
     image: Path | None,
     prompt: str | None,
 ) -> Workload:
-    """A checkpoint by folder or hub name, and its processor's inputs; without an image, noise.
+    """Load a checkpoint by folder or hub name, and its inputs; the default image is noise.
 
-    Raises InputError for what cannot be used.
+    Raises InputError for anything unusable.
     """
     from PIL import Image
 
@@ -179,8 +179,8 @@ def load(
 
 
 def _place(name: str, model: Any, inputs: dict[str, Any]) -> Workload:
-    """The workload with its inputs moved to the model's device, floats in its dtype."""
-    # Without an end token every answer has exactly the length that is requested.
+    """Build the workload, with inputs moved to the model's device and floats to its dtype."""
+    # Without an end token, every answer has exactly the requested length.
     model.generation_config.eos_token_id = None
     cast = to_model(inputs, model)
     vision = cast["input_ids"] == model.config.image_token_id
