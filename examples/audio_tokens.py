@@ -1,7 +1,7 @@
-"""Prune the audio tokens of an audio-language model: nothing in dartfx is about pictures.
+"""Prune the audio tokens of an audio-language model: nothing in dartfx is specific to images.
 
 Whatever a model merges into its text embeddings is a sequence of media tokens, selected by the same
-rule.  ``pivot_media_tokens`` and ``dartfx.media_tokens`` are the neutral names of
+rule.  ``pivot_media_tokens`` and ``dartfx.media_tokens`` are neutral aliases of
 ``pivot_image_tokens`` and ``dartfx.vision_tokens``.
 """
 
@@ -32,7 +32,7 @@ def model_and_inputs() -> tuple[Any, dict[str, Tensor]]:
     }  # fmt: skip
     config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=AUDIO)
     model = Qwen2AudioForConditionalGeneration(config).eval()
-    frames = 4 * TOKENS  # the encoder and the pooling behind it halve their number twice
+    frames = 4 * TOKENS  # the encoder and the pooling after it each halve their number
     ids = torch.randint(1, AUDIO, (1, 4 + TOKENS + 9))
     ids[:, 4 : 4 + TOKENS] = AUDIO
     return model, {
@@ -43,7 +43,7 @@ def model_and_inputs() -> tuple[Any, dict[str, Tensor]]:
 
 
 def main(**options: object) -> tuple[Tensor, dartfx.Report]:
-    """Generate with pruned audio tokens.  Returns the tokens [1, S + 8] and the report."""
+    """Generate with pruned audio tokens; returns the tokens [1, S + 8] and the report."""
     model, inputs = model_and_inputs()
     dartfx.compile(model, retain_tokens=RETAIN, layer=LAYER, pivot_media_tokens=4, **options)
     tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)

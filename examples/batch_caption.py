@@ -3,14 +3,14 @@
     torchrun --nproc-per-node 2 examples/batch_caption.py OUT.jsonl --images FOLDER
     accelerate launch --num-processes 2 examples/batch_caption.py OUT.jsonl --questions IN.jsonl
 
-Every process holds the whole model and takes its share of the lines (data parallel); started
-without a launcher, one process takes all.  IN.jsonl has {"image": path, "question": text} in each
-line, paths seen from its folder; --images asks one --question of every image in a folder.  Each
-line of OUT.jsonl is the line of the input with its "number" and the "answer" that was generated.
+Every process holds the whole model and processes its share of the lines (data parallel); without a
+launcher, one process does all.  Each line of IN.jsonl is {"image": path, "question": text}, with
+paths relative to its folder; --images asks one --question about every image in a folder.  Each line
+of OUT.jsonl is an input line with its "number" and the generated "answer".
 
-While it runs, each process appends to a part file next to OUT.jsonl, line by line.  Restarted with
-the same arguments after a kill, on any number of processes, it continues with what is missing; no
-line is lost or written twice.
+While running, each process appends lines to a part file next to OUT.jsonl.  Restarted with the same
+arguments after a kill, on any number of processes, it continues with the missing lines; none is
+lost or written twice.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Line = dict[str, Any]
 
 
 class InputError(Exception):
-    """What the user must change, shown without a traceback."""
+    """An error that the user must fix, shown without a traceback."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_lines(args: argparse.Namespace) -> list[Line]:
-    """The input's lines, each with its number; image paths made absolute for reading."""
+    """Read the input's lines, each with its number; image paths are made absolute."""
     if args.images is not None:
         found = sorted(p for p in args.images.glob("*") if p.suffix.lower() in SUFFIXES)
         lines = [{"image": p.name, "question": args.question} for p in found]
@@ -75,7 +75,7 @@ def read_lines(args: argparse.Namespace) -> list[Line]:
 
 
 def settings(args: argparse.Namespace, lines: Sequence[Line]) -> Line:
-    """All that the answers depend on: an output can be continued only with the same."""
+    """Everything the answers depend on: an output can be continued only with equal settings."""
     named = ("model", "retain_tokens", "max_new_tokens")
     return {name: getattr(args, name) for name in named} | {"lines": lines}
 
@@ -84,24 +84,24 @@ def settings(args: argparse.Namespace, lines: Sequence[Line]) -> Line:
 
 
 def part(out: Path, rank: int) -> Path:
-    """What one process appends to."""
+    """The part file that one process appends to."""
     return out.with_name(f"{out.name}.part{rank}")
 
 
 def parts(out: Path) -> list[Path]:
-    """All that processes of this run or a killed one have written."""
+    """All part files written by this run or a killed one."""
     return sorted(out.parent.glob(f"{out.name}.part*"))
 
 
 def complete_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file that were written whole; a kill may have cut the last one."""
+    """The complete lines of a file; a kill may have truncated the last one."""
     for text in path.read_text().splitlines(keepends=True) if path.exists() else ():
         if text.endswith("\n"):
             yield json.loads(text)
 
 
 def resume(out: Path, wanted: Line) -> set[int]:
-    """The numbers that are answered already.  Run by one process before any other writes."""
+    """The numbers already answered.  Run by one process before any other writes."""
     about = out.with_name(f"{out.name}.settings")
     if not about.exists():
         if out.exists() or parts(out):
@@ -110,7 +110,7 @@ def resume(out: Path, wanted: Line) -> set[int]:
     if json.loads(about.read_text()) != wanted:
         raise InputError(f"{out} was begun with other arguments: remove {about.name} and it")
     for path in parts(out):
-        # Appending to a line that a kill cut would spoil the next one too.
+        # Appending to a truncated line would corrupt the next one, too.
         replace_with(path, [json.dumps(line) for line in complete_lines(path)])
     return {line["number"] for path in (out, *parts(out)) for line in complete_lines(path)}
 
@@ -126,7 +126,7 @@ def replace_with(path: Path, texts: Sequence[str]) -> None:
 
 
 def merge(out: Path) -> int:
-    """Put all parts into the output, by number; how many lines it has then."""
+    """Merge all parts into the output, by number; returns its number of lines."""
     found = {line["number"]: line for path in (out, *parts(out)) for line in complete_lines(path)}
     replace_with(out, [json.dumps(found[number]) for number in sorted(found)])
     for path in parts(out):  # a kill before this leaves parts whose lines are merged again
@@ -169,7 +169,7 @@ class Captioner:
 
 
 def run(args: argparse.Namespace) -> None:
-    """One process's share; the first process looks after the files."""
+    """Process one share; the first process manages the files."""
     state = PartialState(cpu=args.cpu or not torch.cuda.is_available())
     lines = read_lines(args)
     shared: list[Any] = [None]
@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def answer_all(args: argparse.Namespace, share: Sequence[Line], state: PartialState) -> None:
-    """Answer a share batch by batch, writing each batch as soon as it is answered."""
+    """Answer a share batch by batch, and write each batch at once."""
     if not share:
         return
     caption = Captioner(args, state.device)
@@ -214,7 +214,7 @@ def answer_all(args: argparse.Namespace, share: Sequence[Line], state: PartialSt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 when there is nothing to do it with."""
+    """Return the exit status: 0, or 1 for unusable input."""
     try:
         run(parse(argv))
     except (InputError, dartfx.DartfxError) as error:

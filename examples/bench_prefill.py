@@ -3,7 +3,7 @@
 Speed: both run in this process in turns (A B A B ...), as generate() for one new token: vision
 tower, projector, merge, all decoder layers, one row of logits. The allowed speed-up is the ratio
 of all their floating-point operations, vision tower included. Compile time: first calls, each
-with empty Inductor caches. All of it with random weights: no time here depends on their values.
+with empty Inductor caches. All weights are random: no time here depends on their values.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Result = dict[str, Any]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,14 +84,14 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def warm_up(args: argparse.Namespace) -> None:
-    """Pay what the first compilation of a process costs: imports and compiler workers."""
+    """Pay the one-time cost of a process's first compilation: imports and compiler workers."""
     tiny = torch.compile(lambda x: x.sin() + 1, backend=args.lowering)
     with fresh_cache():
         tiny(torch.randn(8, device=args.device))
 
 
 def count_flops(model: nn.Module, inputs: vlm.Inputs) -> tuple[int, int]:
-    """FLOPs of one unpruned prefill, and of the decoder's layers in it, counted as it runs."""
+    """FLOPs of one unpruned prefill and of its decoder layers, counted as it runs."""
     # Attention as two matrix products: the counter does not know the CPU's fused kernel.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         vlm.prefill(model, inputs)
@@ -100,7 +100,7 @@ def count_flops(model: nn.Module, inputs: vlm.Inputs) -> tuple[int, int]:
 
 
 def time_passes(model: nn.Module, inputs: vlm.Inputs, options: Mapping[str, object]) -> Result:
-    """Seconds of all that the backend does to the prefill graph before Inductor gets it."""
+    """Seconds that the backend spends on the prefill graph before Inductor."""
     spent: list[float] = []
 
     def backend(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -119,7 +119,7 @@ def time_passes(model: nn.Module, inputs: vlm.Inputs, options: Mapping[str, obje
 
 
 def pruned_of(reports: Sequence[dartfx.Report]) -> Pruned:
-    """The one pruned graph; exits with the reasons when there is none."""
+    """The one pruned graph; exits with the reasons if there is none."""
     for report in reports:
         if isinstance(report.outcome, Pruned):
             return report.outcome
@@ -165,7 +165,7 @@ def first_call(name: str, call: Callable[[], object], alone: bool) -> Result:
 def compile_both(
     args: argparse.Namespace, model: Any, inputs: dict[str, Any]
 ) -> tuple[list[Callable[[], Any]], list[Result]]:
-    """Prefills of the plain model and of dart, compiled, and what their first calls took."""
+    """Compile prefills of the plain model and of dart; also returns their first calls' times."""
     plain, dart = vlm.twin(model), vlm.twin(model)
     plain.compile(backend=args.lowering, fullgraph=True)
     dartfx.reset()
@@ -178,7 +178,7 @@ def compile_both(
 
 
 def measure(args: argparse.Namespace) -> Result:
-    """Every figure of the benchmark."""
+    """Measure every figure of the benchmark."""
     size = vlm.SIZES[args.size]
     model = vlm.build_model(size, device=args.device, dtype=getattr(torch, args.dtype))
     inputs = vlm.random_inputs(size, BEFORE, AFTER, model)
@@ -219,7 +219,7 @@ def measure(args: argparse.Namespace) -> Result:
 
 
 def machine(args: argparse.Namespace, load: float) -> Result:
-    """Where and with what the figures were measured."""
+    """The machine and versions that the figures were measured with."""
     return {
         "device": device_name(torch.device(args.device)),
         "dtype": args.dtype,
@@ -236,7 +236,7 @@ def machine(args: argparse.Namespace, load: float) -> Result:
 
 
 def goal(result: Result, key: str) -> str:
-    """A figure, and on which side of its goal it is, in words."""
+    """Format a figure and whether it meets its goal."""
     value, aim = result[key], GOALS[key]
     if result["machine"]["size"] == "tiny" or result["machine"]["lowering"] != "inductor":
         return f"{value:.1%} (no goal: too small or not compiled)"
@@ -247,7 +247,7 @@ def goal(result: Result, key: str) -> str:
 
 
 def show(r: Result) -> None:
-    """The figures as text."""
+    """Print the figures."""
     n, kept = r["vision_tokens"]
     flops, decoder = r["flops"]["total"], r["flops"]["decoder"]
     plain, dart = r["prefill_seconds"]
@@ -274,7 +274,7 @@ def show(r: Result) -> None:
 
 
 def show_compilers(compilations: Sequence[Result]) -> None:
-    """Where the CPU seconds of both compilations went."""
+    """Print where the CPU seconds of both compilations went."""
     plain = compilations[0]["cpu"] + compilations[0]["compiler_cpu"]
     for name, each in zip(("plain", "dart"), compilations, strict=True):
         ratio = (each["cpu"] + each["compiler_cpu"]) / plain
@@ -285,7 +285,7 @@ def show_compilers(compilations: Sequence[Result]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; a goal that is not met is printed, and is no failure of the benchmark."""
+    """Return exit status 0; a missed goal is printed but does not fail the benchmark."""
     args = parse(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

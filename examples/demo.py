@@ -1,12 +1,12 @@
-"""Two things about dropping vision tokens: what it costs in answers, and what it saves in time.
+"""Shows what dropping vision tokens costs in answers and saves in time.
 
-First a small model that was trained here answers questions about pictures it never saw, with all
-vision tokens and with a few; one picture is written with what was kept drawn over it.
+First, a small model trained for this demo answers questions about unseen images, with all vision
+tokens and with a few; one image is written with an overlay of the kept tokens.
 
-Then one photograph and one question go through a larger model, twice in this process with the same
-weights: compiled by plain Inductor, and by dartfx, which keeps a few of the vision tokens and then
-hands over to Inductor. Printed is what was pruned and where, what became of the sequence and of the
-KV cache, what a prefill takes, and what was generated.
+Then one photograph and one question go through a larger model twice, in this process and with the
+same weights: compiled by plain Inductor, and by dartfx, which keeps a few of the vision tokens
+before it lowers to Inductor. The output shows what was pruned and where, the lengths of the
+sequence and the KV cache, the time of a prefill, and the generated text.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class DemoError(Exception):
-    """What stops the demo, shown without a traceback."""
+    """An error that stops the demo, shown without a traceback."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_image(name: str) -> Image.Image:
-    """The image file, or one of scikit-learn's sample photographs."""
+    """Load the image file, or one of scikit-learn's sample photographs."""
     if name in SAMPLES and not Path(name).is_file():
         from sklearn.datasets import load_sample_image
 
@@ -88,7 +88,7 @@ def load_image(name: str) -> Image.Image:
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """The model and its processor: pretrained, or a small one made here."""
+    """Load a pretrained model and its processor, or build a small one."""
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     if args.model is not None:
         return load_model(args.model, args.device, dtype)
@@ -98,7 +98,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
 
 
 def compile_plain(model: nn.Module, inputs: vlm.Inputs, lowering: str) -> tuple[float, str]:
-    """Compile without dartfx, as one graph where dynamo can: seconds of the first call, and how."""
+    """Compile without dartfx, as one graph if possible: seconds of the first call, and how."""
     model.compile(backend=lowering, fullgraph=True)
     try:
         return vlm.seconds(partial(vlm.prefill, model, inputs)), "one graph"
@@ -117,7 +117,7 @@ def compile_dart(
         retain_tokens=args.retain_tokens,
         layer=args.layer,
         lowering=args.lowering,
-        on_unsupported="ignore",  # all of it is shown below
+        on_unsupported="ignore",  # everything is shown below
     )
     took = vlm.seconds(partial(vlm.prefill, model, inputs))
     for report in dartfx.reports():
@@ -146,7 +146,7 @@ def show_memory(plain: Any, dart: Any, pruned: Pruned) -> None:
 
 
 def show_answers(models: Sequence[Any], inputs: vlm.Inputs, args: Any, processor: Any) -> None:
-    """What both generate, greedily."""
+    """Print both models' greedy answers."""
     start = inputs["input_ids"].shape[1]
     for name, model in zip(("plain", "dart"), models, strict=True):
         with working(f"generating with {name}"):
@@ -165,7 +165,7 @@ def show_answers(models: Sequence[Any], inputs: vlm.Inputs, args: Any, processor
 
 
 def run(args: argparse.Namespace) -> None:
-    """The demo; raises DemoError when something is missing or nothing was pruned."""
+    """Run the demo; raises DemoError if something is missing or nothing was pruned."""
     if args.model is None and args.questions:
         print("1. WHAT IT COSTS: a small trained model that sees (examples/tiny_vlm)\n")
         retain = 64 if args.retain_tokens is None else args.retain_tokens
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """The second part; raises DemoError when something is missing or nothing was pruned."""
+    """Run the second part; raises DemoError if something is missing or nothing was pruned."""
     image = load_image(args.image)
     model, processor = load(args)
     inputs = to_model(prompt_inputs(processor, image, args.prompt), model)
@@ -215,7 +215,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 when there is nothing to show."""
+    """Return the exit status: 0, or 1 if there is nothing to show."""
     try:
         run(parse(argv))
     except (DemoError, dartfx.DartfxError) as error:

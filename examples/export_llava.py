@@ -1,8 +1,8 @@
 """Exports a LLaVA-1.5-shaped model, prunes the program, and packages both ahead of time.
 
-Prints what changed, the size of both packages and their latency in turns (A B A B ...), then loads
-the pruned package in a fresh Python process that has neither transformers nor dartfx imported.
-Random weights: no time here depends on their values.
+Prints what changed, the size of both packages and their latency, measured in turns (A B A B ...),
+then loads the pruned package in a fresh Python process without transformers or dartfx.
+The weights are random: no time here depends on their values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 import dartfx
 
 BEFORE, AFTER = 35, 19  # text tokens around the image: 35 is LLaVA-1.5's system prompt
-# Runs where nothing but torch is imported: package, inputs, outputs.
+# Runs with nothing but torch imported; arguments: package, inputs, outputs.
 ALONE = """
 import sys
 import torch
@@ -37,7 +37,7 @@ assert not {"transformers", "dartfx"} & set(sys.modules)
 
 
 class Prefill(nn.Module):
-    """The last position's logits and the KV caches, as plain tensors: packages know no classes."""
+    """Returns the last logits and the KV caches as plain tensors: packages support no classes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Prefill(nn.Module):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--size", choices=sorted(vlm.SIZES), default="small", help="default: %(default)s")
@@ -73,31 +73,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def export(model: nn.Module, inputs: vlm.Inputs, strict: bool) -> ExportedProgram:
-    """The model as a program; called once before, since transformers installs hooks in a call."""
+    """Export the model; calls it once before, since transformers installs hooks in a call."""
     with torch.no_grad():
         model(**inputs)
         return torch.export.export(model, (), inputs, strict=strict)
 
 
 def package(program: ExportedProgram, path: Path) -> Any:
-    """The program compiled ahead of time into ``path``, and loaded from it."""
+    """Compile the program ahead of time into ``path``, and load it."""
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     return torch._inductor.aoti_load_package(str(path))
 
 
 def run_alone(path: Path, inputs: vlm.Inputs, folder: Path) -> Tensor:
-    """Logits of the package in a process of its own."""
+    """Compute the package's logits in a separate process."""
     given, returned = folder / "inputs.pt", folder / "outputs.pt"
     torch.save(inputs, given)
     command = [sys.executable, "-c", ALONE, str(path), str(given), str(returned)]
-    # Not in this folder: a package must not need files next to the example.
+    # In another folder: a package must not need files next to the example.
     subprocess.run(command, check=True, cwd=folder)
     logits: Tensor = torch.load(returned)[0]
     return logits
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The program."""
+    """Run the example."""
     args = parse(argv)
     size = vlm.SIZES[args.size]
     model = vlm.build_model(size)

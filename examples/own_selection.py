@@ -1,8 +1,8 @@
-"""Keep the tokens that another method chose: the passes as a library, under torch.compile.
+"""Keep the tokens chosen by another method: the passes as a library, under torch.compile.
 
-The method here is the attention map's: how much the last text token attends to every vision token
-in decoder layer K-1 (as FastV ranks them), read off an eager run.  Any method will do that marks as
-many vision tokens as are to stay.  The passes do the rest, and know nothing of the model's code.
+The method here ranks vision tokens by how much the last text token attends to them in decoder layer
+K-1 (as FastV does), taken from an eager run.  Any method works that marks as many vision tokens as
+are kept.  The passes do the rest, and know nothing of the model's code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMAGE, LAYER, RETAIN = 31999, 2, 64
 class KeepThese:
     """A torch.compile backend that keeps the vision tokens marked in ``kept`` [B, S] bool.
 
-    outcomes: what became of each graph.
+    outcomes: one per graph.
     """
 
     def __init__(self, kept: Tensor, layer: int) -> None:
@@ -34,20 +34,20 @@ class KeepThese:
 
     def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            # The mask becomes the first input; ``Given`` selects by it.
+            # The mask becomes the first input; ``Given`` selects the tokens it marks.
             rewritten = passes.normalise(module, extra=[self.kept])
         except passes.Refusal:
-            return module.forward  # no tensors come in, so no tokens either
+            return module.forward  # no tensor inputs, so no tokens
         outcome = passes.prune(rewritten, self.request)
         self.outcomes.append(outcome)
         if not isinstance(outcome, passes.Pruned):
-            return module.forward  # a decode step, say
+            return module.forward  # for example a decode step
         return lambda *args: rewritten(self.kept, *args)
 
 
 def most_attended(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """[B, S] bool: the vision tokens that the last position attends to most before layer K."""
-    model.set_attn_implementation("eager")  # the fused one returns no weights
+    """[B, S] bool: the vision tokens most attended by the last position before layer K."""
+    model.set_attn_implementation("eager")  # fused attention returns no weights
     output = model(**inputs, output_attentions=True)
     model.set_attn_implementation("sdpa")
     vision = inputs["input_ids"] == IMAGE
@@ -57,7 +57,7 @@ def most_attended(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def model_and_inputs() -> tuple[Any, dict[str, Tensor]]:
-    """A small LLaVA with random weights, and a prompt with one picture of 144 tokens."""
+    """A small LLaVA with random weights, and a prompt with one image of 144 tokens."""
     torch.manual_seed(0)
     tower = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -79,7 +79,7 @@ def model_and_inputs() -> tuple[Any, dict[str, Tensor]]:
 
 @torch.no_grad()
 def main() -> tuple[passes.Pruned, Tensor, Tensor]:
-    """Run the example.  Returns what was done, the mask [1, S] and the pruned logits [1, S', V]."""
+    """Run the example; returns the outcome, the mask [1, S] and the pruned logits [1, S', V]."""
     model, inputs = model_and_inputs()
     kept = most_attended(model, inputs)
     backend = KeepThese(kept, LAYER)

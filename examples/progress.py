@@ -1,7 +1,7 @@
-"""Progress on stderr for whatever takes more than a few seconds; stdout keeps the results.
+"""Progress on stderr for anything longer than a few seconds; stdout is for results.
 
-Work that can be counted gets a bar. A compilation has no known length: its line shows the seconds
-so far. Where stderr is no terminal, a compilation leaves one plain line and a bar nothing.
+Countable work gets a bar. A compilation has no known length: its line shows the elapsed seconds.
+If stderr is not a terminal, a compilation prints one plain line and a bar prints nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["counting", "working"]
 
 
 def counting(what: str, total: int, unit: str) -> tqdm[None]:
-    """A bar that goes away when it ends; ``update(n)`` moves it, ``with`` closes it."""
+    """A bar that disappears at the end; ``update(n)`` advances it, ``with`` closes it."""
     return tqdm(desc=what, total=total, unit=unit, leave=False, disable=None, dynamic_ncols=True)
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show that ``what`` goes on, with the seconds so far, until the block ends."""
+    """Show ``what`` and the elapsed seconds until the block ends."""
     if not sys.stderr.isatty():
         print(f"{what} ...", file=sys.stderr, flush=True)
         yield

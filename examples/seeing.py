@@ -1,7 +1,7 @@
-"""The first part of ``make demo``: a small trained model, with all vision tokens and with few.
+"""The first part of ``make demo``: a small trained model with all vision tokens and with few.
 
-The model is the one in tiny_vlm/, the pictures are those it never saw, and the questions are asked
-in the order of their file, so nobody chose them.
+The model is that of tiny_vlm/, the images are held out, and the questions are taken in file order,
+so they are not hand-picked.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["Verdict", "show"]
 
 TINY = Path(__file__).parent / "tiny_vlm"
 MOST = 8  # tokens of an answer
-SIDE = 672  # of the picture beside the overlay, in pixels
+SIDE = 672  # of the image next to the overlay, in pixels
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A question, its number from 1, and what was said with all vision tokens and with few."""
+    """A question, its number from 1, and the answers with all vision tokens and with few."""
 
     number: int
     asked: Question
@@ -42,7 +42,7 @@ class Verdict:
 
     @property
     def right(self) -> tuple[bool, bool]:
-        """Whether each is the right answer, to the letter."""
+        """Whether each answer is exactly correct."""
         return self.full == self.asked.answer, self.pruned == self.asked.answer
 
 
@@ -60,10 +60,10 @@ def _pruned(model: Any, retain: int, layer: int) -> Any:
 
 
 def show(number: int, retain: int, layer: int, out: Path) -> None:
-    """Print how many answers are right with all tokens and with ``retain``, and draw one picture.
+    """Print how many answers are correct with all tokens and with ``retain``; draw one image.
 
-    number: how many of the held-out questions are asked.  out: the PNG file.  Raises ValueError
-    when nothing is pruned: ``retain`` is not below the number of vision tokens.
+    number: of held-out questions to ask.  out: the PNG file.  Raises ValueError if nothing is
+    pruned: ``retain`` is not below the number of vision tokens.
     """
     logging.disable_progress_bar()
     model, processor = load_model(str(TINY / "model"))
@@ -92,7 +92,7 @@ def show(number: int, retain: int, layer: int, out: Path) -> None:
     _print_example("the first of them that pruning got wrong", lost, total, retain)
     print(f"\n{out}: the picture of question {drawn.number}, and what was kept of it:")
     print(f"  {retain} of {total} patches, coloured by the pivot that kept them; dark: dropped")
-    torch.compiler.reset()  # what was compiled for this model counts against the next one's limit
+    torch.compiler.reset()  # this model's compilations count against the next one's limit
     dartfx.reset()
 
 
@@ -125,8 +125,8 @@ def _print_example(what: str, verdict: Verdict | None, total: int, retain: int) 
 
 
 def _draw(pruned: Any, prompts: Sequence[Batch], drawn: Verdict, out: Path) -> int:
-    """Picture and overlay side by side; how many vision tokens there are."""
-    # In the batch that it was asked in: dynamo would compile another number of pictures once more.
+    """Draw image and overlay side by side; returns the number of vision tokens."""
+    # In the same batch as before: dynamo would recompile for another number of images.
     batch = next(b for b in prompts if drawn.number - 1 in b.numbers)
     pruned.generate(**batch.inputs, max_new_tokens=1, do_sample=False)
     row = batch.numbers.index(drawn.number - 1)

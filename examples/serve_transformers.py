@@ -1,4 +1,4 @@
-"""transformers' OpenAI server with a pruned model: `transformers serve` and its arguments.
+"""transformers' OpenAI server with a pruned model; takes the arguments of `transformers serve`.
 
     pip install "dartfx[hf]" "transformers[serving]"
     export DARTFX_OPTIONS='{"retain_tokens": 64}'
@@ -18,7 +18,7 @@ import dartfx
 
 
 class CompiledModel(model_manager.TimedModel):
-    """What the server keeps of each model that it loaded; here the model gets compiled, too."""
+    """The server's record of a loaded model; here it also compiles the model."""
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(dartfx.compile(model), *args, **kwargs)

@@ -1,4 +1,4 @@
-"""A pruned model behind vLLM's OpenAI server, and a client that asks it about a picture.
+"""A pruned model behind vLLM's OpenAI server, and a client that asks about an image.
 
     pip install "dartfx[vllm]" openai
     python examples/serve_vllm.py checkpoint /tmp/tiny_vlm_for_vllm
@@ -7,7 +7,7 @@
         --max-model-len 1024 --dtype float32 --enforce-eager
     python examples/serve_vllm.py ask examples/tiny_vlm/heldout/000.png "read row four ?"
 
-With a checkpoint of your own leave the first command out. docs/vllm.md says which models work.
+With your own checkpoint, skip the first command. docs/vllm.md lists which models work.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MODEL = Path(__file__).parent / "tiny_vlm" / "model"
 
 
 def write_checkpoint(folder: Path, source: Path = MODEL) -> Path:
-    """The small model of examples/tiny_vlm in a form that vLLM reads; the same function.
+    """Convert the small model of examples/tiny_vlm to an equivalent one that vLLM can load.
 
-    vLLM's Qwen2 takes windows on all layers or on none, its Llama on some: so the decoder becomes a
-    Llama whose attention has biases, which is zero at the output.  vLLM also looks for the vision
-    tower's weights where earlier transformers saved them.
+    vLLM's Qwen2 supports windows on all layers or none, its Llama on some, so the decoder becomes a
+    Llama with attention biases, zero for the output projection.  vLLM also expects the vision
+    tower's weights under the names of earlier transformers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
@@ -60,7 +60,7 @@ def write_checkpoint(folder: Path, source: Path = MODEL) -> Path:
 
 
 def ask(url: str, image: Path, question: str) -> None:
-    """Send one question about a picture; prints the answer as it comes."""
+    """Send one question about an image, and stream the answer to stdout."""
     from openai import OpenAI
 
     client = OpenAI(base_url=url, api_key="none")

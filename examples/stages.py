@@ -1,7 +1,7 @@
-"""Prune in several stages: fewer and fewer vision tokens, the deeper the layer.
+"""Prune in several stages: the deeper the layer, the fewer vision tokens.
 
-A single early cut must be cautious, because what it drops is gone for every layer behind it.
-Stages spread the same saving: half of the tokens go early, half of the rest later, and so on.
+A single early cut must be conservative, because no later layer sees what it drops.
+Stages spread the same saving: half of the tokens are dropped early, half of the rest later, etc.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ONE_CUT = {"layer": 2, "retain_tokens": 36}
 
 
 def pruned_with(**options: object) -> Pruned:
-    """Generate four tokens with these options.  Returns what was done to the prefill."""
+    """Generate four tokens with these options; returns the prefill's outcome."""
     model, inputs = model_and_inputs()
     dartfx.reset()
     torch._dynamo.reset()
@@ -28,7 +28,7 @@ def pruned_with(**options: object) -> Pruned:
 
 
 def main(**options: object) -> list[Pruned]:
-    """Compare one cut with three.  Returns what was done for each."""
+    """Compare one cut with three; returns the outcome of each."""
     found = []
     for asked in (ONE_CUT, STAGES):
         pruned = pruned_with(**asked, **options)

@@ -97,7 +97,7 @@ def build_model(
             num_attention_heads=size.heads,
             num_key_value_heads=size.heads,
             vocab_size=VOCABULARY,
-            # Larger than the usual 0.02, so that the answer depends on what was in the prompt.
+            # Larger than the usual 0.02, so that the answer depends on the prompt.
             initializer_range=size.hidden**-0.5,
             bos_token_id=1,
             eos_token_id=None,
@@ -138,13 +138,13 @@ def build_processor(size: Size) -> Any:
         tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which "default" takes off again
+        num_additional_image_tokens=1,  # the class token, which "default" removes again
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def random_inputs(size: Size, before: int, after: int, model: nn.Module) -> Inputs:
-    """Random pixels and a prompt of one image with so many random text tokens around it."""
+    """Random pixels and a prompt of one image with random text tokens around it."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(len(SPECIAL), VOCABULARY, (1, before + after), generator=generator)
     image = torch.full((1, size.vision_tokens), IMAGE_ID)
@@ -161,10 +161,10 @@ def prefill(model: Any, inputs: Inputs) -> Any:
 
 
 def decode_eagerly(model: Any, inputs: Inputs, tokens: int) -> torch.Tensor:
-    """Ids that the compiled prefill and then eager decode steps generate, prompt included.
+    """Generate ids with the compiled prefill and eager decode steps; includes the prompt.
 
-    Compiled, decoding takes two graphs (the first step's cache has other strides than those after
-    it) and, by Inductor on two cores, longer to compile than the prefill.
+    Compiled decoding needs two graphs (the first step's cache has other strides than later ones)
+    and, with Inductor on two cores, compiles longer than the prefill.
     """
     first = prefill(model, inputs)
     ids: torch.Tensor = first.sequences
@@ -181,5 +181,5 @@ def decode_eagerly(model: Any, inputs: Inputs, tokens: int) -> torch.Tensor:
 
 
 def cache_lengths(cache: Any) -> list[int]:
-    """Tokens that each decoder layer's KV cache holds."""
+    """The number of tokens in each decoder layer's KV cache."""
     return [layer.keys.shape[-2] for layer in cache.layers]
