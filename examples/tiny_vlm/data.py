@@ -1,8 +1,8 @@
-"""Scenes of real handwritten digits on a photograph, and questions about what stands where.
+"""Scenes of real handwritten digits on a photograph, and questions about their contents.
 
-Digits are scikit-learn's ``load_digits`` (8x8 scans), backgrounds its two sample photographs. Each
-split has digits of its own, and the test split also a photograph of its own, so no pixel of a test
-scene was trained on.
+Digits are scikit-learn's ``load_digits`` (8x8 scans), backgrounds its two sample photographs. The
+splits share no digits, and the test split has a separate photograph, so no pixel of a test scene
+was trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from world import COARSE, COLOURS, EMPTY_COLOUR, EMPTY_DIGIT, NAMES, NUMBERS, PATCH, World
 
-# Questions of each type in one training sequence; a scene that has fewer gives what it has.
+# Questions of each type in one training sequence; a scene with fewer contributes all it has.
 QUESTIONS = {
     "cell": 2,
     "code": 2,
@@ -36,7 +36,7 @@ TYPES = list(QUESTIONS)
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and all that is known of it.
+    """One image and its labels.
 
     image: [side, side, 3] uint8.  digits, colours, sizes: [cells, cells] int64, -1 in empty cells;
     sizes in pixels.  patch_digit, patch_colour: [grid, grid] int64.  anchor: [grid, grid] int64, 1
@@ -67,7 +67,7 @@ class Scenes:
         self.rng = np.random.default_rng(seed)
         self.world = world
         self.fewest, self.most = fewest, world.most if most is None else most
-        self.plain = 0.0  # share of scenes on one colour in place of a photograph
+        self.plain = 0.0  # share of scenes on a plain colour instead of a photograph
         self._train = split == "train"
         china, flower = map(Image.fromarray, load_sample_images().images)
         self._photograph = flower if split == "test" else china
@@ -77,7 +77,7 @@ class Scenes:
         self._of = [np.flatnonzero(values == digit) for digit in range(10)]
 
     def scene(self) -> Scene:
-        """A new scene."""
+        """Draw a new scene."""
         canvas, world = self._background(), self.world
         shape, patches = (world.cells,) * 2, (world.grid,) * 2
         digits, colours, sizes = (np.full(shape, -1) for _ in range(3))
@@ -86,7 +86,7 @@ class Scenes:
         anchor = np.zeros(patches, np.int64)
         cells = self._cells()
         drawn = self._sizes(len(cells))
-        # Few digits and few colours in some scenes, so that both repeat.
+        # Some scenes use few digits and colours, so that both repeat.
         some_digits = self.rng.permutation(10)[: self.rng.integers(2, 11)]
         some_colours = self.rng.permutation(len(NAMES))[: self.rng.integers(2, 8)]
         for number, (row, column) in enumerate(cells):
@@ -108,7 +108,7 @@ class Scenes:
         return self.world.sizes[self.rng.integers(len(self.world.sizes) if most is None else most)]
 
     def _sizes(self, count: int) -> list[int]:
-        """Sizes of all digits of a scene with an outstanding one, or none."""
+        """Sizes of all digits of a scene with one outstanding digit, or an empty list."""
         if not self.world.outstanding or self.rng.random() >= self.world.outstanding:
             return []
         largest = int(self.rng.integers(2, len(self.world.sizes)))
@@ -129,12 +129,12 @@ class Scenes:
         box = (left, top, left + side, top + side)
         crop = self._photograph.resize((all_pixels, all_pixels), Image.Resampling.BILINEAR, box=box)
         pixels = np.asarray(crop)[:, :: rng.choice([-1, 1])]
-        if self._train:  # one photograph is little to learn from
+        if self._train:  # augment: one photograph is little data
             pixels = pixels[:: rng.choice([-1, 1]), :, rng.permutation(3)]
         return pixels.astype(np.float32) * (rng.uniform(0.15, 0.55) / 255)
 
     def _cells(self) -> list[tuple[int, int]]:
-        """Occupied cells; in most scenes one row holds three or more, and is worth reading."""
+        """Occupied cells; in most scenes one row has three or more, for "read" questions."""
         rng, side = self.rng, self.world.cells
         count = int(rng.integers(self.fewest, self.most + 1))
         cells = rng.permutation(side * side)
@@ -146,7 +146,7 @@ class Scenes:
     def _paint(
         self, canvas: NDArray[np.float32], row: int, column: int, digit: int, colour: int, size: int
     ) -> NDArray[np.float32]:
-        """Paints a digit somewhere in its cell; returns its ink there, in [0, 1]."""
+        """Paint a digit somewhere in its cell; returns its ink there, in [0, 1]."""
         rng, side = self.rng, self.world.cell * PATCH
         ink = np.zeros((side, side), np.float32)
         top, left = rng.integers(side - size + 1, size=2)
@@ -172,7 +172,7 @@ def _digits(split: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def _draw(scans: NDArray[np.float32], size: int, variants: int) -> NDArray[np.uint8]:
-    """The scans at ``size`` pixels; several variants are rotated, sheared and scaled."""
+    """Resize the scans to ``size`` pixels; several variants are rotated, sheared and scaled."""
     images = torch.from_numpy(scans).repeat_interleave(variants, 0)[:, None]
     count = len(images)
     vary = torch.rand(4, count, generator=torch.Generator().manual_seed(size)) - 0.5
@@ -192,7 +192,7 @@ def _patches(world: World, row: int, column: int) -> tuple[slice, slice]:
 
 
 def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
-    """All questions with one right answer, by type, as (question, answer) of words."""
+    """All questions with a unique answer, by type, as (question, answer) of words."""
     asked: dict[str, list[tuple[str, str]]] = {kind: [] for kind in TYPES}
     last = scene.world.cells - 1
     places = [(int(row), int(column)) for row, column in np.argwhere(scene.digits >= 0)]
@@ -224,7 +224,7 @@ def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
 
 
 def sample(scene: Scene, rng: np.random.Generator, times: int = 1) -> list[tuple[str, str, str]]:
-    """(type, question, answer) in random order, ``times`` what QUESTIONS says where there are."""
+    """(type, question, answer) in random order, up to ``times`` the numbers of QUESTIONS."""
     picked = [
         (kind, *asked[i])
         for kind, asked in questions(scene).items()

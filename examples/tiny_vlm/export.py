@@ -30,8 +30,8 @@ from variants import VARIANTS, WINDOW, WINDOWED, Variant
 from world import PATCH
 
 HERE = Path(__file__).parent
-SEED = 20_000  # of the held-out pictures
-# What a held-out question is counted as. The one-word cells ("c2") only help to learn.
+SEED = 20_000  # of the held-out images
+# Reported type of each held-out question. The one-word cells ("c2") are only for training.
 HELD_OUT = {
     "cell": "location",
     "corner": "location",
@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 
 
 def build_processor(variant: Variant = VARIANTS["coarse"]) -> LlavaProcessor:
-    """One token a word, ``<bos>`` in front; pixels as in training.  An unknown word is an error."""
+    """One token per word after ``<bos>``; pixels as in training.  Unknown words are errors."""
     vocabulary = variant.world.vocabulary
     words = Tokenizer(models.WordLevel(vocabulary))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -74,13 +74,13 @@ def build_processor(variant: Variant = VARIANTS["coarse"]) -> LlavaProcessor:
         tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default" if variant.class_tokens else "full",
-        num_additional_image_tokens=variant.class_tokens,  # which "default" takes off again
+        num_additional_image_tokens=variant.class_tokens,  # which "default" removes again
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def export_model(variant: Variant, trained: Path, folder: Path) -> None:
-    """Writes weights, tokenizer, processor and the logs of the training."""
+    """Write weights, tokenizer, processor and training logs."""
     model = build(variant)
     model.load_state_dict(torch.load(trained / "decoder.pt", map_location="cpu")["module"])
     model = as_lfm3(model) if variant.decoder == "lfm2" else model
@@ -92,9 +92,9 @@ def export_model(variant: Variant, trained: Path, folder: Path) -> None:
 
 
 def as_lfm3(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """The same with LFM3 as decoder, whose layer 1 has the window that it was trained with.
+    """Convert the decoder to LFM3, whose layer 1 has the window that it was trained with.
 
-    LFM2 has no layers with a window, and LFM3 is not in every transformers that can train.
+    LFM2 has no sliding-window layers, and not every transformers suitable for training has LFM3.
     """
     from transformers import Lfm3Config
 
@@ -133,7 +133,7 @@ def as_lfm3(model: LlavaForConditionalGeneration) -> LlavaForConditionalGenerati
 
 
 def export_questions(folder: Path, variant: Variant = VARIANTS["coarse"]) -> None:
-    """Writes pictures and one question of each type on each, where a scene has one."""
+    """Write images and, if the scene has one, a question of each type on each."""
     folder.mkdir(parents=True, exist_ok=True)
     supply = Scenes("test", SEED, world=variant.world)
     lines = []

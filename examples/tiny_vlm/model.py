@@ -1,4 +1,4 @@
-"""The models of variants.py, initialised so that they learn fast, and what their towers give."""
+"""The models of variants.py, initialised to learn fast, and their towers' features."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from world import PATCH
 FREQUENCIES = 16  # of the position code, along each axis
 MEAN, STD = 0.25, 0.3  # of a pixel in [0, 1]
 MATRICES = ("_proj", "mlp", "linear", "feed_forward")  # in the names of weights
-WRITES = ("out_proj", "o_proj", "fc2", "down_proj", "w2")  # of those that write to what layers add
+WRITES = ("out_proj", "o_proj", "fc2", "down_proj", "w2")  # of those that write residuals
 
-# Where the heads of vision layers 0 to 2 look at first, as (down, right) patches from their own.
+# Initial attention offsets of the heads in vision layers 0 to 2, in patches (down, right).
 OFFSETS = (
     ((0, 1), (0, -1), (1, 0), (-1, 0)),
     ((1, 1), (1, -1), (-1, 1), (-1, -1)),
@@ -25,9 +25,9 @@ OFFSETS = (
 
 @torch.no_grad()
 def build(variant: Variant = VARIANTS["coarse"]) -> LlavaForConditionalGeneration:
-    """The model, untrained; follows ``torch.manual_seed``."""
+    """Build the untrained model; reproducible by ``torch.manual_seed``."""
     model = LlavaForConditionalGeneration(variant.configuration())
-    # transformers' own 0.02 is too little at these widths.
+    # transformers' default 0.02 is too small at these widths.
     for name, weight in model.named_parameters():
         if weight.dim() == 2 and any(part in name for part in MATRICES):
             gain = 0.5 if any(part in name for part in WRITES) else 0.8
@@ -40,7 +40,7 @@ def build(variant: Variant = VARIANTS["coarse"]) -> LlavaForConditionalGeneratio
     positions, patches = tower.embeddings.position_embedding, tower.embeddings.patch_embedding
     positions.weight[:classes], positions.weight[classes:] = 0, code
     nn.init.normal_(patches.weight, std=1 / math.sqrt(3 * PATCH * PATCH))
-    patches.weight[-4 * FREQUENCIES :] = 0  # these channels are the position's
+    patches.weight[-4 * FREQUENCIES :] = 0  # these channels hold the position code
     if patches.bias is not None:
         patches.bias.zero_()
     for layer, offsets in zip(tower.encoder.layers, OFFSETS, strict=False):
@@ -49,10 +49,10 @@ def build(variant: Variant = VARIANTS["coarse"]) -> LlavaForConditionalGeneratio
 
 
 def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """What the projector gets: the tower's output without a class token.
+    """The projector's input: the tower's output without a class token.
 
-    pixels: [B, 3, side, side] float, normalised; a side that is not the variant's has its positions
-    interpolated.  Returns [B, patches, width].
+    pixels: [B, 3, side, side] float, normalised; positions are interpolated if the side is not the
+    variant's.  Returns [B, patches, width].
     """
     tower = model.model.vision_tower
     other = pixels.shape[-1] != tower.config.image_size
@@ -62,7 +62,7 @@ def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tens
 
 
 def quadrant_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """The tower's output for each quadrant of the images on its own, at its own positions.
+    """The tower's output for each quadrant of the images separately, at its true positions.
 
     pixels: [B, 3, side, side].  Returns [4 B, patches / 4, width].  A digit lies in one quadrant,
     and attention over a quarter of the tokens costs a quarter.
@@ -79,16 +79,16 @@ def quadrant_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> T
 
 
 def quadrants(x: Tensor) -> Tensor:
-    """[B, patches, ...] to [4 B, patches / 4, ...], quadrant by quadrant."""
+    """Rearrange [B, patches, ...] to [4 B, patches / 4, ...], quadrant by quadrant."""
     half, rest = math.isqrt(x.shape[1]) // 2, x.shape[2:]
     x = x.reshape(len(x), 2, half, 2, half, *rest).transpose(2, 3)
     return x.reshape(-1, half * half, *rest)
 
 
 def _position_code(grid: int, width: int) -> tuple[Tensor, Tensor]:
-    """Code of each patch, [patches, width], in the last 64 channels: sine and cosine of y, then x.
+    """Position code [patches, width] in the last 64 channels: sine and cosine of y, then x.
 
-    Also the frequencies, [16], with periods from 4 to 64 patches.
+    Also returns the frequencies, [16], with periods from 4 to 64 patches.
     """
     omega = 2 * math.pi / (4 * 16 ** torch.linspace(0, 1, FREQUENCIES))
     angle = torch.arange(grid)[:, None] * omega
@@ -100,10 +100,10 @@ def _position_code(grid: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _look_at_neighbours(attention: nn.Module, offsets: tuple[tuple[int, int], ...], omega: Tensor):
-    """Each head starts by attending to the patch at its offset.
+    """Initialise each head to attend to the patch at its offset.
 
-    With a sine and cosine code a shift is a rotation of each pair of channels, so the query's
-    weights are the key's, rotated.
+    In a sine and cosine code a shift is a rotation of each pair of channels, so the query's weights
+    are the key's, rotated.
     """
     query, key = attention.q_proj.weight, attention.k_proj.weight
     query *= 0.3

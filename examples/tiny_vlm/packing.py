@@ -1,4 +1,4 @@
-"""Several questions a picture in one sequence, and attention that keeps them apart."""
+"""Packs several questions per image into one sequence, with attention that separates them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from world import BOS, EMPTY_DIGIT, EOS
 
 @dataclass(frozen=True)
 class Text:
-    """Several questions a scene, one after the other in one sequence; [B, T] int64.
+    """Several questions per scene, concatenated into one sequence; [B, T] int64.
 
-    words: below 0 stand copies of the last vision tokens, -1 for the last.  block: the question's
-    number, -1 at pads.  position: within the question.  kind: index into TYPES, -1 at pads and
-    copies.  at: where the next word is part of an answer, in all B * T of them, [answers] int64;
-    it is found here since a device would have to be waited for.  target: that next word, [answers].
+    words: negative values are copies of the last vision tokens, -1 for the last.  block: the
+    question's number, -1 at pads.  position: within the question.  kind: index into TYPES, -1 at
+    pads and copies.  at: flat indices in B * T where the next word is part of an answer, [answers]
+    int64, computed here to avoid a device synchronisation.  target: that next word, [answers].
     """
 
     words: Any
@@ -35,7 +35,7 @@ class Text:
     target: Any
 
     def to(self, device: torch.device | str) -> Text:
-        """As tensors there."""
+        """Move to the device as tensors."""
         given = (getattr(self, field.name) for field in fields(self))
         return Text(*(torch.as_tensor(value).to(device, non_blocking=True) for value in given))
 
@@ -43,10 +43,10 @@ class Text:
 def pack(
     scenes: Sequence[Scene], rng: np.random.Generator, length: int, times: int, copies: int = 0
 ) -> Text:
-    """Questions on each scene, as many as fit, as arrays.
+    """Pack as many questions on each scene as fit, as arrays.
 
-    copies: in front of each question so many of the last vision tokens are repeated.  A convolution
-    then meets in front of the question what it meets in a prompt of that question alone.
+    copies: number of last vision tokens repeated in front of each question.  A convolution then
+    sees the same tokens before the question as in a prompt of that question alone.
     """
     shape = (len(scenes), length)
     words, position = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -73,9 +73,9 @@ def pack(
 
 
 def keep(scenes: Sequence[Scene], rng: np.random.Generator) -> NDArray[np.int64]:
-    """A quarter of the vision tokens, [B, tokens / 4] ascending.
+    """Choose a quarter of the vision tokens, [B, tokens / 4] ascending.
 
-    In two of three times those of all digits and some of the background, else a random quarter.
+    In two of three cases those of all digits and some background, else a random quarter.
     """
     tokens = scenes[0].world.tokens
     score = rng.random((len(scenes), tokens))
@@ -87,10 +87,10 @@ def keep(scenes: Sequence[Scene], rng: np.random.Generator) -> NDArray[np.int64]
 
 
 class Masks(NamedTuple):
-    """What sees what, in a sequence of image and text.
+    """Attention masks for a sequence of image and text.
 
-    image: positions of the image with <bos>, which see what is in front of them.  text: what those
-    of the text see, [B, 1, T, S] bool.  near: [B, 1, S, S] bool, in layers with a window.
+    image: number of positions of <bos> and the image, which are causal.  text: mask of the text's
+    queries, [B, 1, T, S] bool.  near: [B, 1, S, S] bool, in layers with a window.
     """
 
     image: int
@@ -136,7 +136,7 @@ def answer_logits(model: Any, features: Tensor, kept: Tensor | None, text: Text)
 
     features: [B, tokens, width].  kept: [B, K] int64, or None for all.  The decoder's attention
     must be "packed".  Each question sees the image and itself, at the positions it would have
-    alone, so this is what a prompt of one question is.
+    alone, so this is equivalent to a prompt of one question.
     """
     decoder, projector = model.model.language_model, model.model.multi_modal_projector
     batch, tokens = features.shape[:2]
@@ -144,7 +144,7 @@ def answer_logits(model: Any, features: Tensor, kept: Tensor | None, text: Text)
     if kept is None:
         kept = torch.arange(tokens, device=features.device).expand(batch, -1)
     picked = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
-    image = projector(picked).float()  # so that autocast leaves what layers add up in float32
+    image = projector(picked).float()  # so that autocast keeps the residual stream in float32
     copy = text.words < 0
     source = torch.where(copy, text.words + kept.shape[1], 0)  # of copies, among the kept
     word = decoder.embed_tokens(torch.cat([first, text.words.clamp(min=0)], 1))
@@ -165,7 +165,7 @@ def answer_logits(model: Any, features: Tensor, kept: Tensor | None, text: Text)
 
 
 def _masks(place: Tensor, block: Tensor, copy: Tensor, source: Tensor) -> Masks:
-    """Questions see the image and themselves; a copy sees what the vision token itself sees."""
+    """Questions see the image and themselves; a copy sees what its vision token sees."""
     length = block.shape[1]
     image = place.shape[1] - length
     last = torch.where(copy, source + 1, image - 1)

@@ -1,10 +1,10 @@
-"""Phase two: teach projector and decoder to answer, the tower frozen.
+"""Phase two: train projector and decoder to answer, with the tower frozen.
 
     python examples/tiny_vlm/train_decoder.py FOLDER
 
 after train_vision.py in the same folder; torchrun as there.  First with a quarter of the vision
-tokens, at their own positions, which is four times faster: in two steps of three those of all
-digits and some of the background, in one of three a random quarter.  Then with all of them.
+tokens, at their original positions, which is four times faster: in two of three steps those of all
+digits and some background, otherwise a random quarter.  Then with all of them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from variants import VARIANTS, Variant
 REPLAYS = 3  # uses of a scene, each with new questions: the tower costs as much as the rest
 POOL = 8  # batches that are mixed
 SPARSE_TEXT, FULL_TEXT = 128, 256  # words in a sequence
-COPIED = 12, 24  # questions in them, roughly: what copies of vision tokens are added for
+COPIED = 12, 24  # questions in them, roughly, each preceded by copies of vision tokens
 HERE = Path(__file__).parent
 
 Piece = tuple[Tensor, Tensor | None, Text]  # features, kept tokens, questions
 
 
 def order(variant: Variant, split: str, seed: list[int], scenes: int, sparse: bool) -> Order:
-    """What the sparse or the full part of the training wants."""
+    """The batches of the sparse or the full part of the training."""
     length, questions = (SPARSE_TEXT, COPIED[0]) if sparse else (FULL_TEXT, COPIED[1])
     length += questions * 2 * variant.convolutions
     training = split == "train"
@@ -51,7 +51,7 @@ def order(variant: Variant, split: str, seed: list[int], scenes: int, sparse: bo
 
 
 def pieces(model: LlavaForConditionalGeneration, batch: Batch) -> list[Piece]:
-    """The batch's questions with the tower's features, [B, tokens, width] bfloat16."""
+    """Pair the batch's questions with the tower's features, [B, tokens, width] bfloat16."""
     with torch.no_grad(), autocast():
         features = patch_features(model, pixels(batch.images)).bfloat16()
     return [
@@ -63,7 +63,7 @@ def pieces(model: LlavaForConditionalGeneration, batch: Batch) -> list[Piece]:
 def mixed(
     model: LlavaForConditionalGeneration, supply: Iterator[Batch], rng: np.random.Generator
 ) -> Iterator[Piece]:
-    """All pieces of all batches, those of several in random order."""
+    """Yield all pieces of all batches, shuffled over several batches."""
     pool: list[list[Piece]] = []
     while True:
         while len(pool) < POOL:
@@ -76,7 +76,7 @@ def mixed(
 
 @torch.no_grad()
 def accuracy(model: LlavaForConditionalGeneration, asked: list[Piece]) -> dict[str, float]:
-    """Share of answers that are right in every word, by type of question."""
+    """Share of answers with every word correct, by type of question."""
     right: dict[str, list[bool]] = {kind: [] for kind in TYPES}
     for features, kept, given in asked:
         with autocast():
@@ -93,7 +93,7 @@ def accuracy(model: LlavaForConditionalGeneration, asked: list[Piece]) -> dict[s
 
 
 def prepare(variant: Variant, folder: Path, seed: int) -> LlavaForConditionalGeneration:
-    """The model with the trained tower, frozen, and a projector scaled to what the tower gives."""
+    """The model with the trained tower, frozen, and a projector scaled to the tower's output."""
     torch.manual_seed(seed)
     model = build(variant).to(DEVICE)
     model.model.language_model.set_attn_implementation("packed")
@@ -116,7 +116,7 @@ def prepare(variant: Variant, folder: Path, seed: int) -> LlavaForConditionalGen
 
 
 def main() -> None:
-    """Train, in the time given."""
+    """Train for the given time."""
     args = arguments(__doc__, rate=1.5e-3, sparse=35, full=34)
     variant = VARIANTS[args.variant]
     model = prepare(variant, args.folder, args.seed)

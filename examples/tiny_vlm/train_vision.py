@@ -1,9 +1,9 @@
-"""Phase one: teach the vision tower what each patch belongs to, by heads that are then dropped.
+"""Phase one: train the vision tower to label each patch, with heads that are then discarded.
 
     python examples/tiny_vlm/train_vision.py FOLDER
 
-or, on two cores, ``OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 ...``, which is faster than one
-process with two threads.
+or, on two cores, ``OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 ...``, faster than one process
+with two threads.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from variants import VARIANTS, Variant
 from world import EMPTY_COLOUR, EMPTY_DIGIT
 
 QUADRANTS = 0.6  # share of the time; accuracy on whole images lags until the rest
-# An empty patch teaches little, and where a patch lies is soon learnt.
+# Empty patches carry little signal, and a patch's location is learnt quickly.
 EMPTY_WEIGHT, PLACE_WEIGHT = 0.15, 0.1
 
 
 class Labeller(nn.Module):
-    """The tower with one linear head for each label of a patch."""
+    """The tower with one linear head per patch label."""
 
     def __init__(self, variant: Variant) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Labeller(nn.Module):
         self.heads = nn.Linear(variant.width, sum(self.sizes.values()))
 
     def forward(self, pixels: Tensor, whole: bool) -> dict[str, Tensor]:
-        """Logits of each label: pixels [B, 3, side, side] to [patches of all, classes]."""
+        """Logits per label: pixels [B, 3, side, side] to [all patches, classes]."""
         features = (patch_features if whole else quadrant_features)(self.model[0], pixels)
         logits = self.heads(self.norm(features)).float().flatten(0, 1)
         return dict(zip(self.sizes, logits.split(list(self.sizes.values()), -1), strict=True))
@@ -66,7 +66,7 @@ def loss(logits: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def accuracy(labeller: Labeller, batch: Batch) -> dict[str, float]:
-    """Of digit and colour on a digit's patches, of digit at its anchor; false digits elsewhere."""
+    """Accuracy of digit and colour on digit patches, digit at anchors; false digits elsewhere."""
     target = {name: label.flatten() for name, label in tensors(batch.labels, DEVICE).items()}
     with autocast():
         parts = [labeller(pixels(images), True) for images in _parts(batch.images)]
@@ -88,7 +88,7 @@ def _parts(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
 
 
 def main() -> None:
-    """Train, in the time given."""
+    """Train for the given time."""
     args = arguments(__doc__, rate=2e-3, minutes=25)
     torch.manual_seed(args.seed)
     variant = VARIANTS[args.variant]

@@ -1,4 +1,4 @@
-"""A training phase boxed in wall time, with checkpoints, a log and optional data parallelism."""
+"""A training phase of fixed wall time, with checkpoints, a log and optional data parallelism."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def arguments(description: str, rate: float, **phases: float) -> argparse.Namespace:
-    """The command line of a phase: where to write, minutes for each of its parts, and so on."""
+    """Parse the command line of a phase: output folder, minutes for each of its parts, etc."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument(
         "folder", type=Path, help="checkpoints and logs; resumes from what is there"
@@ -39,23 +39,23 @@ def arguments(description: str, rate: float, **phases: float) -> argparse.Namesp
 
 
 def join() -> int:
-    """Joins the processes that torchrun started, if it did; returns this one's rank."""
+    """Join torchrun's process group, if there is one; returns this process's rank."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def autocast() -> torch.autocast:
-    """Products of matrices in bfloat16."""
+    """Autocast matrix products to bfloat16."""
     return torch.autocast(DEVICE.type, torch.bfloat16)
 
 
 class Run:
-    """AdamW on what is trainable, with a cosine learning rate over the share of time used.
+    """AdamW on the trainable weights, with a cosine learning rate over the share of time used.
 
-    folder/name.pt is the checkpoint, from which a run continues; folder/name.json the log.  Under
+    folder/name.pt is the checkpoint that a run resumes from, folder/name.json the log.  Under
     torchrun gradients and clocks are averaged, so all processes stop at the same step.  The clock
-    starts with the end of the first step: what comes before it is preparation.
+    starts at the end of the first step, to exclude preparation.
     """
 
     def __init__(
@@ -78,18 +78,18 @@ class Run:
             self._resume()
         self._before = self.elapsed
         self._start: float | None = None
-        # Without a terminal only the records are printed.
+        # Without a terminal, print only the records.
         hidden = True if self.rank > 0 else None
         shape = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"
         self._bar = tqdm(total=self.seconds, desc=name, disable=hidden, bar_format=shape)
 
     @property
     def share(self) -> float:
-        """Share of the time that is used, the same in all processes."""
+        """The share of time used, equal in all processes."""
         return self.elapsed / self.seconds
 
     def step(self, loss: Tensor) -> None:
-        """One optimiser step."""
+        """Take an optimiser step."""
         self.optimizer.zero_grad()
         loss.backward()
         now = time.monotonic()
@@ -107,12 +107,12 @@ class Run:
             self._bar.set_postfix(step=self.steps, loss=f"{float(self.loss):.3f}")
 
     def due(self) -> bool:
-        """Whether a record is due, and this process keeps them."""
+        """Whether a record is due and this process writes records."""
         last = self.log[-1]["seconds"] if self.log else 0
         return self.rank == 0 and self.elapsed - last >= self.every
 
     def record(self, **values: object) -> None:
-        """Adds a line to the log and writes log, checkpoint and weights."""
+        """Add a line to the log; write log, checkpoint and weights."""
         if self.rank:
             return
         self.loss = float(self.loss)
@@ -127,14 +127,14 @@ class Run:
         weights = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state | weights, partial)
-        partial.replace(self.checkpoint)  # so that an interruption leaves the last one whole
+        partial.replace(self.checkpoint)  # atomic: an interruption leaves the last one intact
         half = {name: tensor.half() for name, tensor in self.module.state_dict().items()}
         for folder in self.logs[1:]:
             torch.save({"module": half}, folder / f"{self.name}.partial")
             (folder / f"{self.name}.partial").replace(folder / f"{self.name}.pt")
 
     def close(self) -> None:
-        """Ends the progress bar and leaves the other processes."""
+        """Close the progress bar and leave the process group."""
         self._bar.close()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -146,7 +146,7 @@ class Run:
         self.__dict__.update(saved)
 
     def _average(self, loss: Tensor, elapsed: float) -> tuple[Tensor, float]:
-        """Averages gradients and these values over all processes."""
+        """Average gradients and these values over all processes."""
         if not dist.is_initialized():
             return loss, elapsed
         gradients = [p.grad for p in self.parameters if p.grad is not None]

@@ -1,9 +1,9 @@
-"""The models that are trained here, as configurations of stock ``LlavaForConditionalGeneration``.
+"""The models trained here, as configurations of stock ``LlavaForConditionalGeneration``.
 
-Layers 0 and 1 of every decoder are local: they attend within a window of 8 tokens, or are a short
-convolution. In so small a decoder the question otherwise reads the whole image in these two layers,
-and dropping every vision token before layer 2 costs nothing, which would make any comparison of
-selectors void.
+Layers 0 and 1 of every decoder are local: attention within a window of 8 tokens, or a short
+convolution. Otherwise, in so small a decoder, the question reads the whole image in these two
+layers, and dropping every vision token before layer 2 costs nothing, which would invalidate any
+comparison of selectors.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ WINDOW, WINDOWED = 8, 2  # tokens, layers
 
 @dataclass(frozen=True)
 class Variant:
-    """What a model sees and what it is made of.
+    """A model's images and architecture.
 
-    tower: "clip" or "siglip".  decoder: "qwen2", "ministral" or "lfm2".  folder, questions: beside
-    this file, where the trained model and its held-out questions are.  pictures: held-out ones.
-    grids: patches along a side of smaller pictures that it is trained on as well.
-    tower_of: a trained model in whose place the tower is taken, and not trained.
+    tower: "clip" or "siglip".  decoder: "qwen2", "ministral" or "lfm2".  folder, questions: next to
+    this file, with the trained model and its held-out questions.  pictures: held-out images.
+    grids: patches per side of smaller images that it is also trained on.
+    tower_of: a trained model whose tower is reused, frozen.
     """
 
     world: World
@@ -51,12 +51,12 @@ class Variant:
 
     @property
     def class_tokens(self) -> int:
-        """Tokens of the tower in front of those of patches."""
+        """Tokens of the tower before the patch tokens."""
         return int(self.tower == "clip")
 
     @property
     def convolutions(self) -> int:
-        """Decoder layers that are short convolutions."""
+        """The number of decoder layers that are short convolutions."""
         return DECODER_LAYERS // 2 if self.decoder == "lfm2" else 0
 
     def configuration(self) -> LlavaConfig:

@@ -1,4 +1,4 @@
-"""What pictures of a model hold, how large they are, and the words to talk about them."""
+"""The contents and size of a model's images, and the vocabulary of its questions."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _GRAMMAR = (
 
 @dataclass(frozen=True)
 class World:
-    """Square pictures with digits in a grid of cells.
+    """Square images with digits in a grid of cells.
 
-    cells: along a side.  cell: patches along a cell's side.  margin: patches around all cells.
-    sizes: pixels along a digit's side.  most: digits in a picture.  outstanding: share of pictures
-    with one digit made larger than all others.
+    cells: per side.  cell: patches per cell side.  margin: patches around all cells.
+    sizes: pixels per digit side.  most: digits per image.  outstanding: share of images with one
+    digit larger than all others.
     """
 
     cells: int
@@ -43,21 +43,21 @@ class World:
 
     @property
     def grid(self) -> int:
-        """Patches along a picture's side."""
+        """Patches along an image's side."""
         return self.cells * self.cell + 2 * self.margin
 
     @property
     def tokens(self) -> int:
-        """Vision tokens of a picture."""
+        """Vision tokens of an image."""
         return self.grid**2
 
     @property
     def side(self) -> int:
-        """Pixels along a picture's side."""
+        """Pixels along an image's side."""
         return self.grid * PATCH
 
     def code(self, row: int, column: int) -> str:
-        """The one word for a cell."""
+        """The single word for a cell."""
         return f"{'abcdef'[column]}{row + 1}"
 
     @cached_property
@@ -75,7 +75,7 @@ class World:
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
-        """Number of each word."""
+        """The index of each word."""
         return {word: i for i, word in enumerate(self.words)}
 
 
