@@ -1,4 +1,4 @@
-"""What the backend promises around the pruning itself: options, refusals, masks, shapes."""
+"""The backend apart from the pruning itself: options, refusals, masks, shapes."""
 
 from __future__ import annotations
 

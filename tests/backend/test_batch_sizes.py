@@ -1,6 +1,6 @@
-"""One compiled model called with one batch size after the other, where experts flatten tokens.
+"""One compiled model called with several batch sizes, where experts flatten tokens.
 
-A product dim (B * S) is then known by views that come later than where its size is needed.
+A product dim (B * S) is then known only from views after the first use of its size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""When dynamo traces otherwise for this backend, and a torch without what that needs."""
+"""When dynamo traces differently for this backend, and torch versions that lack support for it."""
 
 from __future__ import annotations
 

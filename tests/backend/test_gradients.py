@@ -1,4 +1,4 @@
-"""Gradients through the cut are those of the decoder pruned by hand, or the graph is declined."""
+"""Gradients through the cut equal those of the decoder pruned by hand, or the graph is declined."""
 
 from __future__ import annotations
 

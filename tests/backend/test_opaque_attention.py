@@ -1,4 +1,4 @@
-"""Attention in an operator that is opaque to the passes, registered as users of transformers do."""
+"""Attention in an operator that is opaque to the passes, registered through transformers' API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What dropping tokens would change is refused by name, and then nothing is changed at all."""
+"""Graphs that dropping tokens would break are refused by name and left unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lengths, images and sizes that change between calls, or coincide with one another."""
+"""Lengths, images and sizes that change between calls or coincide."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Decoding on sliding-window caches that pruning left shorter than their window.
 
-The oracle decodes on caches without a window: as long as no window is exceeded, the same thing.
+The oracle decodes on caches without a window: equivalent while no window is exceeded.
 """
 
 from __future__ import annotations

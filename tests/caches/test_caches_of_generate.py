@@ -1,4 +1,4 @@
-"""The caches that ``generate`` fills: static ones, how many graphs they take, their bytes."""
+"""Caches filled by ``generate``: static ones, their number of graphs, their bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cache layers of a model's own: which of them can know what a pruned prompt dropped."""
+"""Custom cache layers of models: which of them can count a pruned prompt's dropped tokens."""
 
 from __future__ import annotations
 

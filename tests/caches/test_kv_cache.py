@@ -1,4 +1,4 @@
-"""What the KV cache of a pruned call knows, images that come on one, and caches from elsewhere."""
+"""The KV cache of a pruned call: its counts, images added to one, and caches from elsewhere."""
 
 from __future__ import annotations
 

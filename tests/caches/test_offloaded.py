@@ -1,4 +1,4 @@
-"""Caches whose layers lie on the host: when they are refused, and what is waited for."""
+"""Caches offloaded to the host: when they are refused, and synchronisation."""
 
 from __future__ import annotations
 

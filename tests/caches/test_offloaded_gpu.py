@@ -1,4 +1,4 @@
-"""Caches whose layers lie on the host, on a GPU: transformers moves them in CUDA's streams only."""
+"""Caches offloaded to the host, on a GPU: transformers moves them in CUDA streams only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caches that hold codes, or tokens of an earlier call."""
+"""Caches that hold quantisation codes, or tokens of an earlier call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Static caches of pruned prompts: how long they are, what may follow, and sliding windows."""
+"""Static caches of pruned prompts: lengths, later calls, and sliding windows."""
 
 from __future__ import annotations
 

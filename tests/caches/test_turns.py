@@ -1,4 +1,4 @@
-"""Calls that continue a pruned KV cache, against a whole cache whose dropped columns are hidden."""
+"""Calls that continue a pruned KV cache, against a full cache with dropped columns masked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands of the command line, called on a saved model."""
+"""Runs commands of the command line on a saved model."""
 
 from __future__ import annotations
 

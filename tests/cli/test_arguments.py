@@ -1,4 +1,4 @@
-"""What commands say of arguments that cannot be used."""
+"""Error messages of commands for unusable arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dartfx explain`` and ``show``, as a user calls them."""
+"""``dartfx explain`` and ``show``, called as by a user."""
 
 from __future__ import annotations
 

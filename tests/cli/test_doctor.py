@@ -1,4 +1,4 @@
-"""``dartfx doctor``, as a user calls it."""
+"""``dartfx doctor``, called as by a user."""
 
 from __future__ import annotations
 

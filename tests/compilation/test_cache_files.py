@@ -1,4 +1,4 @@
-"""Files of compiled code that do not fit are refused by name; test_warm_start.py uses one."""
+"""Mismatched files of compiled code are refused by name; test_warm_start.py loads one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers become calls of one subgraph, and that the calls compute what the layers did."""
+"""Which layers become calls of one subgraph, and that the calls are equivalent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Equal layers compiled once by Inductor: the same outputs, and when it is left alone."""
+"""Equal layers compiled once by Inductor: equal outputs, and when it does not apply."""
 
 from __future__ import annotations
 

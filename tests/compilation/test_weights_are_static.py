@@ -1,4 +1,4 @@
-"""Inductor knows the weights of a pruned graph: its CUDA graphs copy every other input."""
+"""Inductor recognises the weights of a pruned graph: its CUDA graphs copy all other inputs."""
 
 from __future__ import annotations
 

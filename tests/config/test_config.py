@@ -1,4 +1,4 @@
-"""DartConfig: what it accepts, what it refuses and how it says so, and Inductor's patches."""
+"""DartConfig: accepted and refused values, error messages, and Inductor's patches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What identifies a result: every option, source file and version that decides it, and no other."""
+"""Fingerprints cover every option, source file and version that affects a result, and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One start of two processes for ``make test``; ``test_ranks.py`` tries everything else."""
+"""A single launch of two processes for ``make test``; ``test_ranks.py`` tests everything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/batch_caption.py in two processes: every line once, whatever was killed when."""
+"""examples/batch_caption.py in two processes: each line exactly once, despite kills."""
 
 from __future__ import annotations
 

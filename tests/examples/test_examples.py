@@ -1,4 +1,4 @@
-"""The programs behind ``make demo`` and ``make bench``, run as a user runs them, at tiny sizes."""
+"""The programs of ``make demo`` and ``make bench``, run as by a user, at tiny sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pruned program states, what is refused, and what is left alone."""
+"""What a pruned program records, what is refused, and what stays unchanged."""
 
 from __future__ import annotations
 

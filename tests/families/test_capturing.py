@@ -1,4 +1,4 @@
-"""What collects outputs while dynamo traces a part of a model, and while it does not."""
+"""Hooks that collect outputs, with and without dynamo tracing a part of the model."""
 
 from __future__ import annotations
 

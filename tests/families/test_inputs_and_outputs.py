@@ -1,4 +1,4 @@
-"""What goes in and what comes out: embeddings, hidden states, attention, dtypes, losses."""
+"""Inputs and outputs: embeddings, hidden states, attention, dtypes, losses."""
 
 from __future__ import annotations
 

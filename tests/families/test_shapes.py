@@ -1,4 +1,4 @@
-"""Every shape users send: paddings, ragged rows, many images, videos, sizes."""
+"""Shapes of users' inputs: paddings, ragged rows, many images, videos, sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An image and a video, or an image and sound, in one prompt: their union is pruned as by hooks."""
+"""Image and video, or image and audio, in one prompt: their union is pruned as by hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hybrid decoders of the zoo in padded batches, through generate: what their caches hold."""
+"""Hybrid decoders of the zoo in padded batches through generate, and their caches' contents."""
 
 from __future__ import annotations
 

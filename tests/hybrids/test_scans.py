@@ -1,4 +1,4 @@
-"""Scans as one operator each: their values, their gradients, and behind a cut."""
+"""Scans as single operators: values, gradients, and use behind a cut."""
 
 from __future__ import annotations
 

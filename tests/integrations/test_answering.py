@@ -1,4 +1,4 @@
-"""What adapters share: prompts in batches, answers, losses, and the tally of what was pruned."""
+"""Code shared by adapters: batches of prompts, answers, losses, and counts of pruned prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plugin in lmms-eval itself: its registry, its requests, its evaluator, on the small model.
+"""The plugin inside lmms-eval: registry, requests and evaluator, on the small model.
 
 Skipped where lmms-eval is not installed; docs/lmms_eval.md says how to run it.
 """

@@ -1,4 +1,4 @@
-"""Imports go one way, in no circle, and to private names of other packages in one file only.
+"""Imports go one way, without cycles, and use private names of other packages in one file only.
 
 Read from the files; nothing is imported.
 """

@@ -1,4 +1,4 @@
-"""A torch or transformers without one of the private names: each is removed in turn."""
+"""torch or transformers without one of the private names: each is removed in turn."""
 
 from __future__ import annotations
 

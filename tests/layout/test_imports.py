@@ -1,4 +1,4 @@
-"""What ``import dartfx`` and the entry point load: nothing that compiling can do without."""
+"""``import dartfx`` and the entry point load only what compiling needs."""
 
 from __future__ import annotations
 

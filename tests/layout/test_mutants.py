@@ -1,4 +1,4 @@
-"""Every mutant of ``make mutants`` fits the source and meets what ``make test`` runs."""
+"""Every mutant of ``make mutants`` applies to the source and is covered by ``make test``."""
 
 from __future__ import annotations
 

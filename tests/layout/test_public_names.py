@@ -1,4 +1,4 @@
-"""The public surface, by name: whatever moves inside dartfx, none of these may change unnoticed.
+"""The public API by name: none of these may change unnoticed, whatever moves inside dartfx.
 
 A new line here is a new feature; a changed or removed one breaks users and needs a note in
 CHANGELOG.md.

@@ -1,4 +1,4 @@
-"""The built packages: what they hold, and that a clean environment finds the backend by name."""
+"""The built packages: their contents, and that a clean environment finds the backend by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way to call a compiled model: pruned as by hooks, or refused, and never in silence."""
+"""Every way to call a compiled model: pruned as by hooks or refused, never silently unpruned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A failure is the caller's unless the cut caused it; a copy of a model is a model of its own."""
+"""Failures that the cut did not cause reach the caller; copies of a model are independent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""generate() with pruned prefills, in the ways people call it, against models pruned by hooks."""
+"""generate() with pruned prefills, in its usual forms, against models pruned by hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dartfx.vision_tokens(mask)`` where ``generate`` repeats rows, in threads, and not fitting."""
+"""``dartfx.vision_tokens(mask)`` with rows repeated by ``generate``, in threads, and mismatched."""
 
 from __future__ import annotations
 

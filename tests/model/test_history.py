@@ -1,4 +1,4 @@
-"""What is remembered of calls belongs to the model, and is bounded."""
+"""The history of calls is per model and bounded."""
 
 from __future__ import annotations
 

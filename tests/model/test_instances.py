@@ -1,4 +1,4 @@
-"""What is compiled belongs to one model: its copies, replicas, changes, and the way back."""
+"""Compiled code belongs to one model: copies, replicas, changes, and uncompiling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Positions of the prompt on the shorter sequence: known to callers, refused in later graphs."""
+"""Prompt positions and the shorter sequence: available to callers, refused in later graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models whose prefills are recordings, of padded prompts as well: what a CPU can show."""
+"""Models whose prefills are recordings, also of padded prompts: what can be tested on a CPU."""
 
 from __future__ import annotations
 

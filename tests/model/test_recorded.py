@@ -1,4 +1,4 @@
-"""Recordings of compiled code: when they are made, what they return, what is not recorded."""
+"""Recordings of compiled code: when they are made, their outputs, what is not recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that docs/debugging.md names run as they are there, on a tiny model and its dump."""
+"""The commands in docs/debugging.md run verbatim, on a tiny model and its dump."""
 
 from __future__ import annotations
 

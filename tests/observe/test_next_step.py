@@ -1,4 +1,4 @@
-"""The line that says what to do when nothing was pruned."""
+"""The advice given when nothing was pruned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``report.html``: what it says is what the dump and the report say, and a browser shows it."""
+"""``report.html`` agrees with the dump and the report, and a browser renders it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``repro.py``: the script alone finds again what became of the graph it was written for."""
+"""``repro.py``: the script alone reproduces the outcome of its graph."""
 
 from __future__ import annotations
 

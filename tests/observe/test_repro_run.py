@@ -1,4 +1,4 @@
-"""A repro's graph runs, pruned and unpruned, on the call's integers and on random floats."""
+"""A repro's graph runs, pruned and unpruned, on the call's integers and random floats."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The Triton kernels against the float64 oracle: on a GPU, and in Triton's interpreter.
 
-``test_triton_interpreted.py`` runs this file in the interpreter, in a process of its own because
-Triton reads TRITON_INTERPRET when it is imported.
+``test_triton_interpreted.py`` runs this file in the interpreter, in a separate process because
+Triton reads TRITON_INTERPRET on import.
 """
 
 from __future__ import annotations

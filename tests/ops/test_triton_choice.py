@@ -1,4 +1,4 @@
-"""Which implementation runs where, what the operator refuses, that an edited kernel is noticed."""
+"""Choice of implementation, the operator's refusals, and detection of edited kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels compiled for devices that are not there: registers, spills, shared memory."""
+"""The kernels compiled for absent devices: registers, spills, shared memory."""
 
 from __future__ import annotations
 

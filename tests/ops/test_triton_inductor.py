@@ -1,4 +1,4 @@
-"""What Inductor makes of the kernels on a CUDA device, seen without one."""
+"""Inductor's code for the kernels on a CUDA device, tested without one."""
 
 from __future__ import annotations
 

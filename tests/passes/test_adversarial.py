@@ -1,4 +1,4 @@
-"""Decoders built to be pruned wrongly without a word: each is pruned as by hand, or declined."""
+"""Decoders built to provoke silent wrong pruning: each is pruned as by hand, or declined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks that could be read wrongly: of attention, of packed rows, and tables without a batch."""
+"""Masks that could be misread: attention masks, packed rows, and tables without a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which dims are one axis: decided by the operators, never by sizes that happen to be equal."""
+"""Which dims share an axis: decided by operators, never by coincidentally equal sizes."""
 
 from __future__ import annotations
 

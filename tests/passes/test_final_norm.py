@@ -1,4 +1,4 @@
-"""The module whose norm ranks tokens is the decoder's final norm, or none is taken for it."""
+"""The module whose norm ranks tokens is the decoder's final norm, or none is used."""
 
 from __future__ import annotations
 

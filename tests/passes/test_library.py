@@ -1,4 +1,4 @@
-"""dartfx.passes as a library: its public surface, selections made elsewhere, audio, examples."""
+"""dartfx.passes as a library: public API, external selections, audio, examples."""
 
 from __future__ import annotations
 

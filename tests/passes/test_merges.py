@@ -1,4 +1,4 @@
-"""What is put into the embeddings counts as vision only where it is, and is missed by no one."""
+"""Only vision features merged into the embeddings count as vision tokens, and none is missed."""
 
 from __future__ import annotations
 

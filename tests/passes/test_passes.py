@@ -1,4 +1,4 @@
-"""The rewritten graph against the same decoder pruned by hand, for many spellings of it."""
+"""The rewritten graph against the same decoder pruned by hand, in many variants."""
 
 from __future__ import annotations
 

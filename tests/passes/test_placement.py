@@ -1,4 +1,4 @@
-"""Which values are the same on every rank, on graphs small enough to say by hand."""
+"""Which values are equal on all ranks, on graphs small enough to determine by hand."""
 
 from __future__ import annotations
 

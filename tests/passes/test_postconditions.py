@@ -1,4 +1,4 @@
-"""A pass that misbehaves is caught by the check after it: the model runs unpruned, and says so."""
+"""A faulty pass is caught by the check after it: the model runs unpruned and reports it."""
 
 from __future__ import annotations
 

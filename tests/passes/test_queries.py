@@ -1,4 +1,4 @@
-"""Selectors that ask for queries: what reaches them, held against the attention models compute."""
+"""Selectors that request queries: their inputs, compared with the models' own attention."""
 
 from __future__ import annotations
 

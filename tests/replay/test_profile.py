@@ -1,4 +1,4 @@
-"""``repro.py --profile`` and ``dartfx profile``: measured time beside FLOPs and bytes."""
+"""``repro.py --profile`` and ``dartfx profile``: measured time, FLOPs and bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A number of vision tokens for one call: what comes out, and how often it is compiled."""
+"""Per-call budgets: outputs, and the number of compilations."""
 
 from __future__ import annotations
 

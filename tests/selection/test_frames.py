@@ -1,4 +1,4 @@
-"""Budgets by frame, and what changed since the frame before, against numpy loops in float64."""
+"""Budgets per frame, and changes since the previous frame, against numpy loops in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every selector that comes with dartfx: what all must hold, and each against float64 and loops."""
+"""The built-in selectors: common properties, and each against float64 loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fingerprints of selectors follow what they compute, and nothing else."""
+"""Fingerprints of selectors depend on what they compute, and nothing else."""
 
 from __future__ import annotations
 

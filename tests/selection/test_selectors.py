@@ -1,4 +1,4 @@
-"""The selector registry, the built-in selectors, and what happens to a selector that is wrong."""
+"""The selector registry, the built-in selectors, and handling of faulty selectors."""
 
 from __future__ import annotations
 

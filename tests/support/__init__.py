@@ -1,1 +1,1 @@
-"""Models, prompts and programs that tests of several folders share."""
+"""Models, prompts and programs shared by tests of several folders."""

@@ -1,4 +1,4 @@
-"""What the tests of exported programs share: wrappers that return plain tensors, and exporting."""
+"""Helpers for tests of exported programs: wrappers that return plain tensors, and exporting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of ``generate`` share: compiled copies of tiny families, and the hooks."""
+"""Helpers for tests of ``generate``: compiled copies of tiny families, and the hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels' launches recorded without a device, and compiled for one that is not there."""
+"""Records the kernels' launches without a device, and compiles them for an absent one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of a run's files: the longest first, so that none is left for one worker at the end."""
+"""The order of a run's files: longest first, so that no long one is left at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Further cases of a code path that is tested, which only ``make test-all`` runs."""
+"""Further cases of tested code paths, run only by ``make test-all``."""
 
 from __future__ import annotations
 

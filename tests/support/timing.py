@@ -1,4 +1,4 @@
-"""Where the seconds of a run went: the slowest tests, and the time of each file."""
+"""The time profile of a run: its slowest tests, and the time of each file."""
 
 from __future__ import annotations
 

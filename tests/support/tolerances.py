@@ -1,4 +1,4 @@
-"""What the tests of pruned models share: how close is equal, and how many tokens they keep."""
+"""Constants of the tests of pruned models: tolerances, and numbers of kept tokens."""
 
 from __future__ import annotations
 

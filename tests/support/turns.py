@@ -1,4 +1,4 @@
-"""Turns of a conversation as they should be: a whole cache, of which a mask hides columns.
+"""Reference turns of a conversation: a full cache with masked columns.
 
 Nothing of this comes from the compiler or from its cache layers: an eager model computes all
 tokens, and a 4-D mask hides what was dropped: from layer K on in the call that brings an image, and

@@ -1,4 +1,4 @@
-"""Layouts found from a call's arguments, against what transformers' own code does with pixels."""
+"""Layouts inferred from a call's arguments, against transformers' own handling of pixels."""
 
 from __future__ import annotations
 

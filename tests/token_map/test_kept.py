@@ -1,4 +1,4 @@
-"""Which tokens were kept: what is recorded, against the oracle, and that asking changes nothing."""
+"""Records of kept tokens against the oracle, and that recording changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overlays: dropped patches dimmed, kept ones coloured by pivot, pivots framed, at their places."""
+"""Overlays: dropped patches dimmed, kept ones coloured by pivot, pivots framed, positions right."""
 
 from __future__ import annotations
 

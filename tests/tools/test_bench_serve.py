@@ -1,4 +1,4 @@
-"""``python -m dartfx bench serve``: what is wrong with its servers, and its figures."""
+"""``python -m dartfx bench serve``: server errors, and its figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measure: its questions, its figures, and what must hold of the trained model."""
+"""The evaluation: its questions and figures, and properties of the trained model."""
 
 from __future__ import annotations
 

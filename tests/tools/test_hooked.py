@@ -1,4 +1,4 @@
-"""The hooked oracle is itself checked: against the unpruned model, single rows, and by hand."""
+"""Checks of the hooked oracle itself: against the unpruned model, single rows, and by hand."""
 
 from __future__ import annotations
 

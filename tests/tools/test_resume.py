@@ -1,4 +1,4 @@
-"""What the measure computes once for several numbers of tokens and selectors."""
+"""What the evaluation computes once for several numbers of tokens and selectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of the measure: scores, intervals, tables, and what must hold of them."""
+"""The evaluation's figures: scores, intervals, tables, and sanity checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attention that the vision tower's tokens get, and the ranking by it, against loops."""
+"""The attention received by the vision tower's tokens, and the ranking by it, against loops."""
 
 from __future__ import annotations
 

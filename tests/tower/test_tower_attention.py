@@ -1,4 +1,4 @@
-"""What the vision tower's attention is for selectors that need it, against eager towers."""
+"""The vision tower's attention as passed to selectors, against eager towers."""
 
 from __future__ import annotations
 

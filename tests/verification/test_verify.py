@@ -1,4 +1,4 @@
-"""``dartfx.verify``: it holds for what is right, and notices what is not."""
+"""``dartfx.verify`` passes for correct rewrites and detects wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that accelerate has put its hooks on: on several devices, or with weights offloaded."""
+"""Models with accelerate's hooks: on several devices, or with offloaded weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Autocast from outside a model: around its call, or around its forward as accelerate has it."""
+"""Autocast outside a model: around its call, or around its forward as in accelerate."""
 
 from __future__ import annotations
 

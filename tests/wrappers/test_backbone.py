@@ -1,4 +1,4 @@
-"""A model whose backbone alone is compiled: what TRL's trainers and other heads around one need."""
+"""Models with only the backbone compiled, as needed by TRL's trainers and custom heads."""
 
 from __future__ import annotations
 

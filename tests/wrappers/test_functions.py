@@ -1,4 +1,4 @@
-"""Compiled functions that call a model and go on with what it returned, such as a loss."""
+"""Compiled functions that call a model and use its outputs, such as for a loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs a model for its answers: pipelines, inference mode, memory formats, a server."""
+"""Inference: pipelines, inference mode, memory formats, a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with adapters of PEFT: compiled before or after, adapters switched and merged."""
+"""Models with PEFT adapters: compiled before or after, adapters switched and merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that are no plain tensors: pruned as the hook-pruned model with the same weights."""
+"""Weights that are not plain tensors: pruned like the hook-pruned model with equal weights."""
 
 from __future__ import annotations
 

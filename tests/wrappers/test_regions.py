@@ -1,4 +1,4 @@
-"""Regions that dynamo keeps as calls of subgraphs: looked into and pruned, or refused by name."""
+"""Regions that dynamo keeps as subgraph calls: pruned, or refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' OpenAI server as a process of its own, with models compiled by dartfx."""
+"""transformers' OpenAI server in a separate process, with models compiled by dartfx."""
 
 from __future__ import annotations
 

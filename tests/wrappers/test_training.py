@@ -1,4 +1,4 @@
-"""What trains a model: Trainer, DistributedDataParallel, FSDP2, and generate and training in turns.
+"""Training: Trainer, DistributedDataParallel, FSDP2, and alternating generate and training.
 
 One process stands for all ranks of the process group: what is tried is what the wrappers make of
 the model's forward, and that does not depend on their number.

@@ -1,4 +1,4 @@
-"""What the tests inside vLLM share: its checkpoint, the requests, the oracle's tokens."""
+"""Fixtures of the tests inside vLLM: checkpoint, requests, the oracle's tokens."""
 
 from __future__ import annotations
 

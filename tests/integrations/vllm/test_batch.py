@@ -1,4 +1,4 @@
-"""Requests of a step at the cut, without vLLM: what passes, what waits, which KV slots."""
+"""A step's requests at the cut, without vLLM: rows that pass, rows held, KV slots."""
 
 from __future__ import annotations
 

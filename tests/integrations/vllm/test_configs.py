@@ -1,4 +1,4 @@
-"""What vLLM makes of dartfx's options: configs, refusals at start, decoders of its models."""
+"""dartfx's options in vLLM: configs, refusals at start, decoders of its models."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A pruned model inside vLLM's engine: greedy tokens of the oracle, and KV blocks saved.
 
-`make test-vllm` runs these in an environment of their own, with vLLM's wheel for the CPU.
+`make test-vllm` runs these in a separate environment with vLLM's CPU wheel.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Model Runner V2, the one that GPUs have: the same tokens, and drafts by n-grams.
+"""Model Runner V2, the default on GPUs: the same tokens, and n-gram drafts.
 
-vLLM's own runner works here on the CPU, with its kernels in Triton's interpreter.
+vLLM's own runner runs here on the CPU, with its kernels in Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vLLM's server with a pruned model, asked by the package openai over HTTP."""
+"""vLLM's server with a pruned model, queried over HTTP by the package openai."""
 
 from __future__ import annotations
 

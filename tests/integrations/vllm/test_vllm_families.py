@@ -1,6 +1,6 @@
-"""Other families inside vLLM's engine: M-RoPE, pictures of several sizes, tiles.
+"""Other families inside vLLM's engine: M-RoPE, images of several sizes, tiles.
 
-A step takes less than a prompt, and prompts begin with the same text.
+Prompts exceed a step's budget and start with the same text.
 """
 
 from __future__ import annotations

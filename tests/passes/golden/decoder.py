@@ -1,4 +1,4 @@
-"""The smallest decoder that every step of a cut changes."""
+"""The smallest decoder that is changed by every step of a cut."""
 
 from __future__ import annotations
 

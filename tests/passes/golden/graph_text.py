@@ -1,4 +1,4 @@
-"""Graphs of dynamo, a graph as text, one call a line, and two such texts as one with marks."""
+"""Captures dynamo's graphs, and prints and diffs them as text with one call per line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graphs that rewriting passes show in their docstrings are those of the golden texts."""
+"""The graphs in the docstrings of rewriting passes match the golden texts."""
 
 from __future__ import annotations
 

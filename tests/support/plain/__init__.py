@@ -1,1 +1,1 @@
-"""Decoders in plain torch, of which the tests know every operator."""
+"""Decoders in plain torch, whose operators are all known to the tests."""

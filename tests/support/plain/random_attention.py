@@ -1,5 +1,5 @@
-"""Attention with a spelling of its own for each part: projections, rotary embedding, grouped
-heads, scores, mask, softmax.  :class:`LayerStyle` chooses, for these and for the rest of a layer.
+"""Attention with independent variants of each part: projections, rotary embedding, grouped heads,
+scores, mask, softmax.  :class:`LayerStyle` chooses them, and those of the rest of a layer.
 """
 
 from __future__ import annotations

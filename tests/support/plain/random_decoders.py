@@ -1,7 +1,7 @@
 """Random decoders and prompts: the strategies behind test_properties.py.
 
-A :class:`Plan` says everything about one example.  Each place of the decoder draws its spelling
-on its own, and sizes are drawn so that many of them coincide with the sequence length.
+A :class:`Plan` fully determines one example.  Each part of the decoder draws its variant
+independently, and many sizes are drawn to coincide with the sequence length.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random modules without vision tokens, whose operators are those of a merge in other roles."""
+"""Random modules without vision tokens that use a merge's operators in other roles."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Decoder layers and merges whose every part is spelled at random.
+"""Decoder layers and merges with a random variant of each part.
 
-``HAZARDS`` are operations that read token positions, which a layer after the cut must not hold.
+``HAZARDS`` are operations that read token positions, which a layer after the cut must not contain.
 """
 
 from __future__ import annotations

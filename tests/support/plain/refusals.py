@@ -1,4 +1,4 @@
-"""Whether a small decoder was pruned right, or left alone with a reason."""
+"""Checks that a small decoder was pruned correctly, or left unchanged with a reason."""
 
 from __future__ import annotations
 

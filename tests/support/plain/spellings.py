@@ -1,4 +1,4 @@
-"""Many spellings of one decoder block in plain torch, and the sizes and styles that choose them."""
+"""Many variants of one decoder block in plain torch, and the sizes and styles that choose them."""
 
 from __future__ import annotations
 

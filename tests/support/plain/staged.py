@@ -1,4 +1,4 @@
-"""Pruning in stages by forward hooks on an eager model: what ``layer=[...]`` is compared with.
+"""Pruning in stages by forward hooks on an eager model: the reference for ``layer=[...]``.
 
 One set of hooks per stage, each as for a single cut.  A later stage sees what the one before it
 left: its vision mask and its valid positions are gathered, and so are all arguments of the layers.

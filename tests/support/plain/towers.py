@@ -1,4 +1,4 @@
-"""A selector that keeps what it was given of a tower, and a tower in front of a small decoder."""
+"""A selector that records its inputs from a tower, and a tower in front of a small decoder."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What runs in processes of its own: ranks, programs, a browser."""
+"""Code that runs in separate processes: ranks, programs, a browser."""

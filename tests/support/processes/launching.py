@@ -1,4 +1,4 @@
-"""Programs started in several processes, as ``torchrun`` does, of which nothing is left behind."""
+"""Starts programs in several processes, as ``torchrun`` does, and cleans all of them up."""
 
 from __future__ import annotations
 

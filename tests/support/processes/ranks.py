@@ -1,4 +1,4 @@
-"""Cases for ranks_worker.py, run by as many processes as wanted, and what their results must be."""
+"""Cases for ranks_worker.py, run by any number of processes, and their expected results."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the tests inside vLLM run and compare with."""
+"""Programs and references of the tests inside vLLM."""

@@ -1,4 +1,4 @@
-"""Tiny random models of other families with processors of their own, saved as vLLM reads them."""
+"""Tiny random models of other families with their processors, saved in vLLM's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests for vLLM and the tokens that transformers, pruned by hooks, answers them with."""
+"""Requests for vLLM, and the answers of transformers models pruned by hooks."""
 
 from __future__ import annotations
 
