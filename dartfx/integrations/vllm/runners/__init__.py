@@ -1,1 +1,1 @@
-"""How the plugin learns, in each of vLLM's model runners, whose rows a batch holds."""
+"""Maps batch rows to requests, for each of vLLM's model runners."""

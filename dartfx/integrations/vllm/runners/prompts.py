@@ -1,10 +1,10 @@
-"""What is known of the prompt in each row of the running batch.
+"""The prompt in each row of the running batch.
 
-Attention metadata does not say whose rows it is about.  The scheduler knows a request's images and
-writes what is dropped into its sampling parameters, which vLLM brings to the workers.  How they are
-found there by row of the batch differs between vLLM's model runners: v1.py and v2.py
-each keep :func:`prompts_of` in step with the batch before a forward pass, and the cut need not know
-which runner it works in.
+Attention metadata does not identify its rows' requests.  The scheduler knows a request's images and
+writes what is dropped into its sampling parameters, which vLLM sends to the workers.  How they map
+to batch rows there differs between vLLM's model runners: v1.py and v2.py each keep
+:func:`prompts_of` in step with the batch before a forward pass, and the cut is independent of the
+runner.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _ROWS: dict[str, dict[int, Prompt]] = {}
 
 
 def prompts_of(vllm_config: Any) -> dict[int, Prompt]:
-    """Prompts that drop tokens, by row of the batch, of the engine that is configured so."""
+    """The prompts that drop tokens, by batch row, of the engine with this config."""
     return _ROWS.setdefault(vllm_config.instance_id, {})
 
 
 def write(params: Any, prompt: Prompt | None) -> Any:
-    """Sampling parameters that bring ``prompt`` to the workers; not what a client wrote there."""
+    """Sampling parameters that carry ``prompt`` to the workers, replacing any client's value."""
     given = {k: v for k, v in (params.extra_args or {}).items() if k != options.KEY}
     if prompt is None and len(given) == len(params.extra_args or {}):
         return params
@@ -42,10 +42,10 @@ def write(params: Any, prompt: Prompt | None) -> Any:
 
 
 def read(params: Any) -> Prompt | None:
-    """The prompt that :func:`write` put there: the same object as long as the request lives.
+    """The prompt that :func:`write` put there: the same object for the request's lifetime.
 
-    A request that leaves the batch and comes back, since it was not scheduled in a step, finds
-    what is held of its prompt; when it ends, that goes with its parameters.
+    A request that leaves the batch for an unscheduled step and returns finds its held rows; they
+    are freed with its parameters when it ends.
     """
     given = (getattr(params, "extra_args", None) or {}).get(options.KEY)
     if given is None:
@@ -59,7 +59,7 @@ def read(params: Any) -> Prompt | None:
 def check_request(params: Any) -> None:
     """Refuse a request for log-probabilities of prompt tokens, some of which are dropped.
 
-    Raises ValueError, which vLLM answers the request with.
+    Raises ValueError, which vLLM returns as the request's error.
     """
     if getattr(params, "prompt_logprobs", None) is not None:
         raise ValueError(

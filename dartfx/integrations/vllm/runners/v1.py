@@ -1,6 +1,6 @@
-"""Model Runner V1: a logits processor is shown requests by row of the batch.
+"""Model Runner V1: a logits processor receives the requests by batch row.
 
-vLLM calls it before each forward pass.  This one changes no logits.
+vLLM updates it before each forward pass.  This one changes no logits.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Requests(vllm_api.LogitsProcessor):  # type: ignore[misc]
         return True
 
     def apply(self, logits: Any) -> Any:
-        """The logits as they are."""
+        """Return the logits unchanged."""
         return logits
 
     def update_state(self, batch_update: Any) -> None:
-        """Removed, added and moved rows, in the order that vLLM prescribes."""
+        """Apply removed, added and moved rows, in the order that vLLM prescribes."""
         if batch_update is None:
             return
         for row in batch_update.removed:

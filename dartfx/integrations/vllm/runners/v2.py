@@ -1,6 +1,6 @@
-"""Model Runner V2: the model's own state is shown each request, and each batch before it runs.
+"""Model Runner V2: the model state receives each request, and each batch before it runs.
 
-The state is a subclass of the one that vLLM would choose, and does all that it does.
+The state is a subclass of the one that vLLM would choose, and keeps its behaviour.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Requests", "attach", "state_class"]
 
 
 class Requests(vllm_api.LogitsProcessorV2):  # type: ignore[misc]
-    """Checks requests as they come in; changes no logits."""
+    """Checks incoming requests; changes no logits."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -28,7 +28,7 @@ class Requests(vllm_api.LogitsProcessorV2):  # type: ignore[misc]
         return False
 
     def apply(self, logits: Any, ctx: Any) -> Any:
-        """The logits as they are."""
+        """Return the logits unchanged."""
         return logits
 
 
@@ -64,9 +64,9 @@ def state_class(base: Any) -> Any:
 
 
 def attach(model: Any, vllm_config: Any) -> str:
-    """Let ``model`` have a state that knows its prompts; returns why it cannot, or an empty string.
+    """Give ``model`` a state that tracks its prompts; returns why it cannot, or an empty string.
 
-    Only for a model that is pruned: others keep the state that vLLM chooses.
+    Only for pruned models: others keep the state that vLLM chooses.
     """
     chosen = vllm_api.resolve_model_state_cls(vllm_config, model)
     if chosen is not vllm_api.DefaultModelState:
