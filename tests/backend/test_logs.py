@@ -87,7 +87,7 @@ def test_torch_logs_and_torch_trace(tmp_path: Path) -> None:
 
 
 def test_decode_steps_of_a_padded_batch_raise_no_suspicion() -> None:
-    # Their mask's size is asked of a cache, outside of any layer.
+    # Their mask's size is read from a cache, outside any layer.
     torch.compiler.reset()
     dartfx.reset()
     family = load("llava", layers=3)

@@ -115,7 +115,7 @@ def check_answers(text: str, asked: int, picture: Path) -> None:
 
 
 def test_demo_on_the_trained_model_and_the_sample_photograph(tmp_path: Path) -> None:
-    # As make does it: a process of its own.
+    # In a separate process, as in make.
     picture = tmp_path / "kept.png"
     arguments = ["--tiny", *EAGER, *FEW, "--repeat", "2", "--questions", "8", "--out", picture]
     done = subprocess.run(

@@ -30,7 +30,7 @@ from tests.support.plain.decoders import Decoder, Sizes, prompt, run
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# What the guides say has tests of its own: `make test` only runs what a reader tries first.
+# The guides' contents are tested elsewhere: `make test` only runs what a reader tries first.
 FIRST = ("README.md", "index.md")
 BLOCKS = [
     pytest.param(

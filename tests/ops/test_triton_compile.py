@@ -108,7 +108,7 @@ def test_the_largest_grids_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> N
         assert all(size <= 65_535 for size in one.grid[1:])
 
 
-# ptxas says so of both CUDA targets, and takes 7 s.
+# ptxas reports it for both CUDA targets, in 7 s.
 @pytest.mark.parametrize(
     ("target", "limit"),
     [*TARGETS[1:], pytest.param(*TARGETS[0].values, id="sm_80", marks=pytest.mark.slow)],

@@ -68,7 +68,7 @@ def test_the_surface_changes_only_on_purpose() -> None:
 def test_the_surface_is_documented(name: str) -> None:
     found = getattr(passes, name)
     assert found.__doc__
-    # A dataclass without a docstring of its own gets its signature for one.
+    # A dataclass without a docstring gets its signature as one.
     assert not found.__doc__.startswith(f"{name}(")
     assert f"`{name}`" in (EXAMPLES.parent / "docs" / "library.md").read_text()
 

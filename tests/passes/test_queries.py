@@ -163,7 +163,7 @@ def test_queries_carry_the_scale_of_the_scores(name: str, monkeypatch: pytest.Mo
     given, plain = seen(), Decoder(Sizes(), Style(attend="softmax", mask="4d_float")).eval()
     inputs = prompt(plain.z)
     run(plain, inputs, retain_tokens=RETAIN, selector="watching", layer=1)
-    own = given["queries"].clone()  # at the usual scale they are handed over as they are
+    own = given["queries"].clone()  # at the usual scale they are passed unchanged
     dartfx.reset()
     monkeypatch.setitem(spellings.ATTENDS, "softmax", scaled_by(change))
     _, outcome = run(plain, inputs, retain_tokens=RETAIN, selector="watching", layer=1)

@@ -139,7 +139,7 @@ def test_equal_tokens_are_kept_by_position(name: str) -> None:
     want = {
         "tiled": [0, 3, 6, 9],
         "uniform": [1, 4, 7, 10],
-        # The first, then whatever lies three or more tokens from all that are kept.
+        # The first, then any token at least three away from all kept ones.
         "spread": [0, 3, 6, 9],
     }
     assert kept[0].nonzero()[:, 0].tolist() == want.get(name, [0, 1, 2, 3])

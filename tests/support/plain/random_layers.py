@@ -182,7 +182,7 @@ class RandomLayer(nn.Module):
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         x = HAZARDS[self.style.hazard](self.extra(x, context))
         y, k, v = self.attn(self.norm1(x), context)
-        if context.get("shared_k") is None:  # for later layers that have none of their own
+        if context.get("shared_k") is None:  # for later layers without their own
             context.add("shared_k", k, 2)
             context.add("shared_v", v, 2)
         if self.style.residual == "parallel":
