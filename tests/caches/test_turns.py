@@ -222,7 +222,7 @@ def test_a_cache_is_cropped_to_the_end_of_the_image() -> None:
 def test_rows_that_would_be_left_with_different_tokens_are_not_cropped() -> None:
     cache = first_turn(llava().make_inputs("ragged"))
     with pytest.raises(dartfx.SelectionError, match="rows or layers hold different ones"):
-        cache.crop(-14)
+        cache.crop(-30)
 
 
 # --- kept, moved, continued elsewhere --------------------------------------------------------

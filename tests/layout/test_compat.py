@@ -122,9 +122,8 @@ USES: dict[str, Callable[[Path], object]] = {
     "LazyVariableTracker StringFormatVariable FakeTensor FakeTensorMode enable_python_dispatcher "
     "set_grad_enabled enter_autocast exit_autocast autograd_function_apply TensorPropertySource "
     "FunctionalTensorMode HigherOrderOperator InstructionTranslator "
-    "callback_handler TensorVariable TupleVariable ConstantVariable install_guard": lambda _: (
-        pruned()
-    ),
+    "callback_handler TensorVariable TupleVariable ConstantVariable install_guard "
+    "TorchInGraphFunctionVariable wrap_fx_proxy check check_tensor_all": lambda _: pruned(),
     "aot_eager": lambda _: pruned("aot_eager"),
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": lambda _: missing_classes(),
     "compilation_time_metrics counters inductor_metrics": measured,

@@ -81,7 +81,7 @@ def test_explain_tells_all_of_the_cut(llava: Family, monkeypatch: pytest.MonkeyP
     assert explanation.pruned
     before = inputs["input_ids"].shape[1]
     for line in (
-        "pruned before decoder layer 2 of L['self'].language_model.layers",
+        "pruned before decoder layer 2 of L['self'].model.language_model.layers",
         "vision tokens: 16 per sample (merge in the graph), 6 retained",
         f"sequence:      {before} -> {before - 10} tokens, batch 1",
         "decoder FLOPs:",

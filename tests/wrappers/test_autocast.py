@@ -76,7 +76,7 @@ def test_logits_are_those_of_hooks(family: str, how: str, late: bool) -> None:
 def test_a_training_step_by_accelerate(lowering: str) -> None:
     """Trainer(bf16=True) prepares a model so; gradients are of float32 parameters."""
     built = load("llava", layers=3)
-    inputs = built.make_inputs("one")
+    inputs = built.make_inputs("one", seed=0)
     plain = by_accelerate(copy.deepcopy(built.model).train().requires_grad_(True))
     hooks = hooks_of.Hooks(plain, inputs, 2, RETAIN, hooked.float64_selector)
     with hooks_of.installed(hooks, "layered"), torch.enable_grad():
