@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dartfx.ops.farthest.kernels import NOBODY
+from dartfx.ops.farthest.kernels import best_of
 from dartfx.ops.triton_kernels import code_of
 
 __all__ = ["take_covering"]
@@ -45,13 +45,7 @@ def take_covering(
     share = tl.load(share_ptr + p).to(tl.int32)
     if step < share:
         parts = tl.num_programs(0)
-        lane = tl.arange(0, SCAN)
-        best = tl.full([SCAN], NOBODY, tl.int64)
-        from_ptr = candidates_ptr + (step % 2 * parts + p) * tiles
-        for first in range(0, tiles, SCAN):
-            found = tl.load(from_ptr + first + lane, mask=first + lane < tiles, other=NOBODY)
-            best = tl.minimum(best, found)
-        chosen = (tl.min(best, 0) & 0x7FFFFFFF).to(tl.int32)
+        chosen = best_of(candidates_ptr + (step % 2 * parts + p) * tiles, tiles, SCAN)
 
         at = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = at < L

@@ -15,9 +15,20 @@ import triton.language as tl
 
 from dartfx.ops.triton_kernels import code_of
 
-__all__ = ["NOBODY", "take_farthest"]
+__all__ = ["NOBODY", "best_of", "take_farthest"]
 
 NOBODY = tl.constexpr(0x7FFFFFFF << 32)  # behind every candidate
+
+
+@triton.jit
+def best_of(candidates_ptr, tiles, SCAN: tl.constexpr):
+    """The position of the best of ``tiles`` candidates, which are read SCAN at a time."""
+    lane = tl.arange(0, SCAN)
+    best = tl.full([SCAN], NOBODY, tl.int64)
+    for first in range(0, tiles, SCAN):
+        found = tl.load(candidates_ptr + first + lane, mask=first + lane < tiles, other=NOBODY)
+        best = tl.minimum(best, found)
+    return (tl.min(best, 0) & 0x7FFFFFFF).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["S", "tiles", "step"])
@@ -50,13 +61,7 @@ def take_farthest(
     budget = tl.load(budget_ptr + b).to(tl.int32)
     if step < budget:
         rows = tl.num_programs(0)
-        lane = tl.arange(0, SCAN)
-        best = tl.full([SCAN], NOBODY, tl.int64)
-        from_ptr = candidates_ptr + (step % 2 * rows + b) * tiles
-        for first in range(0, tiles, SCAN):
-            found = tl.load(from_ptr + first + lane, mask=first + lane < tiles, other=NOBODY)
-            best = tl.minimum(best, found)
-        chosen = (tl.min(best, 0) & 0x7FFFFFFF).to(tl.int32)
+        chosen = best_of(candidates_ptr + (step % 2 * rows + b) * tiles, tiles, SCAN)
 
         at = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
         inside = at < S
