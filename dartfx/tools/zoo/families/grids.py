@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dartfx.tools.zoo.families.qwen import (
     deepstack_tower,
+    glm_tower,
     interleaved,
     mrope,
     structure,
@@ -169,17 +170,8 @@ def glm_ocr(**text: Any) -> Structure:
     vocab = sizes["vocab_size"]
     names = ("image_token_id", "video_token_id", "image_start_token_id", "image_end_token_id")
     more = ("video_start_token_id", "video_end_token_id")
-    tower = {
-        "depth": 3,
-        "hidden_size": 48,
-        "num_heads": 4,
-        "image_size": 112,
-        "patch_size": 14,
-        "out_hidden_size": sizes["hidden_size"],
-        "intermediate_size": 96,
-    }
     config = hf.GlmOcrConfig(
-        vision_config=tower,
+        vision_config=glm_tower(sizes["hidden_size"]),
         text_config=sizes,
         **{name: special(vocab, n) for n, name in enumerate(names + more, 1)},
     )

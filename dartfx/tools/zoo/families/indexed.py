@@ -7,7 +7,7 @@ from typing import Any
 import transformers as hf
 
 from dartfx.tools.zoo.families.llava import pixtral
-from dartfx.tools.zoo.families.qwen import interleaved, plain_tower, structure, tokens
+from dartfx.tools.zoo.families.qwen import glm_tower, interleaved, plain_tower, structure, tokens
 from dartfx.tools.zoo.family import Structure, images, patches, special, text_sizes, tower_sizes
 
 
@@ -154,16 +154,7 @@ def glm5_next(**text: Any) -> Structure:
         "hc_mult": 2,
         "hc_sinkhorn_iters": 2,
     }
-    tower = {
-        "depth": 3,
-        "hidden_size": 48,
-        "num_heads": 4,
-        "image_size": 112,
-        "patch_size": 14,
-        "out_hidden_size": sizes["hidden_size"],
-        "intermediate_size": 96,
-        "projection_intermediate_size": 96,
-    }
+    tower = {**glm_tower(sizes["hidden_size"]), "projection_intermediate_size": 96}
     names = ("image_token_id", "video_token_id", "image_start_token_id", "image_end_token_id")
     ids = {name: special(vocab, n) for n, name in enumerate(names, 1)}
     config = hf.Glm5NextConfig(vision_config=tower, text_config=decoder, **ids)

@@ -186,7 +186,7 @@ def _glm_tokens(vocab_size: int) -> dict[str, int]:
     return {name: special(vocab_size, n) for n, name in enumerate(names + more, 1)}
 
 
-def _glm_tower(hidden_size: int) -> dict[str, Any]:
+def glm_tower(hidden_size: int) -> dict[str, Any]:
     return {
         "depth": 3,
         "hidden_size": 48,
@@ -203,7 +203,7 @@ def glm4v(**text: Any) -> Structure:
     sizes = mrope(text_sizes(**text), 0.5)
     vocab = sizes["vocab_size"]
     config = hf.Glm4vConfig(
-        vision_config=_glm_tower(sizes["hidden_size"]), text_config=sizes, **_glm_tokens(vocab)
+        vision_config=glm_tower(sizes["hidden_size"]), text_config=sizes, **_glm_tokens(vocab)
     )
     return structure("Glm4vForConditionalGeneration", config, vocab)
 
@@ -213,7 +213,7 @@ def glm46v(**text: Any) -> Structure:
     sizes = mrope(text_sizes(**text), 0.5)
     vocab = sizes["vocab_size"]
     config = hf.Glm46VConfig(
-        vision_config={"model_type": "glm4v_vision", **_glm_tower(sizes["hidden_size"])},
+        vision_config={"model_type": "glm4v_vision", **glm_tower(sizes["hidden_size"])},
         text_config={"model_type": "glm4v_text", **sizes},
         **_glm_tokens(vocab),
     )
@@ -234,6 +234,6 @@ def glm4v_moe(**text: Any) -> Structure:
         "topk_group": 1,
     }
     config = hf.Glm4vMoeConfig(
-        vision_config=_glm_tower(sizes["hidden_size"]), text_config=sizes, **_glm_tokens(vocab)
+        vision_config=glm_tower(sizes["hidden_size"]), text_config=sizes, **_glm_tokens(vocab)
     )
     return structure("Glm4vMoeForConditionalGeneration", config, vocab)
