@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_cache
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
@@ -30,10 +36,12 @@ __all__ = [
     "cache_bytes",
     "cache_lengths",
     "decode_eagerly",
+    "first_call",
     "prefill",
     "random_inputs",
     "seconds",
     "twin",
+    "warm_up",
 ]
 
 Inputs = dict[str, Any]
@@ -96,6 +104,7 @@ def build_model(
             num_hidden_layers=size.layers,
             num_attention_heads=size.heads,
             num_key_value_heads=size.heads,
+            max_position_embeddings=4096,
             vocab_size=VOCABULARY,
             # Larger than the usual 0.02, so that the answer depends on the prompt.
             initializer_range=size.hidden**-0.5,
@@ -143,16 +152,42 @@ def build_processor(size: Size) -> Any:
     )
 
 
-def random_inputs(size: Size, before: int, after: int, model: nn.Module) -> Inputs:
-    """Random pixels and a prompt of one image with random text tokens around it."""
+def random_inputs(
+    size: Size, before: int, after: int, model: nn.Module, batch: int = 1, images: int = 1
+) -> Inputs:
+    """Random pixels and prompts of images in a row with random text tokens around them."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(len(SPECIAL), VOCABULARY, (1, before + after), generator=generator)
-    image = torch.full((1, size.vision_tokens), IMAGE_ID)
-    ids = torch.cat([ids[:, :before], image, ids[:, before:]], 1)
-    pixels = torch.randn((1, 3, size.image, size.image), generator=generator)
+    ids = torch.randint(len(SPECIAL), VOCABULARY, (batch, before + after), generator=generator)
+    placeholders = torch.full((batch, images * size.vision_tokens), IMAGE_ID)
+    ids = torch.cat([ids[:, :before], placeholders, ids[:, before:]], 1)
+    pixels = torch.randn((batch * images, 3, size.image, size.image), generator=generator)
     weight = next(model.parameters())
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {k: v.to(weight.device) for k, v in inputs.items()} | {"pixel_values": pixels.to(weight)}
+
+
+def warm_up(backend: str, device: str) -> None:
+    """Pay the one-time cost of a process's first compilation: imports and compiler workers."""
+    tiny = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    with fresh_cache():
+        tiny(torch.randn(8, device=device))
+
+
+def first_call(call: Callable[[], object], alone: bool) -> dict[str, Any]:
+    """Seconds of a first call.
+
+    alone: compile in this process, to report CPU seconds and the number of kernel files as well.
+    """
+    patched = inductor_config.patch(compile_threads=1) if alone else nullcontext()
+    with fresh_cache(), patched:
+        before = os.times()
+        result: dict[str, Any] = {"seconds": seconds(call)}
+        if alone:
+            after, folder = os.times(), Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+            spent = [b - a for a, b in zip(before, after, strict=True)]
+            result |= {"cpu": spent[0] + spent[1], "compiler_cpu": spent[2] + spent[3]}
+            result["files"] = len(list(folder.rglob("*.cpp")))
+    return result
 
 
 def prefill(model: Any, inputs: Inputs) -> Any:

@@ -201,6 +201,23 @@ def test_progress_is_shown_to_a_terminal_only(
         assert text == "compiling ...\n"
 
 
+def test_the_ceiling_is_as_short_behind_the_cut_as_dart_is() -> None:
+    from dartfx.tools.bench.ceiling import shortened
+
+    vlm = load("vlm")
+    size = vlm.SIZES["tiny"]
+    model = vlm.build_model(size)
+    inputs = vlm.random_inputs(size, 3, 2, model, batch=2, images=2)
+    assert inputs["input_ids"].shape == (2, 3 + 2 * N + 2)
+    kept = 3 + 2 * RETAIN + 2
+    ceiling = shortened(model, CUT, kept)
+    caches = [vlm.prefill(each, inputs).past_key_values for each in (model, ceiling)]
+    assert vlm.cache_lengths(caches[1]) == [3 + 2 * N + 2] * CUT + [kept] * (LAYERS - CUT)
+    # The same weights, on the first tokens: causal attention makes them what they were.
+    for whole, cut in zip(caches[0].layers, caches[1].layers, strict=True):
+        torch.testing.assert_close(cut.keys, whole.keys[..., : cut.keys.shape[-2], :])
+
+
 def bench(file: Path, *arguments: str) -> dict[str, Any]:
     """What ``make bench`` writes."""
     assert load("bench_prefill").main(["--tiny", *EAGER, "--json", str(file), *arguments]) == 0
@@ -233,10 +250,14 @@ def test_bench_counts_flops_exactly(figures: dict[str, Any]) -> None:
 
 
 def test_bench_figures_are_consistent(figures: dict[str, Any]) -> None:
-    plain, dart = figures["prefill_seconds"]
-    assert [len(samples) for samples in figures["prefill_samples"]] == [3, 3]
-    assert sorted(figures["prefill_samples"][0])[1] == plain
+    samples, medians = figures["prefill_samples"], figures["prefill_seconds"]
+    assert {name: len(each) for name, each in samples.items()} == dict.fromkeys(medians, 3)
+    assert medians == {name: sorted(each)[1] for name, each in samples.items()}
+    plain, ceiling, dart = medians.values()
     assert figures["of_allowed"] == pytest.approx(plain / dart / figures["allowed"])
+    assert figures["ceiling_of_allowed"] == pytest.approx(plain / ceiling / figures["allowed"])
+    rounds = zip(samples["ceiling"], samples["dart"], strict=True)
+    assert figures["of_ceiling"] == sorted(best / own for best, own in rounds)[1]
     assert figures["operator_share"] == pytest.approx(figures["operator_seconds"] / dart)
     passes = dict(figures["passes_seconds"])
     total = passes.pop("total")

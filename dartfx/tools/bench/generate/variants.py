@@ -156,6 +156,11 @@ def dart(work: Workload, settings: Settings) -> Ready:
     return _dart(work, settings)
 
 
+def dart_layered(work: Workload, settings: Settings) -> Ready:
+    """The same with whole caches in the layers before the cut."""
+    return _dart(work, settings, {"kv_layout": "layered"})
+
+
 def dart_graphs(work: Workload, settings: Settings) -> Ready:
     """The same with prefills in CUDA graphs."""
     return _dart(work, settings, {"prefill": "graphs"})
@@ -199,6 +204,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Workload, Settings], Ready]]] = {
     "dart": ("dart", dart),
     "plain_static": ("plain Inductor + static cache + compiled decode", plain_static),
     "dart_static": ("dart + static cache + compiled decode", dart_static),
+    "dart_layered": ('dart, kv_layout="layered"', dart_layered),
     "dart_graphs": ("dart, prefill in CUDA graphs", dart_graphs),
     "dart_bucketed": ("dart, padded prefill in CUDA graphs", dart_bucketed),
     "dart_eager_tower": ("dart, vision tower left eager", dart_eager_tower),
