@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
 from dartfx.cli.main import main
@@ -16,7 +17,6 @@ from dartfx.tools.bench.generate import arguments as arguments_of
 from dartfx.tools.bench.generate import command as generate
 from dartfx.tools.bench.generate import variants
 from dartfx.tools.bench.generate.gate import Gate
-from dartfx.tools.bench.generate.hooks import pruned_by_hooks
 from dartfx.tools.bench.generate.variants import USUAL, VARIANTS, Settings
 from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.zoo.hooked import pruned_generate
@@ -120,10 +120,10 @@ def test_batches_of_prompts_with_several_images(tmp_path: Path) -> None:
     model, hooks, plain, dart = result["model"], *result["rows"]
     assert (model["batch"], model["prompt_tokens"]) == (batch, S + N)
     assert (model["vision_tokens"], model["retained"]) == (images * N, images * R)
-    assert "not of a batch" in hooks["failed"]
     length = S + N - images * (N - R)
     assert plain["kv_bytes"] == batch * LAYERS * (S + N) * BYTES
     assert dart["kv_bytes"] == batch * LAYERS * length * BYTES  # as all layers of a batch do
+    assert hooks["kv_bytes"] == batch * (CUT * (S + N) + (LAYERS - CUT) * length) * BYTES
     assert dart["prompts_per_second"] == pytest.approx(batch / dart["seconds"]["1"])
 
 
@@ -188,22 +188,40 @@ def test_nobody_is_alone_while_another_compiles(tmp_path: Path) -> None:
 
 
 def test_hooks_prune_as_the_oracle_does(work: Workload) -> None:
-    inputs, new = work.inputs, 4
-
-    def call() -> Any:
-        return work.model.generate(
-            **inputs, max_new_tokens=new, do_sample=False, return_dict_in_generate=True
-        )
-
-    made = pruned_by_hooks(work.model, work.vision, (N, R), CUT, call)
+    new = 4
+    row = VARIANTS["hooks"][1](work, Settings(R, CUT)).generate(new)
     how: Any = {"retain": R, "layer": CUT, "max_new_tokens": new, "kv_layout": "layered"}
-    oracle = pruned_generate(work.model, inputs, **how)
-    assert made.sequences[:, S:].tolist() == oracle.token_ids.tolist()
-    lengths = [layer.keys.shape[2] for layer in made.past_key_values.layers]
+    oracle = pruned_generate(work.model, work.inputs, **how)
+    assert row.sequences[:, S:].tolist() == oracle.token_ids.tolist()
+    lengths = [layer.keys.shape[2] for layer in row.past_key_values.layers]
     assert lengths == oracle.kv_lengths
     assert lengths == [S + new - 1] * CUT + [S - N + R + new - 1] * (LAYERS - CUT)
     # And the model is left as it was.
-    assert [layer.keys.shape[2] for layer in call().past_key_values.layers] == [S + new - 1] * 4
+    unpruned = VARIANTS["eager"][1](work, Settings(R, CUT)).generate(new).past_key_values
+    assert [layer.keys.shape[2] for layer in unpruned.layers] == [S + new - 1] * LAYERS
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside the ``with`` block."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_hooks_cost_the_same_however_many_layers_they_prune(work: Workload) -> None:
+    """Arguments that the layers share are gathered once: a baseline must not be slow."""
+    counts = []
+    for layer in (1, LAYERS - 1):
+        ready = VARIANTS["hooks"][1](work, Settings(R, layer))
+        with Operators() as ran:
+            ready.generate(NEW)
+        counts.append(ran.count)
+    assert counts[0] == counts[1]
 
 
 def test_rows_that_fail_are_reported_and_give_no_number(

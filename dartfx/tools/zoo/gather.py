@@ -32,6 +32,8 @@ def take(tensor: Tensor, keep_idx: Tensor, dim: int, batch_dim: int = 0) -> Tens
     tensor: B or 1 at ``batch_dim``, S at ``dim``; keep_idx: [B, S'].  Returns S' at ``dim``.
     """
     rows, kept = keep_idx.shape
+    if rows == 1 == tensor.shape[batch_dim]:
+        return tensor.index_select(dim, keep_idx[0])
     wanted = list(tensor.shape)
     wanted[batch_dim] = rows
     source = tensor.expand(wanted)

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CompileConfig
 
 import dartfx
 from dartfx.model.failures import not_one_graph
 from dartfx.passes.outcome import Pruned
-from dartfx.tools.bench.generate.hooks import pruned_by_hooks
 from dartfx.tools.bench.generate.workload import Workload
 from dartfx.tools.bench.timing import cache_bytes, twin
 
 __all__ = ["USUAL", "VARIANTS", "Ready", "Settings", "greedy"]
 
+HOOKS = "dartfx.tools.zoo.hooks"  # by name, since nothing but the zoo imports what names models
 Generate = Callable[[int], Any]
 
 
@@ -72,14 +74,24 @@ def eager(work: Workload, settings: Settings) -> Ready:
 
 
 def hooked(work: Workload, settings: Settings) -> Ready:
-    """The eager model pruned by forward hooks, with dartfx's own operator for the selection."""
-    if work.batch > 1:
-        raise ValueError("these hooks gather the tokens of one prompt, not of a batch")
+    """The eager model pruned by forward hooks, with dartfx's own operator for the selection.
+
+    The published selection is a loop that waits for the device at every pivot.
+    """
+    hooks: Any = import_module(HOOKS)
     counts = work.vision_tokens, settings.retain
 
+    def select(given: Any, _: int) -> Tensor:
+        kept: Tensor = torch.ops.dartfx.select_tokens(
+            given.hidden, given.keys, given.vision, None, *counts, 4, 4, "dart", "auto"
+        )
+        return kept
+
     def generate(new_tokens: int) -> Any:
-        call = partial(greedy, work.model, work.inputs, new_tokens)
-        return pruned_by_hooks(work.model, work.vision, counts, settings.layer, call)
+        where = settings.layer, settings.retain, select
+        one_call = hooks.Hooks(work.model, work.inputs, *where, vision=work.vision)
+        with hooks.installed(one_call, "layered"):
+            return greedy(work.model, work.inputs, new_tokens)
 
     return _ready(work.model, work, generate)
 
