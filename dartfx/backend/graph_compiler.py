@@ -135,6 +135,7 @@ class GraphCompiler:
         self.reported: list[Report] = []
         fix_windows(module.graph)  # now, since a guard counts only while dynamo compiles
         self.ranks = Ranks(module)
+        self.across_ranks = bool(self.ranks.group)
         self.dump = Dump(config, module, dataclasses.asdict(caller))
 
     def compile_merge(self, inputs: Sequence[Any]) -> Compiled | None:
@@ -193,7 +194,7 @@ class GraphCompiler:
 
     def request_for(self, budget: CallBudget) -> Request:
         """The request of calls that bring a budget of this kind.  Raises SelectionError."""
-        if self.ranks.group:
+        if self.across_ranks:
             raise not_honoured("several ranks share it")
         return request_of(self.config, self.caller, budget)
 
@@ -209,7 +210,7 @@ class GraphCompiler:
         """Lower a graph, pruned or not."""
         compilation = self.reported[-1].compilation if self.reported else None
         lowered = lower(self.config, module, inputs, self.dump.note_output_code, compilation)
-        wanted = self.caller.replays_prefills and not self.ranks.group
+        wanted = self.caller.replays_prefills and not self.across_ranks
         return Recorded(lowered, module.graph) if wanted else lowered
 
     def dispatcher(
@@ -235,7 +236,7 @@ class GraphCompiler:
         dispatcher = self.dispatcher(request_of(self.config, self.caller))
         incoming = dispatcher.incoming(inputs)
         could_come = has_indexed_layers(self.flat.graph) and dispatcher.may_receive_masks
-        if incoming is not None and not could_come and self.ranks.group:
+        if incoming is not None and not could_come and self.across_ranks:
             # All ranks exchange whether masks came, so all of them must get there.
             self.announce(Declined(_NO_LAYERS, advice=LOST_ADVICE))
             return self.lower(self.module, inputs)
