@@ -70,7 +70,7 @@ def cache_to_fill(caches: Sequence[Any], tokens: int, brings_image: bool) -> Any
     """
     for cache in caches:
         static = is_static(cache)
-        if static or (brings_image and is_offloaded(cache) and _counts(cache)):
+        if static or (brings_image and is_offloaded(cache) and _holds_tokens(cache)):
             # On a GPU it waits for the device to ask for a length, which no decode step should.
             empty = not (cache.layers and cache.layers[0].is_initialized)
             empty = empty or (tokens > 1 and held_in_slots(cache) == 0)
@@ -80,7 +80,7 @@ def cache_to_fill(caches: Sequence[Any], tokens: int, brings_image: bool) -> Any
     return None
 
 
-def _counts(cache: Any) -> bool:
+def _holds_tokens(cache: Any) -> bool:
     """Whether every layer holds tokens; recurrent ones do not."""
     return all(hasattr(layer, "get_seq_length") for layer in cache.layers)
 

@@ -145,12 +145,13 @@ class Results:
     def as_markdown(self) -> str:
         """Tables of each metric per layer, then each selector compared with the first."""
         parts = [self._without_vision()]
-        for layer in dict.fromkeys(key[0] for key in self.settings()):
-            keys = sorted((k for k in self.settings() if k[0] == layer), key=lambda k: -k[2])
+        settings = self.settings()
+        for layer in dict.fromkeys(key[0] for key in settings):
+            keys = sorted((k for k in settings if k[0] == layer), key=lambda k: -k[2])
             for metric in METRICS:
                 parts.append(self._table(layer, keys, metric))
             first = keys[0][1]
-            pairs = [k for k in keys if k[1] != first and (layer, first, k[2]) in self.settings()]
+            pairs = [k for k in keys if k[1] != first and (layer, first, k[2]) in keys]
             if pairs:
                 title = f"Accuracy of {first} less that of the others, layer {layer}, points"
                 rows = [self._row(k, self.differences(k, first), 100, "+.1f") for k in pairs]
