@@ -36,14 +36,14 @@ class Verdict:
     """A question, its number from 1, and the answers with all vision tokens and with few."""
 
     number: int
-    asked: Question
+    question: Question
     full: str
     pruned: str
 
     @property
     def right(self) -> tuple[bool, bool]:
         """Whether each answer is exactly correct."""
-        return self.full == self.asked.answer, self.pruned == self.asked.answer
+        return self.full == self.question.answer, self.pruned == self.question.answer
 
 
 def _pruned(model: Any, retain: int, layer: int) -> Any:
@@ -68,10 +68,13 @@ def show(number: int, retain: int, layer: int, out: Path) -> None:
     logging.disable_progress_bar()
     model, processor = load_model(str(TINY / "model"))
     pruned = _pruned(model, retain, layer)
-    asked = load(TINY / "heldout" / "questions.jsonl")[:number]
-    prompts = batches(asked, partial(prompt_inputs, processor), 8)
-    print(f"asking {len(asked)} questions with all vision tokens and with {retain} ...", flush=True)
-    with counting("asking", 2 * len(asked), "question") as bar:
+    chosen = load(TINY / "heldout" / "questions.jsonl")[:number]
+    prompts = batches(chosen, partial(prompt_inputs, processor), 8)
+    print(
+        f"asking {len(chosen)} questions with all vision tokens and with {retain} ...",
+        flush=True,
+    )
+    with counting("asking", 2 * len(chosen), "question") as bar:
 
         def counted() -> Iterator[Batch]:
             for batch in prompts:
@@ -79,7 +82,7 @@ def show(number: int, retain: int, layer: int, out: Path) -> None:
                 bar.update(len(batch.numbers))
 
         answers = [answer(each, processor, counted(), MOST).texts for each in (model, pruned)]
-    verdicts = [Verdict(i, *each) for i, each in enumerate(zip(asked, *answers, strict=True), 1)]
+    verdicts = [Verdict(i, *each) for i, each in enumerate(zip(chosen, *answers, strict=True), 1)]
     both = next((v for v in verdicts if v.right == (True, True)), None)
     lost = next((v for v in verdicts if v.right == (True, False)), None)
     drawn = both or lost or verdicts[0]
@@ -97,15 +100,15 @@ def show(number: int, retain: int, layer: int, out: Path) -> None:
 
 
 def _score(verdicts: Sequence[Verdict], total: int, retain: int) -> None:
-    pictures = len({v.asked.image for v in verdicts})
+    pictures = len({v.question.image for v in verdicts})
     of = len(verdicts)
-    guess = chance([v.asked for v in verdicts])[MEAN]
+    guess = chance([v.question for v in verdicts])[MEAN]
     print(f"the first {of} held-out questions, on {pictures} pictures; whole answer right:")
-    for told, right in (
+    for label, right in (
         (f"all {total} vision tokens", sum(v.right[0] for v in verdicts)),
         (f"{retain} of them, by DART", sum(v.right[1] for v in verdicts)),
     ):
-        print(f"  {told:<24} {right:>3} of {of}  {right / of:.0%}")
+        print(f"  {label:<24} {right:>3} of {of}  {right / of:.0%}")
     print(f"  (always the commonest answer of a type: {guess:.0%}, mean of types)")
 
 
@@ -113,11 +116,11 @@ def _print_example(what: str, verdict: Verdict | None, total: int, retain: int) 
     if verdict is None:
         print(f"\n{what}: none")
         return
-    asked = verdict.asked
-    print(f"\n{what}: question {verdict.number}, picture {asked.image.name}")
+    question = verdict.question
+    print(f"\n{what}: question {verdict.number}, picture {question.image.name}")
     for name, text in (
-        ("question", asked.text),
-        ("answer", asked.answer),
+        ("question", question.text),
+        ("answer", question.answer),
         (f"{total} tokens", verdict.full),
         (f"{retain} tokens", verdict.pruned),
     ):
@@ -131,7 +134,7 @@ def _draw(pruned: Any, prompts: Sequence[Batch], drawn: Verdict, out: Path) -> i
     pruned.generate(**batch.inputs, max_new_tokens=1, do_sample=False)
     row = batch.numbers.index(drawn.number - 1)
     kept = next(k for k in dartfx.kept_tokens() if k.row == row)
-    image = Image.open(drawn.asked.image).convert("RGB")
+    image = Image.open(drawn.question.image).convert("RGB")
     sheet = Image.new("RGB", (2 * SIDE + 8, SIDE), "white")
     sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (0, 0))
     sheet.paste(dartfx.overlay(image, kept).resize((SIDE, SIDE)), (SIDE + 8, 0))

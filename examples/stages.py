@@ -30,8 +30,8 @@ def pruned_with(**options: object) -> Pruned:
 def main(**options: object) -> list[Pruned]:
     """Compare one cut with three; returns the outcome of each."""
     found = []
-    for asked in (ONE_CUT, STAGES):
-        pruned = pruned_with(**asked, **options)
+    for budgets in (ONE_CUT, STAGES):
+        pruned = pruned_with(**budgets, **options)
         found.append(pruned)
         for cut in pruned.cuts:
             before, after = cut.sequence

@@ -92,7 +92,7 @@ class Dartfx(lmms):  # type: ignore[misc]
         )
         for request, given, answer in zip(requests, arguments, done, strict=True):
             self.cache_hook.add_partial("generate_until", (request.args[0], given), answer.text)
-        self._tell(time.monotonic() - start, sum(answer.written for answer in done))
+        self._log_throughput(time.monotonic() - start, sum(answer.written for answer in done))
         return [
             GenerationResult(a.text, TokenCounts(input_tokens=a.read, output_tokens=a.written))
             for a in done
@@ -108,7 +108,7 @@ class Dartfx(lmms):  # type: ignore[misc]
         said = [self._continuation(request.args) for request in requests]
         losses = self._answering.losses(self._conversations(requests), said)
         done = self._in_order(losses, said)
-        self._tell(time.monotonic() - start, 0)
+        self._log_throughput(time.monotonic() - start, 0)
         # lmms-eval 0.7.3 turns a bare pair into a string, but leaves unwrapped values as they are.
         return [GenerationResult(pair) for pair in done]
 
@@ -150,7 +150,7 @@ class Dartfx(lmms):  # type: ignore[misc]
             found[number] = answer
         return [found[number] for number in range(len(requests))]
 
-    def _tell(self, seconds: float, written: int) -> None:
+    def _log_throughput(self, seconds: float, written: int) -> None:
         """Report what was pruned in the log and in the results' "throughput"."""
         tally = self._answering.tally
         logger.info(f"dartfx: {tally}")

@@ -80,17 +80,17 @@ def test_a_symint_gives_the_same_number_and_no_guard(ratio: float) -> None:
 
 def test_asking_inside_a_backend_does_not_make_it_compile_again() -> None:
     config = DartConfig(reduction_ratio=0.778)
-    asked: list[tuple[int, int]] = []
+    lengths: list[tuple[int, int]] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
         (length,) = (x for x in inputs if isinstance(x, torch.SymInt))
-        asked.append((length.node.hint, config.retain_for(length).node.hint))
+        lengths.append((length.node.hint, config.retain_for(length).node.hint))
         return graph.forward
 
     compiled = torch.compile(torch.sin, backend=backend, dynamic=True, fullgraph=True)
     for n in (9, 2, 576, 2880):
         assert compiled(torch.zeros(n)).shape == (n,)
-    assert asked == [(9, 2)]
+    assert lengths == [(9, 2)]
 
 
 def test_a_ratio_too_fine_for_compiled_arithmetic_is_refused_there_only() -> None:

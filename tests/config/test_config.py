@@ -156,19 +156,19 @@ def test_two_ways_to_say_how_many_are_refused() -> None:
 def test_kernel_triton_is_validated_by_the_operator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = []
+    lookups = []
 
     def unavailable(kernel: str, device: torch.device) -> None:
-        asked.append((kernel, device.type))
+        lookups.append((kernel, device.type))
         raise KernelUnavailableError("no device here")
 
     monkeypatch.setattr(registration, "choose_kernel", unavailable)
     DartConfig(kernel="auto")
     DartConfig(kernel="torch")
-    assert asked == []
+    assert lookups == []
     with pytest.raises(KernelUnavailableError, match="no device here"):
         DartConfig(kernel="triton")
-    assert asked == [("triton", "cuda" if torch.cuda.is_available() else "cpu")]
+    assert lookups == [("triton", "cuda" if torch.cuda.is_available() else "cpu")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel may exist here")

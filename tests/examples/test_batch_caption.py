@@ -36,8 +36,8 @@ def questions(tmp_path: Path) -> Path:
     folder = tmp_path / "in"
     folder.mkdir()
     texts = (HELDOUT / "questions.jsonl").read_text().splitlines()
-    asked = [json.loads(text) for text in texts]
-    chosen = [line for line in asked if line["type"] == "location"][:LINES]
+    lines = [json.loads(text) for text in texts]
+    chosen = [line for line in lines if line["type"] == "location"][:LINES]
     for line in chosen:
         shutil.copy(HELDOUT / line["image"], folder)
     written = "".join(json.dumps(line) + "\n" for line in chosen)
@@ -79,7 +79,7 @@ def test_killed_and_started_again(program: ModuleType, questions: Path, tmp_path
     assert [line["type"] for line in written(out)] == ["location"] * LINES
     assert program.parts(out) == []
     # The model sees: random answers would be right once in ten.
-    right = [line["answer"] == asked["answer"] for line, asked in _asked(out, questions)]
+    right = [line["answer"] == question["answer"] for line, question in _answered(out, questions)]
     assert sum(right) >= LINES - 2
 
 
@@ -87,9 +87,9 @@ def _numbers(program: ModuleType, path: Path) -> list[int]:
     return [line["number"] for line in program.complete_lines(path)]
 
 
-def _asked(out: Path, questions: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    asked = [json.loads(text) for text in questions.read_text().splitlines()]
-    return list(zip(written(out), asked, strict=True))
+def _answered(out: Path, questions: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    lines = [json.loads(text) for text in questions.read_text().splitlines()]
+    return list(zip(written(out), lines, strict=True))
 
 
 def test_a_kill_between_merging_and_removing_parts_repeats_nothing(

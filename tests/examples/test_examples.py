@@ -80,18 +80,18 @@ def check_demo(text: str, retain: int) -> None:
     assert len(plain.split(",")) == len(dart.split(",")) == 2
 
 
-def check_answers(text: str, asked: int, picture: Path) -> None:
+def check_answers(text: str, count: int, picture: Path) -> None:
     """The first part counts as the measure does, and shows the questions it says it shows."""
     from PIL import Image, ImageStat
 
     from dartfx.tools.evaluate.questions import load as load_questions
 
     questions = load_questions(EXAMPLES / "tiny_vlm" / "heldout" / "questions.jsonl")
-    assert f"first {asked} held-out questions" in text
+    assert f"first {count} held-out questions" in text
     [full, of] = numbers(r"all 576 vision tokens +(\d+) of (\d+)", text)
     [few, of_few] = numbers(r"64 of them, by DART +(\d+) of (\d+)", text)
-    assert of == of_few == asked
-    assert asked - 1 <= full <= asked  # 93% are right in the model card
+    assert of == of_few == count
+    assert count - 1 <= full <= count  # 93% are right in the model card
     shown = re.findall(
         r"(both answer right|pruning got wrong): question (\d+), .*\n +question +(.*)\n"
         r" +answer +(.*)\n +576 tokens +(.*)\n +64 tokens +(.*)\n",
@@ -106,7 +106,7 @@ def check_answers(text: str, asked: int, picture: Path) -> None:
         assert (said_of_few == answer) == right
     assert few < full
     # The first that both get right comes after as many as pruning can have got wrong before it.
-    assert int(shown[0][1]) <= asked - few + 1
+    assert int(shown[0][1]) <= count - few + 1
     with Image.open(picture) as drawn:
         assert drawn.size == (672 * 2 + 8, 672)
         left, right_half = drawn.crop((0, 0, 672, 672)), drawn.crop((680, 0, 1352, 672))

@@ -98,14 +98,14 @@ def evaluate(evaluator: Any, tasks: Path, task: str, **how: Any) -> dict[str, An
     return results
 
 
-def pruned_answers(asked: list[Any]) -> list[str]:
+def pruned_answers(chosen: list[Any]) -> list[str]:
     """The answers in dartfx's own measure, one prompt at a time and without lmms-eval."""
     from dartfx.integrations.hf import load_model
     from dartfx.tools.evaluate import questions
     from dartfx.tools.evaluate.answers import Setting, answer_pruned
 
     model, processor = load_model(str(MODEL))
-    prompts = questions.batches(asked, processor, 1)
+    prompts = questions.batches(chosen, processor, 1)
     setting = Setting(2, "dart", 64)
     (found,) = answer_pruned(model, processor, prompts, 8, setting)
     return list(found.texts)
@@ -126,12 +126,12 @@ def test_the_registry_resolves_both_kinds(lmms_eval: Any) -> None:
 def test_the_evaluator_gets_pruned_answers(lmms_eval: Any, tasks: Path, force_simple: bool) -> None:
     from dartfx.tools.evaluate import questions
 
-    asked = questions.load(HELD_OUT / "questions.jsonl")[:DOCUMENTS]
-    expected = pruned_answers(asked)
+    chosen = questions.load(HELD_OUT / "questions.jsonl")[:DOCUMENTS]
+    expected = pruned_answers(chosen)
     results = evaluate(lmms_eval, tasks, "digits", force_simple=force_simple)
     samples = sorted(results["samples"]["digits"], key=lambda sample: sample["doc_id"])
     assert [sample["filtered_resps"][0].strip() for sample in samples] == expected
-    right = sum(q.answer == text for q, text in zip(asked, expected, strict=True))
+    right = sum(q.answer == text for q, text in zip(chosen, expected, strict=True))
     assert results["results"]["digits"]["exact_match,none"] == right / DOCUMENTS
     assert results["throughput"]["avg_prompts_pruned"] == DOCUMENTS
     assert 64 < results["throughput"]["avg_sequence_tokens_kept"] < 80
@@ -141,10 +141,10 @@ def test_the_evaluator_gets_pruned_answers(lmms_eval: Any, tasks: Path, force_si
 def test_multiple_choice_takes_the_likeliest(lmms_eval: Any, tasks: Path) -> None:
     from dartfx.tools.evaluate import questions
 
-    asked = questions.load(HELD_OUT / "questions.jsonl")
-    asked = [q for q in asked if q.type == "location"][:3]
+    chosen = questions.load(HELD_OUT / "questions.jsonl")
+    chosen = [q for q in chosen if q.type == "location"][:3]
     results = evaluate(lmms_eval, tasks, "choices", limit=3, batch_size=10, force_simple=True)
-    right = [q.answer == a for q, a in zip(asked, pruned_answers(asked), strict=True)]
+    right = [q.answer == a for q, a in zip(chosen, pruned_answers(chosen), strict=True)]
     # Each digit is one token, so the likeliest choice is what greedy decoding begins with.
     assert results["results"]["choices"]["acc,none"] == pytest.approx(sum(right) / 3)
     assert results["throughput"]["avg_prompts_pruned"] == 30

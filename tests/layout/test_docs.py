@@ -153,14 +153,14 @@ def test_the_hybrid_is_compared_as_measured() -> None:
     page = (ROOT / "docs" / "quality.md").read_text()
     everything = ROOT / "examples" / "tiny_vlm" / "heldout" / "questions.jsonl"
     few, many = load_questions(everything, 32), load_questions(everything)
-    for name, file, asked in (
+    for name, file, questions in (
         ("attention alone", "quality.json", many),
         ("hybrid", "quality_hybrid.json", few),
     ):
         entry = json.loads((ROOT / "docs" / file).read_text())
         row = re.search(rf"^\| {name} \|(.+)\|$", page, re.MULTILINE)
         assert row
-        assert list(map(float, row[1].split("|")))[1:] == mean_accuracy(entry, few, asked)
+        assert list(map(float, row[1].split("|")))[1:] == mean_accuracy(entry, few, questions)
 
 
 PAIR = {"quality.json": (192, 128, 64), "quality_fine.json": (361, 225, 121)}

@@ -45,7 +45,7 @@ def chosen(name: str, case: dict[str, Any], budget: Tensor, pivots: int = 4) -> 
     last = torch.where(vision, position, -1).amax(1, keepdim=True)
     given = {"queries": case["queries"], "valid_mask": valid, "most": int(budget.max())}
     given["tower_attention"] = case["tower_attention"]
-    asked = {n: given[n] for n in optional_inputs(name)}
+    optional = {n: given[n] for n in optional_inputs(name)}
     return get_selector(name)(
         case["hidden"],
         case["keys"],
@@ -54,7 +54,7 @@ def chosen(name: str, case: dict[str, Any], budget: Tensor, pivots: int = 4) -> 
         budget,
         pivot_image_tokens=pivots,
         pivot_text_tokens=pivots,
-        **asked,
+        **optional,
     )
 
 

@@ -64,8 +64,8 @@ def test_built_in_names() -> None:
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "changed"])
 def test_the_operator_keeps_text_whatever_the_selector(name: str) -> None:
     case = batch()
-    asked = {"queries": torch.ones(2, 4, 24, 4), "tower_attention": torch.rand(2, 24)}
-    got = select_tokens(**case, selector=name, **asked)
+    optional = {"queries": torch.ones(2, 4, 24, 4), "tower_attention": torch.rand(2, 24)}
+    got = select_tokens(**case, selector=name, **optional)
     assert got.shape == (2, 18)
     for b in range(2):
         text = torch.nonzero(case["valid_mask"][b] & ~case["vision_mask"][b])[:, 0].tolist()

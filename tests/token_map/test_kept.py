@@ -204,11 +204,11 @@ def test_layouts() -> None:
 def test_explain_shows_tokens_on_request() -> None:
     llava = load("llava", layers=3)
     inputs = llava.make_inputs("two")
-    asked = dartfx.explain(llava.model, **inputs, options={"retain_tokens": 6}, tokens=True)
-    assert [len(k.positions) for k in asked.tokens] == [16, 16]
-    assert sum(len(k.kept) for k in asked.tokens) == 6
-    assert "row 0, image 1: " in str(asked)
-    assert "pivot at" in str(asked)
+    explained = dartfx.explain(llava.model, **inputs, options={"retain_tokens": 6}, tokens=True)
+    assert [len(k.positions) for k in explained.tokens] == [16, 16]
+    assert sum(len(k.kept) for k in explained.tokens) == 6
+    assert "row 0, image 1: " in str(explained)
+    assert "pivot at" in str(explained)
 
 
 def test_the_option_is_part_of_the_fingerprint() -> None:

@@ -86,8 +86,8 @@ def test_an_earlier_measure_that_cannot_be_read_is_named(tmp_path: Path) -> None
 
 
 def test_all_and_none_are_measured_first_and_once_a_layer() -> None:
-    asked = ["--retain", "9", "4", "0", "--retain-elsewhere", "0", "3", "--layers", "2", "1"]
-    plan = list(evaluate._plan(parsed(*asked, "--selectors", "dart", "random"), 8))
+    arguments = ["--retain", "9", "4", "0", "--retain-elsewhere", "0", "3", "--layers", "2", "1"]
+    plan = list(evaluate._plan(parsed(*arguments, "--selectors", "dart", "random"), 8))
     found = [(layer, choices[0].retain) for layer, choices in plan]
     assert found == [(2, 9), (2, 0), (2, 4), (1, 0), (1, 3)]
     one, several = [("dart", 0)], [("dart", 0), ("random", 0), ("random", 1), ("random", 2)]

@@ -116,8 +116,8 @@ def test_a_family_answers_to_its_image(name: str) -> None:
 
 
 def test_what_a_bare_compile_logs_of_a_call_is_no_silence() -> None:
-    assert measuring._told([], []).status == "SILENT"
-    call = measuring._told([], [f"{LOST}; try fullgraph=True"])
+    assert measuring._call_of([], []).status == "SILENT"
+    call = measuring._call_of([], [f"{LOST}; try fullgraph=True"])
     assert (call.status, call.why) == ("refused", f"{LOST}; try fullgraph=True")
 
 

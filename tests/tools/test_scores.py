@@ -16,7 +16,7 @@ from dartfx.tools.evaluate.results import Results, as_lines
 from dartfx.tools.evaluate.scores import MEAN, Sample, chance, score
 
 
-def asked(answers: str, types: str, pictures: str) -> list[Question]:
+def graded(answers: str, types: str, pictures: str) -> list[Question]:
     """One question a letter."""
     parts = zip(answers, types, pictures, strict=True)
     return [Question(Path(picture), kind, "?", answer) for answer, kind, picture in parts]
@@ -29,7 +29,7 @@ def answered(texts: str, *rows: list[float]) -> Answers:
 
 
 def test_scores_compare_with_the_right_and_with_the_unpruned_answer() -> None:
-    questions = asked("abc", "xxx", "111")
+    questions = graded("abc", "xxx", "111")
     full = answered("abd", [0.5, 0.5], [1.0, 0.0], [0.5, 0.5])
     pruned = answered("Abx", [0.5, 0.5], [0.5, 0.5], [0.25, 0.75])
     values = score(questions, full, pruned)
@@ -40,33 +40,33 @@ def test_scores_compare_with_the_right_and_with_the_unpruned_answer() -> None:
 
 
 def test_chance_is_the_commonest_answer_of_each_type() -> None:
-    shares = chance(asked("aabcd", "xxxyy", "11111"))
+    shares = chance(graded("aabcd", "xxxyy", "11111"))
     assert shares == pytest.approx({"x": 2 / 3, "y": 0.5, MEAN: 7 / 12})
 
 
 def test_intervals_are_of_pictures_not_of_questions() -> None:
     """Ten questions a picture that are all right or all wrong are no more than one."""
-    one = asked("a" * 40, "x" * 40, "".join(chr(65 + i) for i in range(40)))
-    ten = asked("a" * 400, "x" * 400, "".join(chr(65 + i) for i in range(40) for _ in range(10)))
+    one = graded("a" * 40, "x" * 40, "".join(chr(65 + i) for i in range(40)))
+    ten = graded("a" * 400, "x" * 400, "".join(chr(65 + i) for i in range(40) for _ in range(10)))
     right = torch.tensor([1.0, 0.0] * 20)
     few = Sample(one).figures(right)["x"]
     many = Sample(ten).figures(right.repeat_interleave(10))["x"]
     assert few == many
     assert (few.value, few.low) == (0.5, pytest.approx(0.35, abs=0.03))
-    alone = Sample(asked("a" * 400, "x" * 400, "".join(map(chr, range(65, 465)))))
+    alone = Sample(graded("a" * 400, "x" * 400, "".join(map(chr, range(65, 465)))))
     narrow = alone.figures(right.repeat_interleave(10))["x"]
     assert narrow.high - narrow.low < (many.high - many.low) / 2
 
 
 def test_the_mean_counts_every_type_as_much() -> None:
-    sample = Sample(asked("aaaa", "xxxy", "1234"))
+    sample = Sample(graded("aaaa", "xxxy", "1234"))
     figures = sample.figures(torch.tensor([1.0, 1.0, 1.0, 0.0]))
     assert [figures[kind].value for kind in ("x", "y", MEAN)] == [1, 0, 0.5]
 
 
 def results(*kept: tuple[int, str]) -> Results:
     """Of four questions, right answers a, b, c, d: so many retained, one answer a letter."""
-    questions = asked("abcd", ["location", "location", "y", "y"], "1234")  # type: ignore[arg-type]
+    questions = graded("abcd", ["location", "location", "y", "y"], "1234")  # type: ignore[arg-type]
     full = answered("abcd")
     made = Results(questions, 8, score(questions, full, full)["accuracy"])
     for retain, texts in kept:

@@ -223,7 +223,7 @@ class _Question(NamedTuple):
         return bool(value)
 
 
-def _asked(node: Node) -> tuple[Node, _Question] | None:
+def _computed_from(node: Node) -> tuple[Node, _Question] | None:
     """The one input that a bool is computed from, and how; None where it is not as simple."""
     steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     while node.op != "placeholder":
@@ -244,15 +244,15 @@ def _decided_branches(ours: Ours) -> Wrap:
     install_guard, fake = compat.install_guard, compat.FakeTensor
 
     def answer(variable: Any) -> bool | None:
-        asked = _asked(variable.as_proxy().node)
-        given = asked and asked[0].meta.get("grapharg")
-        if not asked or given is None or given.source is None or _written(asked[0]):
+        computed = _computed_from(variable.as_proxy().node)
+        given = computed and computed[0].meta.get("grapharg")
+        if not computed or given is None or given.source is None or _written(computed[0]):
             return None
         value = given.example
         if not isinstance(value, Tensor) or isinstance(value, fake) or value.is_floating_point():
             return None
-        found = asked[1](value)
-        guard = partial(_guard_answer, question=asked[1], answer=found)
+        found = computed[1](value)
+        guard = partial(_guard_answer, question=computed[1], answer=found)
         install_guard(given.source.make_guard(guard))
         return found
 

@@ -1,7 +1,7 @@
-"""How many tokens the layers of a KV cache hold, and which layers cannot be asked.
+"""How many tokens the layers of a KV cache hold, and which layers keep them uncounted.
 
-transformers' models may bring cache layers of their own, which keep tokens under names of their
-own.  Such a layer cannot be made to know what it lacks, so nothing is pruned into it.
+transformers' models may define further cache layers, which keep tokens under other
+names.  Such a layer cannot be made to know what it lacks, so nothing is pruned into it.
 """
 
 from __future__ import annotations

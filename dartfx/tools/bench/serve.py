@@ -50,7 +50,7 @@ TITLES = "server", "at once", "requests/s", "tokens/s", "first token", "90 %", "
 
 @dataclass(frozen=True)
 class Setting:
-    """What is asked: text, picture size (width, height), tokens of an answer, requests."""
+    """One load: the text, the picture's size (width, height), tokens of an answer, requests."""
 
     text: str
     size: tuple[int, int]
@@ -114,9 +114,9 @@ def parse_servers(given: Sequence[str]) -> dict[str, str]:
 
 def model_of(name: str, url: str) -> str:
     """The model that a server has.  Raises ConfigError that names the server and what was wrong."""
-    asked = f"{url.rstrip('/')}/models"
+    address = f"{url.rstrip('/')}/models"
     try:
-        with urllib.request.urlopen(asked, timeout=_SECONDS_TO_ANSWER) as answer:
+        with urllib.request.urlopen(address, timeout=_SECONDS_TO_ANSWER) as answer:
             return str(json.load(answer)["data"][0]["id"])
     except urllib.error.HTTPError as error:
         why = f"answered HTTP {error.code}; OpenAI servers have their URL end in /v1"
@@ -124,7 +124,7 @@ def model_of(name: str, url: str) -> str:
         why = "did not answer with a list of models, as OpenAI servers do"
     except OSError as error:  # what urllib raises, and a connection that breaks off
         why = f"cannot be reached ({getattr(error, 'reason', error)}); is it running?"
-    raise ConfigError(f"server {name!r}: {asked} {why}")
+    raise ConfigError(f"server {name!r}: {address} {why}")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -172,7 +172,7 @@ def _forward(family: Family, inputs: Inputs, compiled: Any) -> Call:
     family.model._compiled_call_impl = None
     with torch.no_grad():
         plain = family.model(**inputs).logits
-    call = _told(reports, warned)
+    call = _call_of(reports, warned)
     if call.status != "pruned":
         return _compare(call, logits, plain)
     cache = {} if family.structure.makes_cache else {"past_key_values": DynamicCache()}
@@ -201,7 +201,7 @@ def _generate(family: Family, options: dict[str, Any], steps: int) -> Call:
     with _quiet() as warned, _compiled(family.model, options) as model:
         output = model.generate(**inputs, **arguments)
         reports = dartfx.reports()
-    call = _told(reports, warned)
+    call = _call_of(reports, warned)
     logits = torch.stack(output.logits, 1)
     if call.status != "pruned":
         plain = family.model.generate(**inputs, **arguments)
@@ -242,7 +242,7 @@ def _quiet() -> Iterator[list[str]]:
     warned += [said for r in logged.buffer if (said := r.getMessage()).startswith(LOST)]
 
 
-def _told(reports: list[Report], warned: list[str]) -> Call:
+def _call_of(reports: list[Report], warned: list[str]) -> Call:
     """Summarise dartfx's reports on a call."""
     for report in reports:
         if isinstance(pruned := report.outcome, Pruned):

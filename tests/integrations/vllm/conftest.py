@@ -32,4 +32,4 @@ def requests() -> list[Any]:
 @pytest.fixture(scope="session")
 def wanted(requests: list[Any]) -> list[list[int]]:
     """The pruned oracle's tokens for each request."""
-    return [oracle(asked, RETAIN) for asked in requests]
+    return [oracle(request, RETAIN) for request in requests]

@@ -32,7 +32,7 @@ NGRAMS["prompt_lookup_max"] = 3
 
 
 def dropped_of(requests: list[Any]) -> int:
-    return sum(VISION * len(asked[1]) - RETAIN for asked in requests if asked[1])
+    return sum(VISION * len(request[1]) - RETAIN for request in requests if request[1])
 
 
 @pytest.mark.parametrize("budget", [4096, BUDGET])
@@ -67,7 +67,7 @@ def test_drafts_and_preempted_requests(
     checkpoint: Path, requests: list[Any], tmp_path: Path
 ) -> None:
     """Sixty tokens of each prompt in a step, and too few blocks for those that are let in."""
-    long = 2 * [[asked[0], asked[1], 30] for asked in requests if len(asked[1]) == 1]
+    long = 2 * [[request[0], request[1], 30] for request in requests if len(request[1]) == 1]
     made = serve(
         tmp_path, long, runner="V2", model=str(checkpoint), max_model_len=640, max_num_seqs=16,
         max_num_batched_tokens=400, long_prefill_token_threshold=60, num_gpu_blocks_override=77,
@@ -76,7 +76,7 @@ def test_drafts_and_preempted_requests(
     )  # fmt: skip
     assert made["preemptions"] > 0
     assert 0 < made["accepted"] < made["drafts"]
-    assert made["tokens"] == [oracle(asked, RETAIN) for asked in long]
+    assert made["tokens"] == [oracle(request, RETAIN) for request in long]
 
 
 @pytest.mark.slow
@@ -85,12 +85,12 @@ def test_each_request_has_its_lora_adapter_behind_the_cut(
 ) -> None:
     folders = [[str(write_adapter(tmp_path / f"adapter{i}", i))] for i in range(2)]
     given = [*folders, [], *folders, []]
-    asked = [[*each, *given[i]] for i, each in enumerate(requests[: len(given)])]
+    batch = [[*each, *given[i]] for i, each in enumerate(requests[: len(given)])]
     made = serve(
-        tmp_path, asked, runner="V2", model=str(checkpoint), max_model_len=2048,
+        tmp_path, batch, runner="V2", model=str(checkpoint), max_model_len=2048,
         max_num_batched_tokens=BUDGET, enable_lora=True, max_loras=3, **PRUNED,
     )  # fmt: skip
-    assert made["tokens"] == [oracle(each, RETAIN) for each in asked]
+    assert made["tokens"] == [oracle(each, RETAIN) for each in batch]
 
 
 @pytest.mark.slow

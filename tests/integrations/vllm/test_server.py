@@ -86,14 +86,14 @@ def ask(url: str, picture: bytes, question: str, **more: Any) -> Any:
 
 
 def test_a_streamed_answer_and_two_clients_at_once(url: str) -> None:
-    asked = [((HELD_OUT / f"{i:03d}.png").read_bytes(), "read row four ?") for i in range(6)]
-    alone = [ask(url, *each).choices[0].message.content for each in asked]
-    streamed = ask(url, *asked[0], stream=True)
+    prompts = [((HELD_OUT / f"{i:03d}.png").read_bytes(), "read row four ?") for i in range(6)]
+    alone = [ask(url, *each).choices[0].message.content for each in prompts]
+    streamed = ask(url, *prompts[0], stream=True)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
     assert text == alone[0]
     assert len(set(alone)) > 1
     with ThreadPoolExecutor(2) as clients:
-        both = list(clients.map(lambda each: ask(url, *each).choices[0].message.content, asked))
+        both = list(clients.map(lambda each: ask(url, *each).choices[0].message.content, prompts))
     assert both == alone
 
 

@@ -30,9 +30,9 @@ SIZES = [(224, 168), (140, 224), (224, 224)]
 
 
 @torch.no_grad()
-def oracle(model: Any, processor: Any, asked: Any, retain: int | None) -> list[int]:
+def oracle(model: Any, processor: Any, request: Any, retain: int | None) -> list[int]:
     """Greedy tokens of transformers, pruned by hooks or, for None, unpruned."""
-    text, pictures, tokens = asked
+    text, pictures, tokens = request
     if pictures:
         images = [Image.open(picture) for picture in pictures]
         inputs = processor(images=images, text=[text], return_tensors="pt")
@@ -57,21 +57,21 @@ def test_tokens_are_those_of_the_oracle(name: str, runner: str, tmp_path: Path) 
     paths = [str(tmp_path / f"{number}.png") for number in range(len(SIZES))]
     for path, size in zip(paths, SIZES, strict=True):
         Image.effect_noise(size, 80.0).convert("RGB").save(path)
-    asked = [
+    batch = [
         [f"what is {picture} this red ?", paths[:1], 6],
         [f"{picture} where is the digit one", paths[1:2], 9],
         ["what is red", [], 5],
         [f"a {picture} or {picture} row two", paths[1:], 7],
     ]
-    asked = [[PREFIX + text, pictures, tokens] for text, pictures, tokens in asked]
+    batch = [[PREFIX + text, pictures, tokens] for text, pictures, tokens in batch]
     pruned = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
     run = serve(
-        tmp_path, asked, runner=runner, model=str(tmp_path), max_model_len=512, block_size=BLOCK,
+        tmp_path, batch, runner=runner, model=str(tmp_path), max_model_len=512, block_size=BLOCK,
         max_num_batched_tokens=64, **pruned,
     )  # fmt: skip
-    wanted = [oracle(model, processor, each, RETAIN) for each in asked]
+    wanted = [oracle(model, processor, each, RETAIN) for each in batch]
     assert run["tokens"] == wanted
-    assert wanted != [oracle(model, processor, each, None) for each in asked]
+    assert wanted != [oracle(model, processor, each, None) for each in batch]
     assert run["chunks"] > 0
     assert run["cached"] == [0, BLOCK, BLOCK, BLOCK]
     assert run["groups"] == ["BeforeCutSpec", "BehindCutSpec"]
@@ -83,15 +83,15 @@ def test_blocks_held_at_the_peak(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{number}.png") for number in range(len(SIZES))]
     for path, size in zip(paths, SIZES, strict=True):
         Image.effect_noise(size, 80.0).convert("RGB").save(path)
-    asked = [[f"what is {picture} this", [path], 40] for path in paths]
+    batch = [[f"what is {picture} this", [path], 40] for path in paths]
     pruned = {"additional_config": {"dartfx": {"retain_tokens": RETAIN}}}
     run = serve(
-        tmp_path, asked, model=str(tmp_path), max_model_len=512, max_num_seqs=1,
+        tmp_path, batch, model=str(tmp_path), max_model_len=512, max_num_seqs=1,
         enable_prefix_caching=False, **pruned,
     )  # fmt: skip
     assert run["groups"] == ["BeforeCutSpec", "BehindCutSpec"]
     peaks = []
-    for prompt, (_, _, tokens) in zip(run["prompts"], asked, strict=True):
+    for prompt, (_, _, tokens) in zip(run["prompts"], batch, strict=True):
         vision = prompt - TEXT
         stored = prompt + tokens - 1, prompt - vision + RETAIN + tokens - 1
         peaks.append(sum(-(-count // BLOCK) for count in stored))

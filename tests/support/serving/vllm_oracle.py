@@ -23,9 +23,9 @@ RETAIN = 64
 def make_requests() -> list[Any]:
     """[prompt, pictures, tokens]: of several lengths, with none, one and two pictures."""
     lines = (HELD_OUT / "questions.jsonl").read_text().splitlines()
-    asked = [json.loads(line) for line in lines][:: len(lines) // 9][:9]
+    rows = [json.loads(line) for line in lines][:: len(lines) // 9][:9]
     made: list[Any] = []
-    for number, row in enumerate(asked):
+    for number, row in enumerate(rows):
         pictures = [str(HELD_OUT / row["image"])] * (2 if number == 4 else 1)
         words = "<image> " * len(pictures) + row["question"]
         made.append([words, pictures, 5 + number * 3 % 8])
@@ -76,15 +76,15 @@ def _loaded(adapter: str | None = None) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(MODEL)
 
 
-def oracle(asked: Any, retain: int | None, text_pivots: int = 4) -> list[int]:
+def oracle(request: Any, retain: int | None, text_pivots: int = 4) -> list[int]:
     """Greedy tokens of transformers for one request, pruned by hooks or, for None, unpruned."""
-    wanted: list[int] = oracle_logits(asked, retain, text_pivots).argmax(-1).tolist()
+    wanted: list[int] = oracle_logits(request, retain, text_pivots).argmax(-1).tolist()
     return wanted
 
 
 @torch.no_grad()
 def oracle_logits(
-    asked: Any, retain: int | None, text_pivots: int = 4, evenly: bool = False
+    request: Any, retain: int | None, text_pivots: int = 4, evenly: bool = False
 ) -> torch.Tensor:
     """[tokens, vocabulary] logits of the same; evenly: kept by position, as selector "uniform"."""
 
@@ -100,7 +100,7 @@ def oracle_logits(
             select_batch(seen.hidden, seen.keys, *masks, p_txt=text_pivots).keep_idx
         )
 
-    prompt, pictures, tokens, *adapter = asked
+    prompt, pictures, tokens, *adapter = request
     model, processor = _loaded(*adapter)
     images = [Image.open(picture).convert("RGB") for picture in pictures]
     if not images:

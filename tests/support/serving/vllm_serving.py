@@ -146,24 +146,24 @@ def main() -> None:
     from vllm.lora.request import LoRARequest
 
     given, made = map(Path, sys.argv[1:])
-    asked = json.loads(given.read_text())
-    llm = LLM(**asked["engine"])
+    job = json.loads(given.read_text())
+    llm = LLM(**job["engine"])
     in_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     seen = watch(llm) if in_process else {}
     prompts: list[Any] = []
-    for prompt, pictures, *_ in asked["requests"]:
+    for prompt, pictures, *_ in job["requests"]:
         images = [Image.open(picture).convert("RGB") for picture in pictures]
         prompts.append({"prompt": prompt, "multi_modal_data": {"image": images}})
-    raw = asked["engine"].get("logprobs_mode") == "raw_logits"
+    raw = job["engine"].get("logprobs_mode") == "raw_logits"
     how = [
         SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=-1 if raw else None
         )
-        for _, _, tokens, *_ in asked["requests"]
+        for _, _, tokens, *_ in job["requests"]
     ]
-    folders = sorted({folder for request in asked["requests"] for folder in request[3:]})
+    folders = sorted({folder for request in job["requests"] for folder in request[3:]})
     adapters = {folder: LoRARequest(folder, i + 1, folder) for i, folder in enumerate(folders)}
-    chosen = [adapters[r[3]] if r[3:] else None for r in asked["requests"]]
+    chosen = [adapters[r[3]] if r[3:] else None for r in job["requests"]]
     outputs = llm.generate(prompts, how, use_tqdm=False, lora_request=chosen if folders else None)
     answered = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
