@@ -18,6 +18,7 @@ from dartfx.backend.lowering import lower, note_sources
 from dartfx.backend.masked_graph import rewrite_with_budget, rewrite_with_mask
 from dartfx.backend.request import TORCH_COMPILE, CallerCapabilities, request_of
 from dartfx.backend.rewrite import refuse, rewrite
+from dartfx.backend.split_checks import lower_recorded
 from dartfx.backend.tracing import checks, dynamo_patch, scans
 from dartfx.config.options import DartConfig
 from dartfx.observe.dump import Dump
@@ -38,7 +39,6 @@ from dartfx.runtime.graph_runs import NotedRun, warn_at_limit
 from dartfx.runtime.keep_idx import KeepIdxRecorder, return_keep_idx
 from dartfx.runtime.kept_positions import ShortCaches, TakesShortened
 from dartfx.runtime.mask_dispatch import MaskDispatcher, MaskProducer, compile_apart
-from dartfx.runtime.prefill.recorded import Recorded
 from dartfx.runtime.rank_agreement import Ranks
 from dartfx.runtime.vision_mask import LOST_ADVICE
 
@@ -209,9 +209,10 @@ class GraphCompiler:
     def lower(self, module: GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Lower a graph, pruned or not."""
         compilation = self.reported[-1].compilation if self.reported else None
-        lowered = lower(self.config, module, inputs, self.dump.note_output_code, compilation)
+        note = self.dump.note_output_code
+        compiled = partial(lower, self.config, note_output_code=note, compilation=compilation)
         wanted = self.caller.replays_prefills and not self.across_ranks
-        return Recorded(lowered, module.graph) if wanted else lowered
+        return lower_recorded(compiled, module, inputs) if wanted else compiled(module, inputs)
 
     def dispatcher(
         self, request: Request, otherwise: Callable[[], Compiled] | None = None

@@ -9,8 +9,6 @@ import operator
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -20,10 +18,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from dartfx import compat
 from dartfx.backend import graph_compiler
-from dartfx.backend.request import TORCH_COMPILE
 from dartfx.backend.tracing import checks, dynamo_patch
-from dartfx.config.options import DartConfig
-from dartfx.observe.report import collect_reports
 
 OPCODES = {name: dis.opmap[name] for name in dynamo_patch.CHANGES}
 JUMPS = [name for name in OPCODES if "JUMP" in name]
@@ -224,18 +219,6 @@ def test_checks_that_read_a_tensor_break_no_graph_of_ours(
     assert (len(made) == 1) == one
     with pytest.raises(RuntimeError):
         compiled(torch.tensor([3, 3]), x)
-
-
-@pytest.mark.parametrize("recorded", [True, False])
-def test_checks_break_graphs_whose_launches_are_recorded(recorded: bool) -> None:
-    """A CUDA graph holds nothing that the host reads."""
-    graph_compiler.prepare_dynamo()
-    caller = replace(TORCH_COMPILE, replays_prefills=recorded)
-    config = DartConfig(lowering="eager")
-    backend: Any = partial(graph_compiler.compile_graph, config, caller=caller)
-    with collect_reports() as made:
-        torch.compile(checked, backend=backend)(torch.tensor([7, 1]), torch.ones(9))
-    assert (len(made) > 1) == recorded
 
 
 @pytest.mark.parametrize("key", ["TorchInGraphFunctionVariable", "wrap_fx_proxy"])

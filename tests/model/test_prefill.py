@@ -65,7 +65,10 @@ def test_padded_and_recorded_prefills_answer_as_plain_ones(name: str) -> None:
     for after in (4, 5):
         inputs = family(name).make_inputs("one", after=after)
         assert_alike(answer(plain, inputs), answer(padded, inputs))
-    assert made_by(padded), "one length for both"
+    assert made_by(padded) == 1, "one length for both, and one graph in spite of its check"
+    inputs["input_ids"][:, -5:-4] = family(name).model.config.image_token_id
+    with pytest.raises(RuntimeError, match=r"u\d+ >= 1"):  # a placeholder without a feature
+        answer(padded, inputs)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ that call into its graph as it is and then stumbles over the answer that nobody 
 (``PendingUnbackedSymbolNotFound``); that of 2.13 writes it as ``.item()`` and ``torch._check``,
 which still breaks where ``fullgraph=True`` is not given.  Here all frames write it so, since what
 this reads decides no shape; other reads break a frame as ever.  Where prefills are recorded as CUDA
-graphs, which hold nothing that the host reads, dynamo's way stays.
+graphs, which hold nothing that the host reads, ``backend/split_checks.py`` takes it out again.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _allow(shape_env: Any, reading: bool) -> bool:
 def _handler(before: Handler | None, ours: Callable[[object], bool]) -> Handler:
     def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         backend = tx.output.compiler_fn
-        if len(args) == 1 and not kwargs and ours(backend) and not _recorded(backend):
+        if len(args) == 1 and not kwargs and ours(backend):
             every = args[0].call_method(tx, "_is_all_true", [], {})
             if isinstance(every.as_proxy().node.meta.get("example_value"), Tensor):
                 return _checked(tx, every)
@@ -96,11 +96,6 @@ def unwrapped(backend: object) -> object:
     """A backend without what dynamo wraps it in."""
     backend = getattr(backend, "_torchdynamo_orig_backend", backend)
     return getattr(backend, "compiler_fn", backend)
-
-
-def _recorded(backend: object) -> bool:
-    caller = getattr(unwrapped(backend), "keywords", {}).get("caller")
-    return caller is not None and caller.replays_prefills
 
 
 def _checked(tx: Any, every: Any) -> Any:
