@@ -19,6 +19,7 @@ import transformers
 from dartfx.integrations.hf import load_model, prompt_inputs
 from dartfx.tools.evaluate.answers import answer as answers_of
 from dartfx.tools.evaluate.questions import batches, load
+from tests.support.tolerances import CLOSE, PIXELS
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny_vlm"
 
@@ -122,7 +123,7 @@ def test_packed_questions_are_answered_as_alone(name: str) -> None:
         packed = packing.answer_logits(model, features, None, text)
     for number, wanted in alone.items():
         mine = (text.block[0] == number)[answers[0]]
-        torch.testing.assert_close(packed[mine], wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(packed[mine], wanted, **CLOSE)
 
 
 def test_the_shipped_model_is_the_programs(shipped: tuple[Any, Any]) -> None:
@@ -136,7 +137,7 @@ def test_the_shipped_model_is_the_programs(shipped: tuple[Any, Any]) -> None:
     scene = data.Scenes("validation", 0).scene()
     made = processor(images=scene.image, text="<image> how many digits ?", return_tensors="pt")
     wanted = module("train_vision").pixels(scene.image[None])
-    torch.testing.assert_close(made["pixel_values"], wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made["pixel_values"], wanted, **PIXELS)
     words = [world.COARSE.vocabulary[w] for w in ("how", "many", "digits", "?")]
     assert made["input_ids"][0].tolist() == [world.BOS, *[world.IMAGE] * 576, *words]
 

@@ -17,6 +17,7 @@ from dartfx.integrations.hf import load_model
 from dartfx.integrations.lmms_requests import OnDemand, document, from_visuals, settings_of
 from dartfx.integrations.prompts import Prompts
 from dartfx.tools.evaluate import questions
+from tests.support.tolerances import LIKELIHOOD, LIKELIHOOD_BY_STEPS
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_vlm"
 ASKED = questions.load(TINY / "heldout" / "questions.jsonl", pictures=1)[1::2]  # of several lengths
@@ -82,7 +83,7 @@ def test_losses_are_those_of_tokens_fed_one_by_one() -> None:
     one, three = dict(alone.losses(given, said)), dict(together.losses(given, said))
     model, processor = alone.model, loaded()[1]
     for i, (conversation, text) in enumerate(zip(given, said, strict=True)):
-        assert three[i] == (pytest.approx(one[i][0], rel=1e-4), one[i][1])
+        assert three[i] == (pytest.approx(one[i][0], rel=LIKELIHOOD), one[i][1])
         inputs = processor.apply_chat_template(
             conversation, add_generation_prompt=True, tokenize=True, return_dict=True,
             processor_kwargs={"return_tensors": "pt"},
@@ -103,7 +104,7 @@ def test_losses_are_those_of_tokens_fed_one_by_one() -> None:
             logits = output.logits[0, -1].log_softmax(-1)
             total -= float(logits[token])
             greedy &= int(logits.argmax()) == token
-        assert one[i] == (pytest.approx(total / len(target), rel=1e-3), greedy)
+        assert one[i] == (pytest.approx(total / len(target), rel=LIKELIHOOD_BY_STEPS), greedy)
 
 
 def test_a_prompt_that_ran_unpruned_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

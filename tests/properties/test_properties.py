@@ -38,6 +38,7 @@ from tests.support.plain.random_attention import LayerStyle
 from tests.support.plain.random_decoders import PADDED, Plan, RandomDecoder, plans, prompt_of
 from tests.support.plain.random_graphs import Text, TextPlan, text_inputs, texts
 from tests.support.plain.random_layers import HAZARDS
+from tests.support.tolerances import SMALL_DECODER
 
 # Where two scores are closer than this, float32 and float64 may choose differently.
 CLOSE = 1e-5
@@ -132,7 +133,7 @@ def compare(plan: Plan, model: RandomDecoder, call: Callable[..., Any], inputs: 
     if isinstance(outcome, Pruned):
         expected = by_hand(plan, model, inputs)
         assert expected is not None, "a batch that should have been refused"
-        assert_same(outputs, expected, rtol=1e-4, atol=1e-5)
+        assert_same(outputs, expected, **SMALL_DECODER)
     else:
         assert isinstance(outcome, Declined), outcome
         assert outcome.because

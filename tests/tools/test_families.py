@@ -22,6 +22,7 @@ from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.measure import CLOSE, Call, Result, measure
 from dartfx.tools.zoo.registry import FAMILIES, load
 from tests.support.slow import slow
+from tests.support.tolerances import TOLERANCES
 
 # What cannot be pruned, and a part of the reason that is given. All others must be.
 REFUSED = {
@@ -82,7 +83,7 @@ def test_generate(name: str) -> None:
     if name in REFUSED:
         assert call.status == "refused"
         assert REFUSED[name] in call.why
-        assert call.difference == pytest.approx(0.0, abs=1e-4)
+        assert call.difference == pytest.approx(0.0, abs=TOLERANCES[torch.float32]["atol"])
     else:
         assert call.status == "pruned", call.why
         assert call.crossings

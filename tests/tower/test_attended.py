@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dartfx import select_tokens
+from tests.support.tolerances import ATTENTION
 
 
 @pytest.mark.parametrize("by_first", [True, False])
@@ -27,8 +28,8 @@ def test_the_attention_received_is_what_its_definition_says(
                 scores = np.exp(k[image, head // group] @ q[image, head, query] * scale)
                 expected[image] += scores / scores.sum() / (heads * group * counted)
     assert got.dtype == torch.float32
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(got.sum(1).numpy(), np.ones(images), rtol=1e-5)
+    np.testing.assert_allclose(got.numpy(), expected, **ATTENTION)
+    np.testing.assert_allclose(got.sum(1).numpy(), np.ones(images), rtol=ATTENTION["rtol"])
     fake = torch.ops.dartfx.attention_received(queries.to("meta"), keys.to("meta"), scale, by_first)
     assert (fake.shape, fake.dtype) == (got.shape, got.dtype)
 

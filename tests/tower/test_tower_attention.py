@@ -17,7 +17,7 @@ from dartfx.tools.zoo.registry import load
 from tests.support.plain.decoders import IMAGE
 from tests.support.plain.towers import WIDTH, Seeing, run, softmax, watched
 from tests.support.slow import slow
-from tests.support.tolerances import RETAIN
+from tests.support.tolerances import COMPILED_ATTENTION, RETAIN
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_the_attention_is_what_the_eager_tower_says(
         dartfx.compile(family.model, **options, lowering="eager", on_unsupported="error")
         family.model(**inputs, use_cache=False)
     expected = placed(eager.attentions[layer], vision, drops_first)
-    np.testing.assert_allclose(given["attention"].numpy(), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(given["attention"].numpy(), expected, **COMPILED_ATTENTION)
     kept: list[list[int]] = [[] for _ in vision]
     for image in dartfx.kept_tokens():
         kept[image.row] += [image.positions[i] for i in image.kept]
@@ -94,7 +94,7 @@ def test_generate_leaves_the_tower_in_the_graph() -> None:
     dartfx.compile(family.model, **options, selector="watched", on_unsupported="error")
     family.model.generate(**inputs, **settings)
     np.testing.assert_allclose(
-        given["attention"].numpy(), placed(eager.attentions[-2], vision, True), rtol=1e-4, atol=1e-6
+        given["attention"].numpy(), placed(eager.attentions[-2], vision, True), **COMPILED_ATTENTION
     )
 
 
@@ -130,4 +130,4 @@ def test_rows_of_features_are_the_towers_tokens(
     with torch.no_grad():
         model(ids, patches)
     expected = placed(weights[-1], ids == IMAGE, between is not whole)
-    np.testing.assert_allclose(given["attention"].numpy(), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(given["attention"].numpy(), expected, **COMPILED_ATTENTION)

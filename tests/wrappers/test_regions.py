@@ -30,7 +30,7 @@ from tests.support.plain.decoders import (
 from tests.support.plain.refusals import SMALL, assert_declined, assert_pruned
 from tests.support.plain.spellings import Context
 from tests.support.slow import slow
-from tests.support.tolerances import CLOSE, RETAIN
+from tests.support.tolerances import AUTOCAST, CLOSE, RETAIN
 
 GRAD = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
 
@@ -217,7 +217,7 @@ def test_a_whole_model_under_its_own_autocast() -> None:
         outputs = compiled(model, retain_tokens=RETAIN, layer=1)(**inputs)
         assert isinstance(dartfx.reports()[-1].outcome, Pruned), dartfx.reports()[-1]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert_same(outputs, pruned_by_hand(model, inputs, RETAIN, 1), rtol=0, atol=0.02)
+            assert_same(outputs, pruned_by_hand(model, inputs, RETAIN, 1), **AUTOCAST)
 
 
 def _branches(layer: Layer, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from dartfx.integrations.vllm import vllm_api
 from tests.support.serving.vllm_oracle import RETAIN, oracle, oracle_logits, write_adapter
 from tests.support.serving.vllm_serving import COMPILED, ENGINE, serve
+from tests.support.tolerances import VLLM
 
 pytestmark = [
     pytest.mark.skipif(vllm_api.installed() is None, reason="vLLM is not installed"),
@@ -88,7 +89,7 @@ def test_preempted_requests_keep_the_same_tokens(
 def test_logits_in_float32_are_those_of_the_oracle(run: Any, requests: list[Any]) -> None:
     for request, logits in zip(requests, run["logits"], strict=True):
         torch.testing.assert_close(
-            torch.tensor(logits), oracle_logits(request, RETAIN), rtol=0, atol=1e-4
+            torch.tensor(logits), oracle_logits(request, RETAIN), **VLLM[torch.float32]
         )
 
 
@@ -108,7 +109,9 @@ def test_logits_in_bfloat16_are_near_those_of_the_oracle(
         exact = oracle_logits(request, RETAIN, evenly=True)
         same = [*(torch.tensor(tokens) == exact.argmax(-1)).tolist(), False]
         common = min(same.index(False) + 1, len(tokens))  # from the next on prompts differ
-        torch.testing.assert_close(torch.tensor(logits[:common]), exact[:common], rtol=0, atol=0.35)
+        torch.testing.assert_close(
+            torch.tensor(logits[:common]), exact[:common], **VLLM[torch.bfloat16]
+        )
 
 
 def test_prompts_in_chunks_give_the_same_tokens(
