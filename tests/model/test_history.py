@@ -17,6 +17,8 @@ from dartfx.passes.outcome import Pruned, Unchanged
 from dartfx.runtime import vision_mask
 from dartfx.runtime.keep_idx import KeepIdxRecorder
 
+pytestmark = pytest.mark.usefixtures("own_objects")
+
 EAGER = {"lowering": "eager", "tokens": True}
 
 

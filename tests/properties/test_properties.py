@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 from random import Random
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis.errors import UnsatisfiedAssumption
@@ -39,6 +40,9 @@ from tests.support.plain.random_decoders import PADDED, Plan, RandomDecoder, pla
 from tests.support.plain.random_graphs import Text, TextPlan, text_inputs, texts
 from tests.support.plain.random_layers import HAZARDS
 from tests.support.tolerances import SMALL_DECODER
+
+# Hypothesis collects garbage at its start.
+pytestmark = pytest.mark.usefixtures("own_objects")
 
 # Where two scores are closer than this, float32 and float64 may choose differently.
 CLOSE = 1e-5

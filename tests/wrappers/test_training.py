@@ -25,6 +25,9 @@ from dartfx.tools.zoo.registry import load
 from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
+# Accelerate collects garbage after each training.
+pytestmark = pytest.mark.usefixtures("own_objects")
+
 OPTIONS = {"retain_tokens": RETAIN, "lowering": "eager", "on_unsupported": "error"}
 
 

@@ -94,8 +94,10 @@ class Progress:
 def prepare(row: Row, work: Workload, settings: Settings, progress: Progress, warmup: int) -> None:
     """Build and compile a row, run it until nothing compiles any more, and weigh it."""
     on_cuda = work.model.device.type == "cuda"
-    gc.collect()
-    before = torch.cuda.memory_allocated() if on_cuda else 0
+    before = 0
+    if on_cuda:
+        gc.collect()
+        before = torch.cuda.memory_allocated()
     start = time.perf_counter()
     with row.attempt():
         row.ready = VARIANTS[row.name][1](work, settings)
