@@ -6,10 +6,12 @@ import importlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
@@ -42,6 +44,13 @@ except RuntimeError as error:
     print("refused:", error)
 print("imported:", sorted({"transformers", "dartfx"} & set(sys.modules)))
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_to_compile() -> Iterator[None]:
+    """The wrapper around the kernels is most of a package's C++; how fast it runs is no subject."""
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        yield
 
 
 @pytest.fixture(scope="module")
