@@ -7,7 +7,7 @@
 #   llava-next-7b
 #   qwen2.5-vl-7b
 # and, not among the defaults,
-#   selectors       docs/selectors.md: selectors without kernels, at LLaVA-NeXT-7B's shape
+#   selectors       docs/selectors.md: the other selectors, at LLaVA-NeXT-7B's shape
 #   decode          docs/benchmarks.md: answers of 64 and 256 tokens, LLaVA-NeXT-7B, growing cache
 #   decode-static   the same with a static cache, decode in CUDA graphs
 #   batch-N         the first token of N prompts at once, LLaVA-NeXT-7B
@@ -27,7 +27,8 @@
 # again on 2026-11-28; before that selectors and the first runs of decode, decode-static, batch-4,
 # batch-16, images-5 (docs/benchmarks.md). On 2026-11-28 `tests` had not ended after 120 s (87 of 90
 # reported, one failed, its name was not printed): give it 300.
-# What no GPU has run yet: today's tiles of the kernels in `tests` and `kernel`, images-6 (17,622
+# What no GPU has run yet: today's tiles of the kernels in `tests` and `kernel`, the kernel behind
+# cover and relevant (`tests` compares it with its plain form, `selectors` times it), images-6 (17,622
 # tokens), turns, and decode-static since static caches got shorter. decode, decode-static, batch-16
 # and turns, four compiling at once, did not end in 190 s: --dynamic takes more than 3 minutes to
 # compile 32 layers. So, in an order for 15 minutes (minutes estimated):
@@ -39,7 +40,7 @@
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,38s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,39s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
@@ -62,8 +63,8 @@ step() {
         tests) $python -m pytest -v -m gpu -n 8 -p no:benchmark -o faulthandler_timeout=60 tests/ops/test_triton.py tests/ops/test_triton_gpu.py \
             tests/model/test_prefill_gpu.py tests/caches/test_offloaded_gpu.py ;;
         kernel) $python -m dartfx bench kernel --json "$out/kernel.json" ;;
-        selectors) $python -m dartfx bench kernel --shape tiles --selectors spread tiled uniform random \
-            --json "$out/selectors.json" ;;
+        selectors) $python -m dartfx bench kernel --shape tiles --selectors spread cover relevant tiled uniform \
+            random --json "$out/selectors.json" ;;
         decode) generate "$1" $next --rows eager plain dart --new-tokens 64 256 --warmup 1 --repeat 3 ;;
         decode-static) generate "$1" $next --rows plain_static dart_static --new-tokens 64 256 \
             --warmup 2 --repeat 3 ;;
