@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dartfx.token_map.overlay import overlay, overlay_html
     from dartfx.verification.verify import Verification, verify
 else:
-    # Imported at first use: compiling needs none of these, and each brings modules of its own.
+    # Imported at first use: compiling needs none of these, and each brings further modules.
     # None may be named like a submodule: importing that would put the module in its place.
     _LAZY = {
         "Verification": "dartfx.verification.verify",

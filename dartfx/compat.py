@@ -200,7 +200,7 @@ NAMES: dict[str, PrivateName] = {
     **_names(
         "torch._functorch.autograd_function",
         "autograd_function_apply",
-        "functions with a backward of their own are found",
+        "functions with a custom backward are found",
     ),
     **_names("torch._ops", "HigherOrderOperator", "regions that are calls are looked into"),
     **_names("torch.fx.node", "_get_qualified_name", "dumps hold a repro.py"),

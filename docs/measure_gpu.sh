@@ -58,7 +58,7 @@ generate() { # NAME OF THE JSON, SHAPE, OTHER ARGUMENTS ...
 step() {
     local next=llava-next-7b
     case $1 in
-        # pytest-benchmark, where it is installed, warns beside xdist, and warnings are errors here.
+        # pytest-benchmark, where it is installed, warns when xdist runs, and warnings are errors here.
         # A test that hangs says where, and one that ran has its name printed at once.
         tests) $python -m pytest -v -m gpu -n 8 -p no:benchmark -o faulthandler_timeout=60 tests/ops/test_triton.py tests/ops/test_triton_gpu.py \
             tests/model/test_prefill_gpu.py tests/caches/test_offloaded_gpu.py ;;

@@ -117,7 +117,7 @@ def _boxes(boxes: list[tuple[str, str, str]]) -> Iterator[str]:
 
 
 def kept(file: Path) -> None:
-    """A held-out picture beside the tokens that the trained model keeps of it for one question."""
+    """A held-out picture next to the tokens that the trained model keeps of it for one question."""
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

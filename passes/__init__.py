@@ -3,7 +3,7 @@
 Nothing here depends on ``torch.compile``, user options or Triton.  A graph goes through
 :func:`normalise` and :func:`prune`; every step lives in the file named after it.
 
-What is listed in ``__all__`` is a public surface with a version of its own: ``VERSION`` is (major,
+What is listed in ``__all__`` is a public surface with a separate version: ``VERSION`` is (major,
 minor), and below 1.0 any change that callers must adapt to raises minor.  Everything else in
 here may change at any time.
 """

@@ -141,7 +141,7 @@ class GraphCompiler:
     def compile_merge(self, inputs: Sequence[Any]) -> Compiled | None:
         """Compile a graph that may merge vision tokens; None when it turns out not to."""
         request, trace = request_of(self.config, self.caller), lambda: normalise(self.ranks.module)
-        outcome, rewritten, place = rewrite(
+        outcome, rewritten, embeds_index = rewrite(
             trace,
             self.flat,
             request,
@@ -161,10 +161,10 @@ class GraphCompiler:
         if isinstance(outcome, Pruned):
             lower = partial(self.lower, inputs=self.ranks.inputs(inputs))
             return self.per_call(self.recorded(lower, rewritten, outcome, request))
-        if isinstance(outcome, ReturnsMask) and place is not None:
-            earlier = earlier_embeddings(rewritten, place)
+        if isinstance(outcome, ReturnsMask) and embeds_index is not None:
+            earlier = earlier_embeddings(rewritten, embeds_index)
             lowered = self.lower(rewritten, self.ranks.inputs(inputs))
-            return self.ranks.wrap(MaskProducer(lowered, place, earlier))
+            return self.ranks.wrap(MaskProducer(lowered, embeds_index, earlier))
         plain = self.lower(self.module, inputs)
         return self.per_call(plain) if getattr(outcome, "all_retained", False) else plain
 

@@ -98,6 +98,6 @@ def lower(
     before = len(loaded)
     with compilation.measure(), settings.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(module, list(inputs), config_patches=patches)
-    # Kernels are modules of their own; the code that calls them has a function ``call``.
+    # Kernels are separate modules; the code that calls them has a function ``call``.
     note_output_code([str(m.__file__) for m in loaded[before:] if hasattr(m, "call")])
     return compiled  # type: ignore[no-any-return]

@@ -38,7 +38,7 @@ def rewrite_with_mask(
 
     def trace() -> GraphModule:
         examples = with_own_symbols(example_values(ranks.module))
-        like, record = examples[ranks.place(incoming.like)], incoming.record
+        like, record = examples[ranks.input_index(incoming.like)], incoming.record
         with like.fake_mode as mode:
             mask = torch.empty(like.shape[:2], dtype=torch.bool, device=record.mask.device)
             rows = torch.empty((fresh_size(mode, record.rows), 0), device=record.mask.device)
@@ -46,7 +46,7 @@ def rewrite_with_mask(
         return normalise(ranks.module, examples, extra=(*given, mask, rows))
 
     def vision(traced: GraphModule) -> Vision:
-        embeds = None if incoming.embeds is None else ranks.place(incoming.embeds)
+        embeds = None if incoming.embeds is None else ranks.input_index(incoming.embeds)
         return _entering(incoming._replace(embeds=embeds), traced, behind=int(request.varies))
 
     return rewrite(trace, module, request, vision=vision, observe=observe, agree=ranks.agree)

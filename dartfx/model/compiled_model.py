@@ -196,7 +196,7 @@ class CompiledModel:
             with broken_by(self._breaks.get(call.kind) if runs else None):
                 if not any(runs) and (brought := ", ".join(call.media)):
                     self.refuse(with_graph_break(nothing_merged(brought, len(runs))))
-                # A graph with a merge of its own, or a refused one.
+                # A graph that merges tokens itself, or a refused one.
                 elsewhere = sum(runs) > len(noted)
                 if vision_mask.lost(noted, call.tokens, elsewhere):
                     lost = Declined(vision_mask.LOST, advice=vision_mask.LOST_ADVICE)

@@ -25,7 +25,7 @@ def call_of(model: nn.Module, selector: str) -> Callable[..., Any]:
 
     transformers takes names out of the keywords that a forward was called with, and dynamo reads no
     signature any more once a dict that came with the call was changed, as functions that make
-    features do.  A function around the model has a dict of its own.
+    features do.  A function around the model has a dict as well.
     """
     own: Callable[..., Any] = model._call_impl
     if not is_needed(selector):

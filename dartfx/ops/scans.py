@@ -44,16 +44,16 @@ def _scan(name: str, tensors: str, others: str, run: Run, fake: Run) -> Any:
         grad_outputs: Tensor, grad_state: Tensor, needed: Sequence[bool], *call: Any
     ) -> list[Tensor]:
         """The gradients of the operands that need one, by running the scan again."""
-        places = [place for place, need in enumerate(needed) if need]
+        indices = [index for index, need in enumerate(needed) if need]
 
         def again(*wanted: Tensor) -> tuple[Tensor, Tensor]:
             given = [*call]
-            for place, operand in zip(places, wanted, strict=True):
-                given[place] = operand
+            for index, operand in zip(indices, wanted, strict=True):
+                given[index] = operand
             return run(*given)
 
         # Not torch.autograd.grad, which nothing reaches below an operator.
-        gradients = torch.func.vjp(again, *(call[place] for place in places))[1]
+        gradients = torch.func.vjp(again, *(call[index] for index in indices))[1]
         return [g.contiguous() for g in gradients((grad_outputs, grad_state))]
 
     backward_op = custom_op(

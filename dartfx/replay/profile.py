@@ -119,13 +119,13 @@ def _regions(module: GraphModule, outcome: Pruned, tower: set[str]) -> dict[Node
     """
     calls = _calls(module)
     layer_of = {node: layer for node in calls if (layer := _layer(node, outcome.stack)) is not None}
-    last = max((place for place, node in enumerate(calls) if node in layer_of), default=-1)
+    last = max((position for position, node in enumerate(calls) if node in layer_of), default=-1)
     found: dict[Node, str] = {}
     here = EMBEDDINGS
-    for place, node in enumerate(calls):
+    for position, node in enumerate(calls):
         if node in layer_of:
             here = EARLY if layer_of[node] < outcome.layer else LATE
-        elif place > last:
+        elif position > last:
             here = HEAD
         found[node] = TOWER if node.name in tower and node not in layer_of else here
     return found

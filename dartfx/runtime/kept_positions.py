@@ -72,15 +72,15 @@ def mark(outputs: Sequence[Any], keep_idx: Tensor) -> None:
 
 def uses_of_positions(graph: Graph) -> dict[int, str]:
     """Inputs of a dynamo graph that are indexed by unrelated numbers, and where."""
-    uses = {place: _position_use(node) for place, node in _may_be_shortened(graph)}
-    return {place: source_line(use) for place, use in uses.items() if use is not None}
+    uses = {index: _position_use(node) for index, node in _may_be_shortened(graph)}
+    return {index: source_line(use) for index, use in uses.items() if use is not None}
 
 
 def _may_be_shortened(graph: Graph) -> list[tuple[int, Node]]:
     """Inputs of a dynamo graph that may have a token axis: non-parameter floats [B, S, ...]."""
     return [
-        (place, node)
-        for place, node in enumerate(graph.find_nodes(op="placeholder"))
+        (index, node)
+        for index, node in enumerate(graph.find_nodes(op="placeholder"))
         if isinstance(value := node.meta.get("example_value"), Tensor)
         and value.is_floating_point()
         and value.ndim > 2
@@ -140,16 +140,16 @@ class TakesShortened:
 
     def __init__(self, compiled: Callable[..., Any], graph: Graph) -> None:
         self._compiled, self._uses = compiled, uses_of_positions(graph)
-        self._floats = [place for place, _ in _may_be_shortened(graph)]
+        self._floats = [index for index, _ in _may_be_shortened(graph)]
 
     def __call__(self, *args: Any) -> Any:
-        marks = {place: getattr(args[place], _KEPT, None) for place in self._floats}
-        kept = {place: keep_idx for place, keep_idx in marks.items() if keep_idx is not None}
-        for place in kept:
-            if place in self._uses:
+        marks = {index: getattr(args[index], _KEPT, None) for index in self._floats}
+        kept = {index: keep_idx for index, keep_idx in marks.items() if keep_idx is not None}
+        for index in kept:
+            if index in self._uses:
                 raise PositionsAfterCut(
                     "a later graph of the call takes tokens by their positions in the prompt out "
-                    f"of the shortened sequence, at: {self._uses[place]}"
+                    f"of the shortened sequence, at: {self._uses[index]}"
                 )
         outputs = self._compiled(*args)
         if kept and isinstance(outputs, tuple | list):
@@ -171,15 +171,15 @@ class ShortCaches:
     def __init__(self, compiled: Callable[..., Any], graph: Graph, reports: Sequence[Any]) -> None:
         self._compiled, self._reports = compiled, reports
         inputs = enumerate(graph.find_nodes(op="placeholder"))
-        values = [(place, n.meta.get("example_value")) for place, n in inputs if not is_state(n)]
-        given = [(place, value) for place, value in values if isinstance(value, Tensor)]
-        self._caches = [place for place, value in given if _is_cache(value)]
-        self._integers = [place for place, value in given if value.dtype == torch.int64]
+        values = [(index, n.meta.get("example_value")) for index, n in inputs if not is_state(n)]
+        given = [(index, value) for index, value in values if isinstance(value, Tensor)]
+        self._caches = [index for index, value in given if _is_cache(value)]
+        self._integers = [index for index, value in given if value.dtype == torch.int64]
 
     def __call__(self, *args: Any) -> Any:
-        short = any(getattr(args[place], _SHORT, False) for place in self._caches)
+        short = any(getattr(args[index], _SHORT, False) for index in self._caches)
         # Token ids and positions of a single token.
-        if short and sum(args[place].shape[-1:] == (1,) for place in self._integers) < 2:
+        if short and sum(args[index].shape[-1:] == (1,) for index in self._integers) < 2:
             raise SelectionError(
                 "a bare torch.compile cannot let a KV cache know that pruning dropped tokens of "
                 "its prompt, and the call brings several tokens, or one without position_ids; "

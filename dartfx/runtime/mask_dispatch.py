@@ -45,8 +45,8 @@ class MaskProducer:
     (images, where this one merges videos) is part of the mask.
     """
 
-    def __init__(self, compiled: Compiled, place: int, earlier: Sequence[int] = ()) -> None:
-        self._compiled, self._place, self._earlier = compiled, place, earlier
+    def __init__(self, compiled: Compiled, index: int, earlier: Sequence[int] = ()) -> None:
+        self._compiled, self._index, self._earlier = compiled, index, earlier
 
     def __call__(self, *args: Any) -> Any:
         # Read before the graph runs, since it may mutate its inputs.
@@ -55,7 +55,7 @@ class MaskProducer:
         rows = row_count.shape[0]
         for found in noted:
             mask, rows = mask | found.mask, rows + found.rows
-        vision_mask.record(outputs[self._place], mask, rows)
+        vision_mask.record(outputs[self._index], mask, rows)
         return tuple(outputs)
 
 
@@ -118,7 +118,7 @@ class MaskDispatcher:
         if not self.may_receive_masks or not has_causal_attention(self._module.graph):
             return []
         values = example_values(self._module)
-        of_ids = [values[place].shape for place in self._ids]
+        of_ids = [values[index].shape for index in self._ids]
         return [
             f"{str(value.dtype).removeprefix('torch.')} {[str(s) for s in value.shape]}"
             for node in self._module.graph.nodes
@@ -175,19 +175,19 @@ class MaskDispatcher:
 
     def incoming(self, inputs: Sequence[Any]) -> IncomingMask | None:
         """The mask for these inputs: recorded for one of them, given, or found by comparison."""
-        for place in self._embeds:
-            noted = vision_mask.find(inputs[place])
+        for index in self._embeds:
+            noted = vision_mask.find(inputs[index])
             if noted is not None:
-                return IncomingMask(place, place, noted)
+                return IncomingMask(index, index, noted)
         if vision_mask.given() is not None:
-            for place in (*self._embeds, *self._ids):
-                given = vision_mask.given_for(*inputs[place].shape[:2])
+            for index in (*self._embeds, *self._ids):
+                given = vision_mask.given_for(*inputs[index].shape[:2])
                 if given is not None:
-                    return IncomingMask(None, place, given)
-        for place in self._embeds:
-            compared = vision_mask.compared(inputs[place])
+                    return IncomingMask(None, index, given)
+        for index in self._embeds:
+            compared = vision_mask.compared(inputs[index])
             if compared is not None:
-                return IncomingMask(place, place, compared)
+                return IncomingMask(index, index, compared)
         return None
 
     def _budget(self) -> CallBudget | None:
@@ -242,11 +242,11 @@ def _is_state_or_cache(node: Node) -> bool:
 def prompts(module: GraphModule) -> tuple[list[int], list[int]]:
     """Inputs that may be a prompt: embeddings [B, S, D] and token ids [B, S], S > 1."""
     embeds, ids = [], []
-    for place, value in enumerate(example_values(module)):
+    for index, value in enumerate(example_values(module)):
         if not isinstance(value, Tensor) or value.ndim not in (2, 3) or is_one(value.shape[1]):
             continue
         if value.ndim == 3 and value.is_floating_point():
-            embeds.append(place)
+            embeds.append(index)
         elif value.ndim == 2 and value.dtype in (torch.int32, torch.int64):
-            ids.append(place)
+            ids.append(index)
     return embeds, ids

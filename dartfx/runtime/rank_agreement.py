@@ -76,7 +76,7 @@ class Ranks:
         local = given[added:] if self._local is None else self._local.inputs(given[added:])
         return [*given[:added], *(local if self._plain is None else self._plain.inputs(local))]
 
-    def place(self, index: int) -> int:
+    def input_index(self, index: int) -> int:
         """The position of dynamo's input ``index`` among the inputs of :attr:`module`."""
         local = index if self._local is None else self._local.taken.index(index)
         return local if self._plain is None else self._plain.starts[local]

@@ -150,7 +150,7 @@ def _views(
     found: list[Layout] = []
     left = [grid for grid in grids if grid is not None]
     for high, wide in zip(rows, columns, strict=True):
-        # An image that is not split counts no tile of its own; a split one ends with an overview.
+        # An image that is not split counts no tile; a split one ends with an overview.
         tiles = high * wide + 1
         if len(left) < tiles or len(set(left[:tiles])) > 1:
             raise _unknown(f"{len(runs)} runs of vision tokens for tiles of {rows} by {columns}")
@@ -163,7 +163,7 @@ def _views(
 def _own_sizes(
     shape: Sequence[int], sizes: list[tuple[int, ...]], runs: Sequence[int]
 ) -> list[Layout]:
-    """Images with sizes (height, width) of their own: one patch size, or overview and tiles."""
+    """Images that each have a size (height, width): one patch size, or overview and tiles."""
     if len(shape) == 5:
         return _anyres(shape, [(h, w) for h, w in sizes], runs)
     area = sum(h * w for h, w in sizes)

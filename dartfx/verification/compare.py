@@ -104,15 +104,15 @@ class Graphs:
         where = [*self._returned, *self._watch.values()]
         length = masked[count].shape[1]
         found = {
-            place: _apart(a, b, keeps, value, valid, length)
-            for place, (a, b, value) in enumerate(zip(masked, pruned, where, strict=True))
+            output: _apart(a, b, keeps, value, valid, length)
+            for output, (a, b, value) in enumerate(zip(masked, pruned, where, strict=True))
             if value is not None and isinstance(a, Tensor) and a.is_floating_point()
         }
         return Compared(
             exact,
             inexact,
             {layer: found[count + i] for i, layer in enumerate(layers)},
-            {place: d for place, d in found.items() if place < count},
+            {output: d for output, d in found.items() if output < count},
             pruned[count].dtype,
         )
 

@@ -33,7 +33,7 @@ Factor = Var | int
 class Axes:
     """Dimension variables of a graph, united by the operators' rules.
 
-    Size-1 dims have classes of their own, with what they broadcast against: these show which dim
+    Size-1 dims have separate classes, with what they broadcast against: these show which dim
     of a ``[1, S, D]`` table is the batch.
     """
 

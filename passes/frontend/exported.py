@@ -1,4 +1,4 @@
-"""A ``torch.export`` graph -> one that the passes may rewrite: a copy with fake values of its own.
+"""A ``torch.export`` graph -> one that the passes may rewrite: a copy with separate fake values.
 
 Exported graphs are pre-dispatch ATen already.  What is decided on the copy, a guard or a size that
 depends on data, never reaches the program it came from.
@@ -71,7 +71,7 @@ def import_exported(module: GraphModule, state: Collection[str]) -> GraphModule:
     return own
 
 
-# --- fake values of its own -------------------------------------------------------------------
+# --- separate fake values ---------------------------------------------------------------------
 
 
 def _renew_values(graph: Graph) -> None:

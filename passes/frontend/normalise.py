@@ -99,7 +99,7 @@ def _copy_input_notes(old: Graph, new: Graph, extra: int) -> None:
 
 
 def _require_own_gradients(graph: Graph) -> None:
-    """Raise Refusal for a function with a backward of its own, which a re-trace would lose.
+    """Raise Refusal for a function with a custom backward, which a re-trace would lose.
 
     Dynamo leaves it as a call only where gradients are computed.
     """
@@ -141,7 +141,7 @@ def example_values(module: GraphModule) -> list[Any]:
 
 
 def with_own_symbols(examples: Sequence[Any]) -> list[Any]:
-    """The same fake inputs in a fake mode of their own, with symbols of their own.
+    """The same fake inputs in a separate fake mode, with separate symbols.
 
     What is decided on these installs no guard in the compilation they came from.
     """

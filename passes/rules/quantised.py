@@ -43,8 +43,8 @@ def scaled_mm(axes: Axes, node: Node, out: Node) -> None:
 def choose_scales(axes: Axes, node: Node, out: Node) -> None:
     """A scale for each block of values; blocks that are one token long are the tokens' own."""
     values = node.all_input_nodes[0]
-    for dim, place in _single(node, values, out):
-        axes.preserve(node, (values, dim), (out, place))
+    for dim, scale_dim in _single(node, values, out):
+        axes.preserve(node, (values, dim), (out, scale_dim))
 
 
 @rule("torchao::quantize_affine", "torchao::dequantize_affine")
@@ -52,8 +52,8 @@ def quantise(axes: Axes, node: Node, out: Node) -> None:
     """Values to codes, or back, by a scale for each block."""
     values, *scales = node.all_input_nodes
     for scale in scales:
-        for dim, place in _single(node, values, scale):
-            axes.preserve(node, (values, dim), (scale, place))
+        for dim, scale_dim in _single(node, values, scale):
+            axes.preserve(node, (values, dim), (scale, scale_dim))
             axes.preserve(node, (values, dim), (out, dim))
 
 
@@ -74,9 +74,9 @@ def quantise_float8(axes: Axes, node: Node, out: Node) -> None:
 def _single(node: Node, values: Node, scales: Node) -> Iterator[tuple[int, int]]:
     """Each dim of the values that is in blocks of one, and the scales' dim for it."""
     shape, kept = sizes(values), len(sizes(scales)) == len(sizes(values))
-    place = 0
+    scale_dim = 0
     for dim, block in enumerate(argument(node, "block_size")):
-        if is_one(block) and place < len(sizes(scales)):
-            yield dim, place
+        if is_one(block) and scale_dim < len(sizes(scales)):
+            yield dim, scale_dim
         if kept or is_one(block) or not same_size(block, shape[dim]):
-            place += 1
+            scale_dim += 1

@@ -86,8 +86,8 @@ def earlier_embeddings(module: GraphModule, index: int) -> tuple[int, ...]:
     merged = output.args[0][index]
     axes = infer_axes(graph)
     return tuple(
-        place
-        for place, node in enumerate(graph.find_nodes(op="placeholder"))
+        input_index
+        for input_index, node in enumerate(graph.find_nodes(op="placeholder"))
         if (value := tensor(node)) is not None
         and value.ndim == 3
         and value.is_floating_point()

@@ -128,7 +128,7 @@ def test_a_static_cache_is_used_again() -> None:
     ("window", "variant"), [(8, "pad2"), *slow((8, "one"), (27, "one"), (27, "pad2"), (100, "one"))]
 )
 def test_static_sliding_windows(window: int, variant: str) -> None:
-    """Full after the prompt, while decoding, or never; held against growing caches.
+    """Full after the prompt, while decoding, or never; compared with growing caches.
 
     Those of a model pruned by hooks, which cannot decode with less than a window; then dartfx's.
     """

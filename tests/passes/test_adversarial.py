@@ -110,7 +110,7 @@ def test_written_into_a_buffer_is_the_same_order() -> None:
 
 
 class Sorted(Layer):
-    """Tokens sorted by a channel, with rows of a table beside each ``times`` copies of a token."""
+    """Tokens sorted by a channel, with rows of a table next to each ``times`` copies of a token."""
 
     times = 1
 

@@ -32,7 +32,7 @@ def held_tokens(layer: Any) -> int | None:
     if codes is None:
         return plain
     stored, *more = codes if isinstance(codes, tuple) else (codes,)
-    # Codes are packed in a way of their own (HQQ) or one for each value.
+    # HQQ packs codes; other quantisers store one for each value.
     shape = more[0].get("shape", ()) if more and isinstance(more[0], dict) else stored.shape
     return int(shape[-2]) + (plain or 0) if len(shape) == 4 else None
 

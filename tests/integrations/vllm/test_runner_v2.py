@@ -53,7 +53,7 @@ def test_tokens_are_those_of_the_oracle(
 def test_drafts_change_no_token(
     checkpoint: Path, requests: list[Any], wanted: list[list[int]], tmp_path: Path
 ) -> None:
-    """Accepted and rejected ones behind the cut, beside prompts in chunks."""
+    """Accepted and rejected ones behind the cut, while prompts come in chunks."""
     made = serve(
         tmp_path, requests, runner="V2", model=str(checkpoint), max_model_len=2048,
         max_num_batched_tokens=BUDGET, speculative_config=NGRAMS, disable_log_stats=False, **PRUNED,

@@ -209,7 +209,7 @@ def glm4v(**text: Any) -> Structure:
 
 
 def glm46v(**text: Any) -> Structure:
-    """GLM-4.6V: GLM-4.1V's parts under a class of its own."""
+    """GLM-4.6V: GLM-4.1V's parts under another class."""
     sizes = mrope(text_sizes(**text), 0.5)
     vocab = sizes["vocab_size"]
     config = hf.Glm46VConfig(

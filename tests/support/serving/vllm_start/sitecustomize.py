@@ -1,6 +1,6 @@
 """Run by every Python process of the vLLM tests, whose PYTHONPATH holds this folder.
 
-A torchvision that was built for CUDA cannot load its operators beside a torch for the CPU, and then
+A torchvision that was built for CUDA cannot load its operators with a torch for the CPU, and then
 fails to be imported: it describes two of them that are not there.  This defines those two.
 
 vLLM's Model Runner V2 needs Triton, and its wheel for the CPU takes Triton's backend for the CPU,
