@@ -12,8 +12,9 @@
 #   decode-static   the same with a static cache, decode in CUDA graphs
 #   batch-N         the first token of N prompts at once, LLaVA-NeXT-7B
 #   images-N        the first token of a prompt of N images, LLaVA-NeXT-7B
-#   turns           second and third turns of a conversation, LLaVA-NeXT-7B
-#   turns-ROW       the same of one row, plain or dart: with -j the two compile side by side
+#   decode-static-ROW  the same of one row, plain or dart: with -j the two compile side by side
+#   turns           second and third turns of a conversation, LLaVA-NeXT-7B with 8 of its 32 layers
+#   turns-ROW       the same of one row
 #   profile         kernels, gaps and launches of the first token, LLaVA-NeXT-7B: plain, dart, and
 #   profile-graphs  dart with prefills in CUDA graphs, of padded prompts, and mode="reduce-overhead"
 #
@@ -29,18 +30,20 @@
 # reported, one failed, its name was not printed): give it 300.
 # What no GPU has run yet: today's tiles of the kernels in `tests` and `kernel`, the kernel behind
 # cover and relevant (`tests` compares it with its plain form, `selectors` times it), images-6 (17,622
-# tokens), turns, and decode-static since static caches got shorter. decode, decode-static, batch-16
-# and turns, four compiling at once, did not end in 190 s: --dynamic takes more than 3 minutes to
-# compile 32 layers. So, in an order for 15 minutes (minutes estimated):
-#   docs/measure_gpu.sh FOLDER tests kernel                                          3
-#   SECONDS_EACH=400 docs/measure_gpu.sh -j FOLDER decode-static images-6            5
-#   SECONDS_EACH=400 docs/measure_gpu.sh -j FOLDER turns-plain turns-dart            7
-# then, if there is time, -j batch-16 decode, and -j batch-2 batch-8. The peak memory of images-6 and
-# of `kernel` (shape video, 16,384 tokens) is in their JSON.
+# tokens), batch-8, turns, and decode-static since static caches got shorter. In an order for 9
+# minutes, in seconds, estimated from earlier compilations:
+#   SECONDS_EACH=240 docs/measure_gpu.sh -j FOLDER decode-static-plain decode-static-dart images-6 batch-8   200
+#   SECONDS_EACH=150 docs/measure_gpu.sh -j FOLDER turns-plain turns-dart                                    120
+#   SECONDS_EACH=300 docs/measure_gpu.sh FOLDER tests kernel                                                 210
+# then, if there is time, -j batch-16 decode. A static cache compiled in 76 s (plain) and 44 s (dart),
+# one after the other; as two steps they take as long as the slower, and are timed one after the other
+# instead of in turns. --dynamic takes more than 3 minutes to compile 32 layers, so turns have 8: their
+# ratios are of another shape. The peak memory of images-6 and of `kernel` (shape video, 16,384 tokens)
+# is in their JSON.
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,39s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,42s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
@@ -66,14 +69,18 @@ step() {
         selectors) $python -m dartfx bench kernel --shape tiles --selectors spread cover relevant tiled uniform \
             random --json "$out/selectors.json" ;;
         decode) generate "$1" $next --rows eager plain dart --new-tokens 64 256 --warmup 1 --repeat 3 ;;
-        decode-static) generate "$1" $next --rows plain_static dart_static --new-tokens 64 256 \
-            --warmup 2 --repeat 3 ;;
+        decode-static*)
+            local static=${1#decode-static}
+            static=${static:-plain dart}
+            # shellcheck disable=SC2086 # two words
+            generate "$1" $next --rows $(printf '%s_static ' ${static#-}) --new-tokens 64 256 \
+                --warmup 2 --repeat 3 ;;
         batch-*) generate "$1" $next --rows plain dart --new-tokens 1 --repeat 7 --batch "${1#*-}" ;;
         turns*)
             local rows=${1#turns}
             rows=${rows:-plain dart}
             # shellcheck disable=SC2086 # two words
-            generate "$1" $next --rows ${rows#-} --dynamic --new-tokens 32 --warmup 1 --repeat 3 \
+            generate "$1" llava-next-8 --rows ${rows#-} --dynamic --new-tokens 32 --warmup 1 --repeat 3 \
                 --turns 3 ;;
         images-*) generate "$1" $next --rows plain dart --new-tokens 1 --repeat 7 --images "${1#*-}" ;;
         profile) generate "$1" $next --rows plain dart dart_graphs --new-tokens 1 \

@@ -2,6 +2,7 @@
 
 llava-1.5-7b    one image of 576 vision tokens, 64 kept
 llava-next-7b   one image in five tiles, 2880 vision tokens and 48 of new lines, 320 kept
+llava-next-8    the same with 8 of its 32 decoder layers, for what takes long to compile
 qwen2.5-vl-7b   one image of 2240 x 1400 pixels, 4000 vision tokens, 888 kept
 small           LLaVA-1.5's classes, 12 layers of hidden size 512, 576 vision tokens, 64 kept
 tiny            LLaVA-1.5's classes, 4 layers of hidden size 64, 144 vision tokens, 16 kept
@@ -10,6 +11,7 @@ tiny            LLaVA-1.5's classes, 4 layers of hidden size 64, 144 vision toke
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,10 @@ def _clip() -> Any:
     )
 
 
-def _llama() -> dict[str, Any]:
+def _llama(layers: int = 32) -> dict[str, Any]:
     """Vicuna-7B, with the padded vocabulary of LLaVA's checkpoints."""
     return text_sizes(
-        layers=32,
+        layers=layers,
         hidden_size=4096,
         intermediate_size=11008,
         num_attention_heads=32,
@@ -63,9 +65,9 @@ def llava_7b() -> Structure:
     return Structure("LlavaForConditionalGeneration", config, image, 576, pixels)
 
 
-def llava_next_7b() -> Structure:
+def llava_next_7b(layers: int = 32) -> Structure:
     """llava-hf/llava-v1.6-vicuna-7b-hf: 576 tokens of the whole image, 48 rows of 48 + 1."""
-    sizes = _llama()
+    sizes = _llama(layers)
     image = special(sizes["vocab_size"], 1)
     config = hf.LlavaNextConfig(
         vision_config=_clip(), text_config=hf.LlamaConfig(**sizes), image_token_index=image
@@ -125,6 +127,7 @@ def tiny() -> Structure:
 SHAPES: dict[str, tuple[Callable[[], Structure], int]] = {
     "llava-1.5-7b": (llava_7b, 64),
     "llava-next-7b": (llava_next_7b, 320),
+    "llava-next-8": (partial(llava_next_7b, 8), 320),
     "qwen2.5-vl-7b": (qwen2_5_vl_7b, 888),
     "small": (small, 64),
     "tiny": (tiny, 16),

@@ -6,10 +6,12 @@
   dart            dartfx.compile(model)
   plain Inductor, dart + static cache + compiled decode
                   the same with cache_implementation="static"; on CUDA decode runs as CUDA graphs
-and by name only: dart_graphs, dart_bucketed (prefill= of dartfx.compile), dart_reduced (mode=) and
-dart_eager_tower (not compiled, where generate does not run it before the model).
+and by name only: dart_layered (kv_layout= of dartfx.compile), dart_graphs, dart_bucketed
+(prefill=), dart_reduced (mode=) and dart_eager_tower (not compiled, where generate does not run it
+before the model).
 
-Shapes: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b; small, for a CPU; tiny, to see whether it runs.
+Shapes: llava-1.5-7b, llava-next-7b, llava-next-8 (8 layers of it), qwen2.5-vl-7b; small, for a CPU;
+tiny, to see whether it runs.
 
 All share one set of weights and run in one process in turns; figures are medians. transformers
 runs the vision tower eagerly inside generate in every row. A row that refuses or fails is printed
