@@ -81,6 +81,7 @@ class Size:
 SIZES = {
     "tiny": Size(4, 64, 160, 4, 2, 32, 2, image=56),
     "small": Size(12, 512, 1376, 8, 8, 128, 4),
+    "narrow": Size(6, 256, 688, 4, 4, 64, 2),  # for long prompts and batches on few cores
     "llava-7b": Size(32, 4096, 11008, 32, 24, 1024, 16),
 }
 
