@@ -49,7 +49,7 @@ def paligemma2(**text: Any) -> Structure:
 
 
 def gemma3(**text: Any) -> Structure:
-    """Gemma 3: sliding and full layers with rotary tables of their own, images see both ways."""
+    """Gemma 3: sliding and full layers with separate rotary tables, images see both ways."""
     text = {"layers": 6, "sliding_window": 13, **text}
     layers = ["sliding_attention", "sliding_attention", "full_attention"] * text["layers"]
     sizes = _tied(text, layer_types=layers[: text["layers"]])

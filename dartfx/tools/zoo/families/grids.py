@@ -129,7 +129,7 @@ def paddleocr_vl(**text: Any) -> Structure:
 
 
 def ernie4_5_vl_moe(**text: Any) -> Structure:
-    """Ernie 4.5 VL: experts of their own for text and for vision tokens."""
+    """Ernie 4.5 VL: separate experts for text and for vision tokens."""
     sizes = mrope(text_sizes(**text))
     sizes["rope_parameters"]["mrope_section"] = [3, 3, 2]  # height and width alternate here
     vocab = sizes["vocab_size"]

@@ -21,7 +21,7 @@ _RADIO = {
 
 
 def nemotron_h_omni(**text: Any) -> Structure:
-    """Nemotron 3 Nano Omni: Mamba-2, attention and experts each in layers of their own."""
+    """Nemotron 3 Nano Omni: Mamba-2, attention and experts each in separate layers."""
     sizes = text_sizes(**text)
     vocab, layers = sizes["vocab_size"], sizes.pop("num_hidden_layers")
     image, video = special(vocab, 1), special(vocab, 2)

@@ -35,7 +35,7 @@ def cosmos3_edge(**text: Any) -> Structure:
 
 
 def cosmos3_omni(**text: Any) -> Structure:
-    """Cosmos3 Omni's reasoner: Qwen3-VL under a class of its own, DeepStack."""
+    """Cosmos3 Omni's reasoner: Qwen3-VL under another class, DeepStack."""
     sizes = interleaved(text_sizes(**{"layers": 5, **text}))
     vocab = sizes["vocab_size"]
     config = hf.Cosmos3OmniConfig(
@@ -71,7 +71,7 @@ def muse_glimmer(**text: Any) -> Structure:
 
 
 def muse_spark(**text: Any) -> Structure:
-    """Muse Spark: experts at a width of their own, gated residuals, sliding and full layers."""
+    """Muse Spark: experts of another width, gated residuals, sliding and full layers."""
     experts = {
         "moe_intermediate_size": 32,
         "moe_hidden_size": 32,
