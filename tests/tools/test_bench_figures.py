@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 
 from dartfx.tools.bench.generate.figures import limits, row_figures, speed_ups, tables
+from dartfx.tools.bench.timing import alternate
 from dartfx.tools.zoo.shapes import SHAPES, build
+
+
+def test_samples_are_of_the_clock_that_is_given() -> None:
+    ticks = count(0.0, 2.0)
+    made = alternate([lambda: None, lambda: next(ticks)], 2, clock=lambda: next(ticks))
+    assert made == [[2.0, 2.0], [4.0, 4.0]]
 
 
 def test_arithmetic_of_one_row() -> None:

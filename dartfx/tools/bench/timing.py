@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, wall-clock samples, models side by side."""
+"""What the benchmarks share: the machine's name, samples in turns, models side by side."""
 
 from __future__ import annotations
 
@@ -32,23 +32,26 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call, with the GPU's queue empty before and after."""
+def seconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call by this clock, with the GPU's queue empty before and after."""
     wait()
-    start = time.perf_counter()
+    start = clock()
     call()
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def alternate(
-    calls: Sequence[Callable[[], object]], repeat: int, warmup: int = 1
+    calls: Sequence[Callable[[], object]],
+    repeat: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """The seconds of each call, run in turns (A B A B ...) so that all meet the same load."""
     for _ in range(warmup):
         for call in calls:
             call()
-    timed = [[seconds(call) for call in calls] for _ in range(repeat)]
+    timed = [[seconds(call, clock) for call in calls] for _ in range(repeat)]
     return [list(column) for column in zip(*timed, strict=True)]
 
 
