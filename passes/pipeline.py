@@ -18,6 +18,8 @@ from dartfx.passes.analysis.kv_caches import CacheLayout, plan_cache_layout
 from dartfx.passes.analysis.locate import entered_stack, find_stacks, find_vision, locate
 from dartfx.passes.analysis.order_mixing import order_mixing
 from dartfx.passes.analysis.token_axes import TokenAxes
+from dartfx.passes.dropped.calibrate import calibrate, require_calibratable
+from dartfx.passes.dropped.merge_dropped import merge_dropped
 from dartfx.passes.frontend.causal_windows import fold_windows, unfold_windows
 from dartfx.passes.graph import hint, sizes, source_line, value_of
 from dartfx.passes.internal_error import internal_error
@@ -34,7 +36,6 @@ from dartfx.passes.transform.insert_selection import (
     emit_budgets,
     insert_selection,
 )
-from dartfx.passes.transform.merge_dropped import merge_dropped
 from dartfx.passes.transform.shrink_sizes import shrink_sizes
 from dartfx.passes.transform.trim_kv_cache import return_whole, trim_caches
 
@@ -138,7 +139,7 @@ def _prune(
             region = run("axes", CutRegion, site)
         checks = plan.checks(planned, request)
         select = planned.stage.select
-        results.append(_apply_cut(region, select, budget, checks, caches, request.merge, run))
+        results.append(_apply_cut(region, select, budget, checks, caches, request, run))
     return Pruned(
         stack=plan.site.stack.path,
         how=plan.site.vision.how,
@@ -158,7 +159,7 @@ def _apply_cut(
     budget: Budget,
     checks: RuntimeChecks,
     caches: dict[Node, int],
-    merge: bool,
+    request: Request,
     run: PassRunner,
 ) -> CutResult:
     before, site = sizes(region.site.hidden)[1], region.site
@@ -168,7 +169,7 @@ def _apply_cut(
     gather = run("gather", gather_frontier, region, chosen.keep_idx)
     crossings = tuple(_crossing(value, region.axes) for value in gather.crossed())
     # What the kept tokens become where dropped ones are averaged into them.
-    if merge:
+    if request.merge:
         run("merge", merge_dropped, region, chosen, gather)
     # Size arguments in the region that mean S become S'.
     run("shrink", shrink_sizes, region, chosen.length)
@@ -176,6 +177,9 @@ def _apply_cut(
     caches = run("trim cache", trim_caches, region, caches, gather)
     # Every shape in the region is the one that axis inference predicts.
     run("check", check_shapes, region, chosen.length)
+    # What a kept key counts for where attention is calibrated.
+    if request.calibrate:
+        run("calibrate", calibrate, region, chosen)
     counts = hint(value_of(budget.vision_tokens)), hint(value_of(budget.retain))
     sequence = hint(before), hint(value_of(chosen.length))
     cut = Cut(site.layer, *counts, sequence, crossings, chosen.across)
@@ -221,7 +225,10 @@ def _plan_cuts(located: Located, request: Request) -> Plan | Unchanged:
     # S' = S - N + R of the last cut, where R < N.
     length = sizes(region.site.hidden)[1] - first.vision_tokens + last.retain
     mixing = order_mixing(region, request.order_mixing)
-    return Plan(region, cuts, plan_cache_layout(region, length, request), mixing)
+    layout = plan_cache_layout(region, length, request)
+    if request.calibrate:
+        require_calibratable(region, layout, mixing, request)
+    return Plan(region, cuts, layout, mixing)
 
 
 def _crossing(node: Node, axes: TokenAxes) -> Crossing:

@@ -35,6 +35,7 @@ class Request:
     gathers_decode_mask: the caller gathers the decode mask's columns by keep_idx;
     order_mixing: whether causal convolutions and scans may run over the kept tokens;
     merge: whether dropped vision tokens are averaged into the kept ones most like them;
+    calibrate: whether attention scores of kept keys get the log of their group's size;
     always: rewrite the graph even where R >= N leaves nothing to drop, to check the rewriting.
     """
 
@@ -44,6 +45,7 @@ class Request:
     gathers_decode_mask: bool = False
     order_mixing: bool = True
     merge: bool = False
+    calibrate: bool = False
     always: bool = False
 
     @property

@@ -183,7 +183,7 @@ class GraphCompiler:
         """Compile a pruned graph, which records the tokens that each call keeps where needed."""
         wanted = self.config.tokens or self.caller.knows_positions
         wanted = wanted or outcome.needs_keep_idx(request)
-        added = return_keep_idx(module, tokens=self.config.tokens) if wanted else 0
+        added = return_keep_idx(module, tokens=self.config.tokens) if wanted else []
         compiled = lower(module)
         run = KeepIdxRecorder(compiled, added, self.dump.note_kept) if added else compiled
         return self.ranks.wrap(run)

@@ -71,4 +71,5 @@ def request_of(
         always=budget is not None,
         order_mixing=config.order_mixing == "allow",
         merge=config.merge == "nearest",
+        calibrate=config.calibrate,
     )

@@ -16,6 +16,7 @@ from dartfx import compat
 from dartfx.config.fingerprint import digest
 from dartfx.config.validators import (
     CHECKS,
+    check_calibrate,
     check_first_layer,
     check_frames,
     check_merge,
@@ -82,6 +83,8 @@ class DartConfig:
     outline_layers: compile equal layers of a pruned graph once, where no gradients are recorded.
     merge: "nearest" averages each dropped vision token into the kept one that is most like it, at
         the one layer of the cut; "none" drops it.
+    calibrate: add the log of the number of tokens that a kept vision token stands for, itself and
+        the dropped ones most like it, to its attention scores, in this call and in later ones.
     """
 
     retain_tokens: int | tuple[int, ...] | None = None
@@ -106,6 +109,7 @@ class DartConfig:
     dump_passes: str | None = None
     outline_layers: bool = False
     merge: str = "none"
+    calibrate: bool = False
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
@@ -117,6 +121,7 @@ class DartConfig:
         check_stages(self.layer, self.retain_tokens, self.reduction_ratio)
         check_first_layer(self.layers, self.selector)
         check_merge(self.merge, self.layers)
+        check_calibrate(self.calibrate, self.layers, self.kv_layout)
         check_frames(self.selector, self.quota)
         check_tower(self.selector, self.layers)
         if self.lowering != "inductor":

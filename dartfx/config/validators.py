@@ -17,6 +17,7 @@ from dartfx.selection.registry import needs_keys, optional_inputs, selector_name
 
 __all__ = [
     "CHECKS",
+    "check_calibrate",
     "check_first_layer",
     "check_frames",
     "check_merge",
@@ -147,6 +148,20 @@ def check_merge(merge: str, layers: tuple[int, ...]) -> None:
         raise ConfigError(
             f"merge={merge!r} merges at one layer, but layer={list(layers)} names {len(layers)}; "
             "give one layer, or merge='none'"
+        )
+
+
+def check_calibrate(calibrate: bool, layers: tuple[int, ...], kv_layout: str) -> None:
+    """Raise ConfigError where kept keys could not keep the sizes of their groups."""
+    if calibrate and len(layers) > 1:
+        raise ConfigError(
+            f"calibrate=True counts the tokens dropped at one layer, but layer={list(layers)} "
+            f"names {len(layers)}; give one layer, or calibrate=False"
+        )
+    if calibrate and kv_layout == "layered":
+        raise ConfigError(
+            "calibrate=True needs the same tokens in the KV caches of all layers, so that one mask "
+            "fits them; leave kv_layout='layered' out, or use calibrate=False"
         )
 
 
@@ -281,4 +296,5 @@ CHECKS: dict[str, Check] = {
     "check_ranks": _flag,
     "outline_layers": _flag,
     "merge": _choice(lambda: ("none", "nearest")),
+    "calibrate": _flag,
 }

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartfx.errors import SelectionError
 from dartfx.model.caches import kv_cache
+from dartfx.model.caches.calibration import calibrated_mask, is_calibrated
 from dartfx.token_map.infer_layout import frame_lengths
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "with_decode_masks",
 ]
 
+_MASK = "attention_mask"
 _DEPTH = 4  # of lists and dicts inside each other
 
 
@@ -178,7 +181,19 @@ def with_decode_masks(call: Arguments, caches: Sequence[Any]) -> Arguments:
         for name, value in call.leaves:
             if may_be_mask(name, value) and _covers(kv, name, value, call.tokens):
                 swaps[id(value)] = kv_cache.fit_mask(kv, value, call.tokens)
-    return call.with_swaps(swaps)
+    fitted = call.with_swaps(swaps)
+    calibrated = next(filter(is_calibrated, caches), None)
+    return fitted if calibrated is None else _with_calibrated_mask(fitted, calibrated)
+
+
+def _with_calibrated_mask(call: Arguments, kv: Any) -> Arguments:
+    """The call with the mask that calibrated keys need.  Raises SelectionError as that does."""
+    if _MASK in call.named and _MASK not in call.kwargs:
+        raise SelectionError(
+            f"{_MASK} came by position with a calibrated KV cache; pass it by name"
+        )
+    made = calibrated_mask(kv, call.kwargs.get(_MASK), call.tokens)
+    return Arguments(call._signature, call.args, call.kwargs | {_MASK: made})
 
 
 def _covers(kv: Any, name: str, value: Tensor, tokens: int) -> bool:

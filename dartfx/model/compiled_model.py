@@ -26,6 +26,7 @@ from dartfx.backend.rewrite import refuse
 from dartfx.config.options import DartConfig
 from dartfx.model.arguments import Arguments, brings_media, leaves_of, swapped, with_decode_masks
 from dartfx.model.caches import filling, kv_cache
+from dartfx.model.caches.calibration import unfit
 from dartfx.model.caches.weights import Weights
 from dartfx.model.device_hooks import hooks_in_decoder
 from dartfx.model.failures import (
@@ -131,7 +132,7 @@ class CompiledModel:
         self.calls += 1
         call = Arguments.of(self._model.forward, args, kwargs)
         caches = [*call.caches, *filter(kv_cache.is_cache, vars(self._model).values())]
-        declined = runs_eagerly() or hooks_in_decoder(self._model) or filling.racing(caches)
+        declined = runs_eagerly() or hooks_in_decoder(self._model) or unfit(caches, self.config)
         if declined is not None:
             if call.media or vision_mask.given() is not None:
                 with self.reporting():
@@ -152,11 +153,11 @@ class CompiledModel:
             if pads:
                 crop_caches(list(filled.values()), pads)
                 collected[:] = [cropped(record, pads) for record in collected]
-            kept, masks = [record.keep_idx for record in collected], call.pad_masks
-            if pads and kept:
-                mark(leaves, kept[-1])
+            if pads and collected:
+                mark(leaves, collected[-1].keep_idx)
             for key, kv in filled.items():
-                kv_cache.mark_pruned(kv, call.tokens, kept, masks, before.get(key), self._weights)
+                known = collected, call.pad_masks, before.get(key), self._weights
+                kv_cache.mark_pruned(kv, call.tokens, *known)
             self.history.add_kept(collected)
         return restore_length(result, call.tokens) if self.full_logits else result
 

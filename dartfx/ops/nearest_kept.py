@@ -1,4 +1,4 @@
-"""``torch.ops.dartfx.nearest_kept``: which kept token each position is merged into."""
+"""Which kept token each position is merged into, and how many tokens each kept one stands for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.library import custom_op
 
 from dartfx.selection.dart import first_largest, unit_vectors
 
-__all__ = ["nearest"]
+__all__ = ["log_group_sizes", "nearest"]
 
 
 def nearest(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
@@ -45,3 +45,29 @@ def _nearest_kept(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tens
 @_nearest_kept.register_fake
 def _nearest_kept_fake(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
     return torch.empty_like(vision_mask, dtype=torch.int64)
+
+
+def log_group_sizes(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
+    """The log of how many tokens each kept one stands for, itself included: [B, S'] float32.
+
+    Arguments and groups as in :func:`nearest`.
+    """
+    index = nearest(hidden, keep_idx, vision_mask)
+    counted = index.ge(0).float()
+    sizes = counted.new_zeros(keep_idx.shape).scatter_add(1, index.clamp_min(0), counted)
+    return sizes.clamp_min(1).log()
+
+
+@custom_op(
+    "dartfx::log_group_sizes",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor keep_idx, Tensor vision_mask) -> Tensor",
+)
+def _log_group_sizes(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return log_group_sizes(hidden, keep_idx, vision_mask)
+
+
+@_log_group_sizes.register_fake
+def _log_group_sizes_fake(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
+    return torch.empty_like(keep_idx, dtype=torch.float32)

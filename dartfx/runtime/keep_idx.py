@@ -1,13 +1,13 @@
 """The keep_idx [B, S'] returned by pruned graphs, for the option ``tokens`` and decode masks.
 
-Such a graph returns up to three additional small index tensors, so that recording works the same
+Such a graph returns up to four additional small tensors, so that recording works the same
 under Inductor, in CUDA graphs and across graph breaks.  Nothing is added where none is needed.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-import dartfx.ops.attribution  # noqa: F401  registers torch.ops.dartfx.picked_by
+import dartfx.ops.attribution  # registers torch.ops.dartfx.picked_by
+import dartfx.ops.nearest_kept  # noqa: F401  registers torch.ops.dartfx.log_group_sizes
 from dartfx.passes.graph import Emitter, argument, argument_names
 from dartfx.runtime.collecting import collecting
 from dartfx.runtime.kept_positions import mark
@@ -40,12 +41,14 @@ class KeepIdxRecord:
     """What a pruned graph kept: keep_idx [B, S'], and vision mask and picker, both [B, S].
 
     vision_mask: None without the option ``tokens``.  picker: the pivot for which each vision token
-    was kept; None for selectors other than "dart".
+    was kept; None for selectors other than "dart".  log_sizes: [B, S'] float32, the logs of the
+    sizes of groups; None where attention is not calibrated.
     """
 
     keep_idx: Tensor
     vision_mask: Tensor | None = None
     picker: Tensor | None = None
+    log_sizes: Tensor | None = None
 
 
 _LOCK = threading.Lock()
@@ -76,15 +79,16 @@ def collect_keep_idx() -> AbstractContextManager[list[KeepIdxRecord]]:
 
 
 class KeepIdxRecorder:
-    """Runs a graph, and records and removes its last ``added`` outputs, the index tensors.
+    """Runs a graph, and records and removes its last outputs.
 
-    note_first: receives the record of the first call.
+    added: the names of these in a :class:`KeepIdxRecord`.  note_first: receives the record of the
+    first call.
     """
 
     def __init__(
         self,
         compiled: Compiled,
-        added: int,
+        added: Sequence[str],
         note_first: Callable[[KeepIdxRecord], None] | None = None,
     ) -> None:
         self._compiled, self._added, self._note_first = compiled, added, note_first
@@ -92,7 +96,9 @@ class KeepIdxRecorder:
     def __call__(self, *args: Any) -> Any:
         outputs = self._compiled(*args)
         # Copy: a CUDA graph's next run overwrites its outputs.
-        record = KeepIdxRecord(*(t.detach().clone() for t in outputs[-self._added :]))
+        last = outputs[-len(self._added) :]
+        copies = (tensor.detach().clone() for tensor in last)
+        record = KeepIdxRecord(**dict(zip(self._added, copies, strict=True)))
         if self._note_first is not None:
             note, self._note_first = self._note_first, None
             note(record)
@@ -100,34 +106,38 @@ class KeepIdxRecorder:
             collected.append(record)
         if record.vision_mask is not None:
             _store(record)
-        mark(outputs[: -self._added], record.keep_idx)
-        return outputs[: -self._added]
+        mark(outputs[: -len(last)], record.keep_idx)
+        return outputs[: -len(last)]
 
 
-def return_keep_idx(module: GraphModule, *, tokens: bool) -> int:
+def return_keep_idx(module: GraphModule, *, tokens: bool) -> list[str]:
     """Append keep_idx to a pruned graph's outputs, with ``tokens`` also vision mask and picker.
 
-    Returns the number of appended outputs.  Positions refer to the prompt; with several cuts,
+    Where attention is calibrated, also the logs of the sizes of groups.  Returns the names of what
+    was appended, in a :class:`KeepIdxRecord`.  Positions refer to the prompt; with several cuts,
     keep_idx and picker are those of the last.
     """
     graph = module.graph
     keep_idx, last = keep_idx_in_prompt(graph), _selections(graph)[-1]
     vision_mask = argument(keep_idx[0], "vision_mask")
-    added: list[Any] = [keep_idx[-1]]
+    added: dict[str, Any] = {"keep_idx": keep_idx[-1]}
+    sizes = torch.ops.dartfx.log_group_sizes.default
+    for node in graph.find_nodes(op="call_function", target=sizes):
+        added["log_sizes"] = node
     if tokens:
-        added.append(vision_mask)
+        added["vision_mask"] = vision_mask
     # With quotas, pivots differ between images, which the attribution does not model.
     if tokens and argument(last, "selector") == "dart" and argument(last, "quota") is None:
         emit, picked_by = Emitter(keep_idx[-1].next), torch.ops.dartfx.picked_by.default
         picker = emit(picked_by, *(argument(last, name) for name in argument_names(picked_by)))
         if len(keep_idx) > 1:
             picker = emit(torch.ops.dartfx.in_prompt.default, picker, keep_idx[-2], vision_mask)
-        added.append(picker)
+        added["picker"] = picker
     (output,) = graph.find_nodes(op="output")
-    output.args = ((*output.args[0], *added),)
+    output.args = ((*output.args[0], *added.values()),)
     graph.lint()
     module.recompile()
-    return len(added)
+    return list(added)
 
 
 def keep_idx_in_prompt(graph: Graph) -> list[Node]:

@@ -15,6 +15,7 @@ from dartfx.errors import SelectionError
 from dartfx.model.arguments import Arguments, with_decode_masks
 from dartfx.model.caches import kv_cache
 from dartfx.model.caches.weights import Weights
+from dartfx.runtime.keep_idx import KeepIdxRecord
 from dartfx.tools.zoo.family import Inputs
 from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
@@ -28,7 +29,7 @@ def pruned_cache(keep_idx: torch.Tensor, prompt: int) -> Any:
     cache = DynamicCache()
     keys = torch.zeros(keep_idx.shape[0], 1, keep_idx.shape[1], 2)
     cache.update(keys, keys, 0)
-    kv_cache.mark_pruned(cache, prompt, [keep_idx])
+    kv_cache.mark_pruned(cache, prompt, [KeepIdxRecord(keep_idx)])
     return cache
 
 
@@ -89,7 +90,7 @@ def test_a_cache_of_an_earlier_or_another_call_stays() -> None:
     keys = torch.zeros(1, 1, 9, 2)
     cache.update(keys, keys, 0)
     for kept, prompt in (([[0, 2]], 3), ([[0, 2]], 12)):
-        kv_cache.mark_pruned(cache, prompt, [torch.tensor(kept)])
+        kv_cache.mark_pruned(cache, prompt, [KeepIdxRecord(torch.tensor(kept))])
         assert kv_cache.pruned_length(cache) == 0
 
 

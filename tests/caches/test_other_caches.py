@@ -14,6 +14,7 @@ import dartfx
 from dartfx.model.caches.counting import held_tokens
 from dartfx.model.caches.kv_cache import mark_pruned, pruned_length, require_fitting
 from dartfx.model.caches.weights import Weights
+from dartfx.runtime.keep_idx import KeepIdxRecord
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.registry import load
@@ -86,7 +87,7 @@ def test_a_cache_that_a_pruned_prompt_filled_elsewhere_is_not_continued() -> Non
     """Where the model makes the cache, that shows after the prompt only."""
     cache, states = elsewhere(), torch.zeros(1, 1, 3, 2)
     cache.update(states, states, 0)
-    mark_pruned(cache, 5, [torch.tensor([[0, 2, 4]])])
+    mark_pruned(cache, 5, [KeepIdxRecord(torch.tensor([[0, 2, 4]]))])
     with pytest.raises(dartfx.SelectionError, match=r"\(Elsewhere\) keep tokens in a way"):
         require_fitting([cache], 1, Weights(torch.nn.Linear(1, 1)))
 

@@ -33,6 +33,7 @@ CHANGES: list[dict[str, object]] = [
     {"quota": "image", "min_tokens": 2},
     {"outline_layers": True},
     {"merge": "nearest"},
+    {"calibrate": True},
 ]
 
 

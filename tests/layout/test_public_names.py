@@ -57,6 +57,7 @@ OPTIONS = {
     "dump_passes": None,
     "outline_layers": False,
     "merge": "none",
+    "calibrate": False,
 }
 
 ARGUMENTS = {
@@ -69,8 +70,8 @@ ARGUMENTS = {
     "bench serve": "--concurrency --repeat --requests --size --text --tokens servers",
     "diff": "--html dumps",
     "doctor": "--lowering --quick",
-    "eval": "--batch --from --jobs --json --layers --max-new-tokens --model --pictures --plot "
-    "--questions --quick --retain --retain-elsewhere --seeds --selectors --write",
+    "eval": "--batch --dtype --from --jobs --json --layers --max-new-tokens --model --pictures "
+    "--plot --questions --quick --retain --retain-elsewhere --seeds --selectors --write",
     "explain": "--device --dtype --dump --forward --image --layer --model --prompt "
     "--retain-tokens --selector --tokens",
     "families": "--json --list --lowering --new --quick --traces --write names",

@@ -54,7 +54,7 @@ def test_nothing_grows_with_the_calls_of_a_server() -> None:
         embeds, mask = torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
         vision_mask.record(embeds, mask, 2)
         assert vision_mask.find(embeds) is not None
-        return KeepIdxRecorder(lambda: (x, mask, mask), added=2)()[0]
+        return KeepIdxRecorder(lambda: (x, mask, mask), added=("keep_idx", "vision_mask"))()[0]
 
     model = CompiledModel(
         torch.nn.Identity(), call, call, DartConfig(tokens=True, on_unsupported="ignore")

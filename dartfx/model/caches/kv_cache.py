@@ -20,6 +20,7 @@ from dartfx.errors import SelectionError
 from dartfx.model.caches.counting import held_tokens, note_uncounted, require_counted
 from dartfx.model.caches.pruned_layers import KeptColumns, PrunedLayer, extended, make_pruned
 from dartfx.model.caches.weights import Weights
+from dartfx.runtime.keep_idx import KeepIdxRecord
 
 __all__ = [
     "Held",
@@ -133,24 +134,24 @@ def _columns_by_layer(cache: Any) -> dict[int, int]:
 def mark_pruned(
     cache: Any,
     tokens: int,
-    keep_idx: Sequence[Tensor],
+    records: Sequence[KeepIdxRecord],
     masks: Sequence[Tensor] = (),
     before: Held | None = None,
     weights: Weights | None = None,
 ) -> None:
     """Record on the layers of a cache that this call filled which tokens they lack.
 
-    tokens: S; keep_idx: [B, S'] of each graph that returned it; masks: those of the call that may
-    say which tokens are no pads, [B, columns] or [B, 1, S, columns]; weights: the model's.
+    tokens: S; records: of each graph that returned keep_idx; masks: those of the call that may say
+    which tokens are no pads, [B, columns] or [B, 1, S, columns]; weights: the model's.
     """
     before, columns = before or EMPTY, _columns_by_layer(cache)
     new = {n: held - before.columns.get(n, 0) for n, held in columns.items()}
     new = {n: held for n, held in new.items() if held > 0}
-    if not keep_idx or not new:
-        if keep_idx:
+    if not records or not new:
+        if records:
             note_uncounted(cache)
         return
-    left, lengths = keep_idx[-1].shape[1], list(new.values())
+    left, lengths = records[-1].keep_idx.shape[1], list(new.values())
     if max(lengths) > tokens or lengths[-1] > left:  # the cache of another model, or an older one
         return
     first = next(iter(new))
@@ -158,8 +159,9 @@ def mark_pruned(
     total = seen + tokens
     kept = KeptColumns(total, None)
     if all(held == left for n, held in new.items() if not is_sliding(cache.layers[n])):
-        kept = extended(before.kept, seen, past, keep_idx[-1], tokens, masks)
-    kept = replace(kept, weights=None if weights is None else weights.digest())
+        kept = extended(before.kept, seen, past, records[-1].keep_idx, tokens, masks)
+    digest = None if weights is None else weights.digest()
+    kept = replace(kept, weights=digest, log_sizes=records[-1].log_sizes)
     for n, held in new.items():
         layer = cache.layers[n]
         missing = tokens - (left if is_sliding(layer) else held)

@@ -27,13 +27,15 @@ class KeptColumns:
     tokens: how many tokens they represent, all until the last image that was pruned; keep_idx:
     [B, columns] int64, positions among them, ascending, None where layers hold different ones;
     valid: [B, columns] bool, false at pads, None where all calls came without a mask; weights: what
-    tells apart those that computed them, None where nothing does.
+    tells apart those that computed them, None where nothing does; log_sizes: [B, columns] float32,
+    what attention scores of these keys get added, None where attention is not calibrated.
     """
 
     tokens: int
     keep_idx: Tensor | None
     valid: Tensor | None = None
     weights: str | None = None
+    log_sizes: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -46,7 +48,8 @@ class KeptColumns:
             return self
         index = index.to(self.keep_idx.device)
         valid = None if self.valid is None else self.valid[index]
-        return replace(self, keep_idx=self.keep_idx[index], valid=valid)
+        sizes = None if self.log_sizes is None else self.log_sizes[index]
+        return replace(self, keep_idx=self.keep_idx[index], valid=valid, log_sizes=sizes)
 
     def first(self, tokens: int) -> KeptColumns:
         """The same for the first tokens only.
@@ -64,7 +67,9 @@ class KeptColumns:
                 "compute the prompt again"
             )
         valid = None if self.valid is None else self.valid[:, :left]
-        return replace(self, tokens=tokens, keep_idx=keep_idx[:, :left], valid=valid)
+        sizes = None if self.log_sizes is None else self.log_sizes[:, :left]
+        kept = replace(self, tokens=tokens, keep_idx=keep_idx[:, :left])
+        return replace(kept, valid=valid, log_sizes=sizes)
 
 
 def extended(
@@ -178,8 +183,16 @@ class PrunedLayer:
         return super().get_seq_length()  # type: ignore[misc]
 
     def _check_pads(self) -> None:
-        """Raise SelectionError where pads would be attended, since no mask hides them."""
-        if self.masks_fit or self.kept is None or self.kept.valid is None:
+        """Raise SelectionError where a mask is missing, for pads or calibrated keys."""
+        if self.masks_fit or self.kept is None:
+            return
+        if self.kept.log_sizes is not None:
+            raise SelectionError(
+                "the keys of this KV cache are calibrated, and only a model compiled by "
+                "dartfx.compile makes the masks for that; call such a model, or prune with "
+                "calibrate=False"
+            )
+        if self.kept.valid is None:
             return
         if not bool(self.kept.valid.all()):
             raise SelectionError(

@@ -90,4 +90,5 @@ def crop_caches(caches: Sequence[Any], pads: int) -> None:
 
 def cropped(record: KeepIdxRecord, pads: int) -> KeepIdxRecord:
     """The record for the prompt without its pads."""
-    return replace(record, keep_idx=record.keep_idx[:, pads:] - pads)
+    sizes = None if record.log_sizes is None else record.log_sizes[:, pads:]
+    return replace(record, keep_idx=record.keep_idx[:, pads:] - pads, log_sizes=sizes)

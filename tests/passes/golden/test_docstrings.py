@@ -13,7 +13,9 @@ DISTRIBUTED = ("to_local_tensors", "sync_selection")
 
 
 def rewriting_files() -> list[Path]:
-    found = [f for folder in ("frontend", "transform") for f in (PASSES / folder).glob("*.py")]
+    found = [
+        f for folder in ("frontend", "transform", "dropped") for f in (PASSES / folder).glob("*.py")
+    ]
     found += [PASSES / "distributed" / f"{name}.py" for name in DISTRIBUTED]
     return sorted(f for f in found if f.name != "__init__.py")
 

@@ -187,15 +187,15 @@ STEPS = ("insert_selection", "gather_frontier", "shrink_sizes", "trim_kv_cache",
 
 
 @cache
-def pruning(merge: bool = False, continued: bool = False) -> list[str]:
+def pruning(continued: bool = False, **options: bool) -> list[str]:
     """The decoder after each step of a cut before layer 1, from "locate" on; R = 4.
 
-    continued: on a cache of three earlier tokens.
+    continued: on a cache of three earlier tokens.  options: of the request.
     """
     args = (4, 4, "dart", "torch")
     select = passes.ByOperator(torch.ops.dartfx.select_tokens.default, args, reads="norms")
     stages = (passes.Stage(1, lambda n: 4, select),)
-    request = passes.Request(stages, "uniform", gathers_decode_mask=True, merge=merge)
+    request = passes.Request(stages, "uniform", gathers_decode_mask=True, **options)
     texts: list[str] = []
 
     def observe(name: str, module: GraphModule, site: object = None) -> None:
@@ -220,7 +220,13 @@ def test_planning_changes_nothing() -> None:
 @golden(*STEPS, "merge_dropped")
 def _step(name: str) -> str:
     merge = name not in STEPS
-    before, after = pruning(merge)[1:][2 if merge else STEPS.index(name) :][:2]
+    before, after = pruning(merge=merge)[1:][2 if merge else STEPS.index(name) :][:2]
+    return renamed(marked(before, after), "S", "N").replace("S - N + Min(4, N)", "S'")
+
+
+@golden("calibrate")
+def _calibrate() -> str:
+    before, after = pruning(calibrate=True)[-2:]
     return renamed(marked(before, after), "S", "N").replace("S - N + Min(4, N)", "S'")
 
 

@@ -46,13 +46,19 @@ def merge_dropped(region: CutRegion, selection: Selection, gather: Gatherer) -> 
             gather.done[key] = _merged(region.site.hidden, gathered, index)
 
 
-def _nearest(keep_idx: Node) -> Node:
-    """For each position the slot of keep_idx that it goes into, -1 for none: int64 [B, S]."""
+def selection_behind(keep_idx: Node) -> Node:
+    """The selection that keep_idx comes from.  Raises Refusal where another operator selects."""
     select = keep_idx
     while select.target is torch.ops.dartfx.require_rows.default:
         select = argument(select, "x")
     if select.target is not torch.ops.dartfx.select_tokens.default:
         raise Refusal(f"{select.target} does not say what dropped tokens are compared by", select)
+    return select
+
+
+def _nearest(keep_idx: Node) -> Node:
+    """For each position the slot of keep_idx that it goes into, -1 for none: int64 [B, S]."""
+    select = selection_behind(keep_idx)
     compared, vision_mask = argument(select, "hidden"), argument(select, "vision_mask")
     emit = Emitter(keep_idx.next)
     return emit(torch.ops.dartfx.nearest_kept.default, compared, keep_idx, vision_mask)

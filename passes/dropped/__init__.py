@@ -1,0 +1,1 @@
+"""What the dropped vision tokens leave behind: means, and weight in attention."""
