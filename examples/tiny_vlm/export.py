@@ -5,6 +5,10 @@
 writes examples/tiny_vlm/model (weights in float16, tokenizer, processor, logs of the training) and
 examples/tiny_vlm/heldout (pictures of test digits on the test photograph, and questions.jsonl); of
 another --variant the folders that variants.py names.
+
+    python examples/tiny_vlm/export.py --variant fine --pictures 160 --to FOLDER
+
+writes FOLDER/heldout_fine alone, the same pictures and more.
 """
 
 from __future__ import annotations
@@ -132,12 +136,14 @@ def as_lfm3(model: LlavaForConditionalGeneration) -> LlavaForConditionalGenerati
     return other
 
 
-def export_questions(folder: Path, variant: Variant = VARIANTS["coarse"]) -> None:
+def export_questions(
+    folder: Path, variant: Variant = VARIANTS["coarse"], pictures: int | None = None
+) -> None:
     """Write images and, if the scene has one, a question of each type on each."""
     folder.mkdir(parents=True, exist_ok=True)
     supply = Scenes("test", SEED, world=variant.world)
     lines = []
-    for number in range(variant.pictures):
+    for number in range(pictures or variant.pictures):
         scene = supply.scene()
         picture = f"{number:03}.png"
         Image.fromarray(scene.image).save(folder / picture, optimize=True)
@@ -152,13 +158,16 @@ def export_questions(folder: Path, variant: Variant = VARIANTS["coarse"]) -> Non
 def main() -> None:
     """Export both."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="with the checkpoints and logs of the training")
-    parser.add_argument("--variant", choices=VARIANTS, default="coarse")
-    parser.add_argument("--to", type=Path, default=HERE)
+    add = parser.add_argument
+    add("folder", type=Path, nargs="?", help="with the checkpoints and logs of the training")
+    add("--pictures", type=int, help="held-out ones (default: as many as are here)")
+    add("--variant", choices=VARIANTS, default="coarse")
+    add("--to", type=Path, default=HERE)
     args = parser.parse_args()
     variant = VARIANTS[args.variant]
-    export_model(variant, args.folder, args.to / variant.folder)
-    export_questions(args.to / variant.questions, variant)
+    if args.folder is not None:
+        export_model(variant, args.folder, args.to / variant.folder)
+    export_questions(args.to / variant.questions, variant, args.pictures)
 
 
 if __name__ == "__main__":

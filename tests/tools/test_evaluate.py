@@ -74,7 +74,7 @@ def test_a_wrong_call_is_answered_before_anything_is_loaded(tmp_path: Path) -> N
     with pytest.raises(InputError, match="no questions at"):
         evaluate.run(parsed("--questions", str(tmp_path / "none")))
     there = str(ROOT / evaluate.QUESTIONS)
-    with pytest.raises(InputError, match="unknown: drat; registered: cover, dart, fastv"):
+    with pytest.raises(InputError, match="unknown: drat; registered: attended, cover, dart"):
         evaluate.run(parsed("--questions", there, "--selectors", "drat"))
 
 
@@ -114,6 +114,13 @@ def test_batches_have_no_pads_and_equal_numbers_of_rows(tiny: tuple[Any, Any]) -
     (alone,) = batches(questions[:1], made_by(tiny), 4)
     assert alone.inputs["input_ids"].shape[0] == 2
     assert all(bool(batch.inputs["attention_mask"].all()) for batch in made)
+
+
+def test_a_selector_says_what_becomes_of_dropped_tokens() -> None:
+    ways = {"dart": (False, False), "dart+merge": (True, False), "dart+calibrate": (False, True)}
+    for name, way in (ways | {"dart+merge+calibrate": (True, True)}).items():
+        choice = Choice(name, 4, 0)
+        assert (choice.name, choice.merges, choice.calibrates) == ("dart", *way)
 
 
 def test_each_model_is_compiled_by_one_process_and_the_work_is_shared() -> None:

@@ -33,6 +33,11 @@ def test_one_selector_replaces_others_that_are_requested() -> None:
                 kept = select_tokens(**case, selector=standing)
             assert torch.equal(kept, select_tokens(**case, selector=name))
     assert "queries" not in optional_inputs(switch.name_for(("dart", "spread")))
+    seen = {k: v for k, v in case.items() if k != "queries"}
+    seen["tower_attention"] = torch.rand(1, 20) * vision
+    with switch.selecting("attended"):
+        kept = select_tokens(**seen, selector=switch.name_for(["attended"]))
+    assert torch.equal(kept, select_tokens(**seen, selector="attended"))
 
 
 def halves(write: bool = False, retain: int = 2) -> torch.fx.GraphModule:

@@ -19,7 +19,7 @@ from dartfx.errors import InputError
 from dartfx.integrations.outputs import check_file
 from dartfx.selection.registry import BUILT_IN
 from dartfx.tools.evaluate import selectors  # noqa: F401  (registers what dart is compared with)
-from dartfx.tools.evaluate.answers import MERGED, Choice
+from dartfx.tools.evaluate.answers import CALIBRATED, MERGED, Choice
 from dartfx.tools.evaluate.downsample import DOWNSAMPLED
 from dartfx.tools.evaluate.questions import load
 from dartfx.tools.evaluate.results import Results, as_lines
@@ -30,11 +30,12 @@ __all__ = ["HELP", "configure", "run"]
 
 HELP = "measure what pruning costs in answers"
 
+DTYPES = ("float32", "bfloat16", "float16")
 MODEL = Path("examples/tiny_vlm/model")
 QUESTIONS = Path("examples/tiny_vlm/heldout/questions.jsonl")
 QUICK = {"pictures": 32, "selectors": ["dart"], "retain": [576, 192, 0], "layers": [2]}
-# Without selectors that need frames, or a vision tower in the decoder's graph.
-KNOWN = [n for n in BUILT_IN if n not in ("changed", "attended")] + ["key_norm", DOWNSAMPLED]
+# Without the one that needs frames.
+KNOWN = [n for n in BUILT_IN if n != "changed"] + ["key_norm", DOWNSAMPLED]
 # DART first.
 SELECTORS = [
     *("dart", "random", "uniform", "tiled", "fastv", "cover", "relevant", "spread"),
@@ -48,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add = parser.add_argument
     add("--model", default=MODEL, help="folder or hub name (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 elsewhere")
     add("--questions", type=Path, default=QUESTIONS, help="JSON Lines (default: %(default)s)")
     add("--pictures", type=int, help="only the first so many")
     add("--selectors", nargs="+", default=SELECTORS, help="the first is the one compared with")
@@ -103,9 +105,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if not arguments.questions.is_file():
         why = f"no questions at {arguments.questions}: name a file, or run from a checkout"
         raise InputError("questions", why)
-    unknown = {name for name in arguments.selectors if name.removesuffix(MERGED) not in KNOWN}
+    unknown = {name for name in arguments.selectors if Choice(name, 0, 0).name not in KNOWN}
     if unknown:
-        known = ", ".join([*KNOWN, f"and each with {MERGED}"])
+        known = ", ".join([*KNOWN, f"and each with {MERGED}, {CALIBRATED} or {MERGED}{CALIBRATED}"])
         why = f"unknown: {', '.join(sorted(unknown))}; registered: {known}"
         raise InputError("selectors", why)
     if arguments.plot and find_spec("matplotlib") is None:

@@ -18,17 +18,27 @@ from dartfx.tools.evaluate.questions import Batch
 from dartfx.tools.evaluate.resume import Resumed, resuming
 from dartfx.tools.evaluate.switch import name_for, selecting
 
-__all__ = ["MERGED", "Answers", "Choice", "PrunedModel", "answer", "encode_once", "vision_tokens"]
+__all__ = [
+    "CALIBRATED",
+    "MERGED",
+    "Answers",
+    "Choice",
+    "PrunedModel",
+    "answer",
+    "encode_once",
+    "vision_tokens",
+]
 
 
-MERGED = "+merge"
+MERGED, CALIBRATED = "+merge", "+calibrate"
 
 
 @dataclass(frozen=True)
 class Choice:
     """What is kept at a cut: the number of tokens, the selector and its seed.
 
-    selector: a name, "NAME+merge" to merge dropped tokens, or "downsampled".
+    selector: a name, with "+merge" to merge dropped tokens, "+calibrate" to calibrate attention, or
+    both in this order, or "downsampled".
     """
 
     selector: str
@@ -38,12 +48,17 @@ class Choice:
     @property
     def merges(self) -> bool:
         """Whether dropped tokens are averaged into the kept ones."""
-        return self.selector.endswith(MERGED)
+        return MERGED in self.selector
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether attention is calibrated."""
+        return self.selector.endswith(CALIBRATED)
 
     @property
     def name(self) -> str:
         """The selector's name in the registry."""
-        return self.selector.removesuffix(MERGED)
+        return self.selector.removesuffix(CALIBRATED).removesuffix(MERGED)
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class PrunedModel:
 
     selectors: all that will be used.  retain: the number of tokens to compile with; if it drops
     some, any other number that drops some may be used later.  merge: average dropped tokens into
-    the kept ones.
+    the kept ones.  calibrate: the option of that name.
 
     The rewritten graph runs eagerly: compiling it would take longer than running it, and the
     selector is thus looked up in every call.  Raises UnsupportedModelError on the first call if
@@ -99,6 +114,7 @@ class PrunedModel:
         retain: int,
         selectors: Collection[str],
         merge: bool = False,
+        calibrate: bool = False,
     ) -> None:
         self._halves: list[Resumed] = []
         self._model = dartfx.compile(
@@ -108,6 +124,7 @@ class PrunedModel:
             layer=layer,
             selector=name_for(selectors),
             merge="nearest" if merge else "none",
+            calibrate=calibrate,
             lowering="eager",
             on_unsupported="error",
         )

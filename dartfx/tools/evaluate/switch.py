@@ -17,6 +17,7 @@ from dartfx.selection.registry import get_selector, optional_inputs, register_se
 __all__ = ["name_for", "selecting"]
 
 _PLAIN, _ASKING = "(as measured)", "(as measured, with queries)"
+_LOOKING = "(as measured, with the tower's attention)"
 _names: list[str] = []  # the last one is active
 
 
@@ -31,7 +32,12 @@ def selecting(name: str) -> Iterator[None]:
 
 
 def name_for(selectors: Collection[str]) -> str:
-    """The selector that can replace all of these: with queries only if one of them needs them."""
+    """The selector that can replace all of these: with queries only if one of them needs them.
+
+    Those that need the tower's attention can only be replaced together.
+    """
+    if all("tower_attention" in optional_inputs(name) for name in selectors):
+        return _LOOKING
     return _ASKING if any("queries" in optional_inputs(name) for name in selectors) else _PLAIN
 
 
@@ -59,4 +65,12 @@ def _asking(
 ) -> Tensor:
     if "queries" in optional_inputs(_names[-1]):
         keywords["queries"] = queries
+    return _plain(*given, valid_mask=valid_mask, most=most, **keywords)
+
+
+@register_selector(_LOOKING)
+def _looking(
+    *given: Tensor, tower_attention: Tensor, valid_mask: Tensor, most: int, **keywords: Any
+) -> Tensor:
+    keywords["tower_attention"] = tower_attention
     return _plain(*given, valid_mask=valid_mask, most=most, **keywords)

@@ -14,6 +14,7 @@ import torch
 
 import dartfx
 from dartfx.integrations.hf import load_model, prompt_inputs, to_model
+from dartfx.model.tower import is_needed
 from dartfx.tools.evaluate.answers import (
     Answers,
     Choice,
@@ -41,7 +42,7 @@ class Asker:
         if arguments.jobs > 1:
             torch.set_num_threads(1)
         self.questions = load(arguments.questions, arguments.pictures)
-        model, processor = load_model(str(arguments.model))
+        model, processor = load_model(str(arguments.model), dtype=arguments.dtype)
         encode_once(model)
         prompts = [
             Batch(batch.numbers, to_model(batch.inputs, model))
@@ -55,7 +56,7 @@ class Asker:
         self._selectors = [name for name in dict.fromkeys(names) if name != DOWNSAMPLED]
         retained = [r for r in (*arguments.retain, *arguments.retain_elsewhere) if r > 0]
         self._fewest = min(retained, default=0)
-        self._pruned: tuple[object, dict[bool, PrunedModel]] = None, {}
+        self._pruned: tuple[object, dict[object, PrunedModel]] = None, {}
         self._smaller: dict[int, Answers] = {}
 
     def full(self) -> Answers:
@@ -83,12 +84,13 @@ class Asker:
     def _answers(self, layer: int, choice: Choice, some: bool) -> Answers:
         if choice.selector == DOWNSAMPLED:
             return self._downsampled(choice.retain)
-        models = self._pruned[1]
-        if choice.merges not in models:
+        models, looks = self._pruned[1], is_needed(choice.name)
+        how = choice.merges, choice.calibrates
+        if (looks, how) not in models:
             retain = self._fewest if some else choice.retain
-            given = layer, retain, self._selectors, choice.merges
-            models[choice.merges] = PrunedModel(self._ask[0], *given)
-        return models[choice.merges].answer(*self._ask[1:], choice)
+            alike = [name for name in self._selectors if is_needed(name) == looks]
+            models[looks, how] = PrunedModel(self._ask[0], layer, retain, alike, *how)
+        return models[looks, how].answer(*self._ask[1:], choice)
 
     def _downsampled(self, tokens: int) -> Answers:
         """The unpruned model's answers on images of about ``tokens`` tokens."""
