@@ -82,8 +82,11 @@ class Hooks:
 
         The cache itself may hold less afterwards, if a layer's window is short.
         """
-        if index < self.layer and self.selection_inputs is None:
-            self.stored[index] = keys, values
+        # Layered caches are not compacted: only the keys to rank by are needed.  Holding more costs
+        # time, since later layers would allocate fresh pages.
+        needed = index < self.layer if self.uniform else index == self.layer - 1
+        if needed and self.selection_inputs is None:
+            self.stored[index] = keys, values if self.uniform else keys
         return _CACHE_UPDATE(cache, keys, values, index, *more)
 
     def note_attended(self, keys: Tensor) -> None:
