@@ -81,6 +81,7 @@ _BRANCHES = "branches on token ids do not break the graph"
 _CHECKS = "checks between a vision tower and its decoder do not break the graph"
 _EXPORT = "exported programs are pruned"
 _TIMES = "reports say what compiling took"
+_FILES = "C++ kernels of a graph share files, which compiles faster"
 
 NAMES: dict[str, PrivateName] = {
     # Dynamo
@@ -160,6 +161,8 @@ NAMES: dict[str, PrivateName] = {
     **_names(
         "torch._inductor.codecache", "PyCodeCache", "dumps and reports name the file of the code"
     ),
+    **_names("torch._inductor.async_compile", "AsyncCompile get_compile_threads", _FILES),
+    **_names("torch._inductor.codecache", "CppPythonBindingsCodeCache", _FILES),
     **_names(
         "torch._inductor.cudagraph_trees",
         "reset_cudagraph_trees",

@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from dartfx import compat
+from dartfx.backend.kernel_files import shared_files
 from dartfx.backend.outlining import outlined
 from dartfx.config.options import DartConfig
 from dartfx.observe.compilation import Compilation
@@ -96,7 +97,8 @@ def lower(
     tag = f"{settings.cache_key_tag}dartfx-{config.fingerprint()}"
     loaded = getattr(compat.find("PyCodeCache"), "modules", [])
     before = len(loaded)
-    with compilation.measure(), settings.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+    tagged = settings.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    with compilation.measure(), tagged, shared_files():
         compiled: Any = compile_fx(module, list(inputs), config_patches=patches)
     # Kernels are separate modules; the code that calls them has a function ``call``.
     note_output_code([str(m.__file__) for m in loaded[before:] if hasattr(m, "call")])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._inductor.utils import fresh_cache
 
 import dartfx
 from dartfx import compat
@@ -107,6 +108,12 @@ def checked_on_a_device(tmp_path: Path) -> str:
     return str(require_rows._init_fn(value, ok, "row {row} is lost"))
 
 
+def compiled_anew(_: Path) -> str:
+    torch.compiler.reset()
+    with fresh_cache():
+        return str(torch.compile(lambda x: x.softmax(-1).sin(), backend="dart")(torch.ones(8, 8)))
+
+
 def reset_on_cuda(tmp_path: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -136,6 +143,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "wrap_with_autocast wrap_with_set_grad_enabled": exported,
     "OptimizedModule dynamo_config": explained,
     "ConstantSource": replayed,
+    "AsyncCompile get_compile_threads CppPythonBindingsCodeCache": compiled_anew,
     "get_cpp_compiler InvalidCxxCompiler": lambda _: next(
         str(f) for f in doctor.examine("inductor", quick=True) if "C++" in str(f)
     ),
