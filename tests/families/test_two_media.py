@@ -22,27 +22,31 @@ pytestmark = pytest.mark.slow
 RETAIN, STEPS = 8, 3
 
 
-def prompt(family: Family) -> tuple[dict[str, Any], Tensor]:
+def prompt(family: Family, video_first: bool) -> tuple[dict[str, Any], Tensor]:
     """Arguments of a call with both, and where their tokens are [1, S]."""
     inputs, count = family.make_inputs("two"), family.tokens_per_image
     ids, pixels, grid = (inputs[n] for n in ("input_ids", "pixel_values", "image_grid_thw"))
     vision = ids == family.image_token_id
     at = vision.nonzero()[:, 1]
-    of_video = at[:count]
+    of_video = at[:count] if video_first else at[count:]
     ids[0, of_video] = family.model.config.video_token_id
     inputs["mm_token_type_ids"][0, of_video] = 2
-    inputs["pixel_values_videos"], inputs["pixel_values"] = pixels.chunk(2)
+    halves = pixels.chunk(2)
+    inputs["pixel_values"], inputs["pixel_values_videos"] = (
+        halves[video_first],
+        halves[1 - video_first],
+    )
     inputs["image_grid_thw"], inputs["video_grid_thw"] = grid[:1], grid[1:]
     del inputs["attention_mask"]
     return inputs, vision
 
 
-def prompt_with_sound(family: Family) -> tuple[dict[str, Any], Tensor]:
+def prompt_with_sound(family: Family, sound_first: bool) -> tuple[dict[str, Any], Tensor]:
     """The same with an image and six tokens of sound."""
     inputs, config = family.make_inputs("one"), family.model.config
     sound = [config.audio_start_token_id, *[config.audio_token_id] * 6, config.audio_end_token_id]
     (ids,) = inputs["input_ids"].tolist()
-    at = len(ids) - 3
+    at = 2 if sound_first else len(ids) - 3
     inputs["input_ids"] = torch.tensor([[*ids[:at], *sound, *ids[at:]]])
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["input_features"] = torch.randn(1, config.audio_config.num_mel_bins, 24)
@@ -51,15 +55,16 @@ def prompt_with_sound(family: Family) -> tuple[dict[str, Any], Tensor]:
     return inputs, (ids == family.image_token_id) | (ids == config.audio_token_id)
 
 
-# Each order once: what they share is one mask, in which all kinds are alike.
-def test_a_video_before_an_image() -> None:
+@pytest.mark.parametrize("video_first", [False, True], ids=["image first", "video first"])
+def test_image_and_video(video_first: bool) -> None:
     family = load("qwen2_5_vl", layers=3)
-    check(family, *prompt(family))
+    check(family, *prompt(family, video_first))
 
 
-def test_sound_behind_an_image() -> None:
+@pytest.mark.parametrize("sound_first", [False, True], ids=["image first", "sound first"])
+def test_image_and_sound(sound_first: bool) -> None:
     family = load("qwen2_5_omni", layers=3)
-    check(family, *prompt_with_sound(family))
+    check(family, *prompt_with_sound(family, sound_first))
 
 
 def check(family: Family, inputs: dict[str, Any], vision: Tensor) -> None:
