@@ -23,8 +23,10 @@ def save_cache(path: str | os.PathLike[str]) -> None:
 
     For images of containers: call the model once for every kind of prompt, save, and call
     :func:`load_cache` in the container before the first call.  The file holds code that runs, and
-    serves processes with the same options, versions and processor only.  Raises DartfxError where
-    nothing was compiled, or only by a lowering that has no cache.
+    serves processes with the same options, versions and processor only.  torch's artifacts hold no
+    compiled C++ files: on a CPU keep the folder of ``TORCHINDUCTOR_CACHE_DIR``, too, or these are
+    compiled again.  Raises DartfxError where nothing was compiled, or only by a lowering that has
+    no cache.
     """
     saved = torch.compiler.save_cache_artifacts()
     if saved is None:
