@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
-from torch.utils.flop_counter import flop_registry
 
 from dartfx.passes.graph import aten, bases, mutated_operands, packet, tensor, upstream
+from dartfx.passes.op_sets import PROJECTIONS
 from dartfx.runtime.prefill.recorded import Recorded
 
 __all__ = ["Checked", "Split", "lower_recorded", "split_checks"]
@@ -94,7 +94,7 @@ def split_checks(module: GraphModule) -> Split | None:
     read = list(dict.fromkeys(node.all_input_nodes[0] for node in reads))
     before = upstream(read)
     written = {bases(w)[-1] for node in graph.nodes for w in mutated_operands(node)}
-    if any(packet(node) in flop_registry or bases(node)[-1] in written for node in before):
+    if any(packet(node) in PROJECTIONS or bases(node)[-1] in written for node in before):
         return None
     inputs = graph.find_nodes(op="placeholder")
     # Sizes come with every graph that has symbols.
