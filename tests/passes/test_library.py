@@ -38,7 +38,7 @@ SURFACE = {
     "Refusal": "(because, node=..., advice=..., may_retry_with_graph_breaks=...)",
     "Request": (
         "(stages, kv_layout=..., fixes_sliding_lengths=..., gathers_decode_mask=..., "
-        "order_mixing=..., merge=..., always=...)"
+        "order_mixing=..., merge=..., calibrate=..., always=...)"
     ),
     "SelectionInputs": (
         "(normed, keys, vision_mask, valid, vision_tokens, retain, queries, tower_attention)"

@@ -128,6 +128,6 @@ def test_sliding_windows_take_no_budget_of_a_call() -> None:
 def test_ranks_that_share_a_graph_take_no_budget_of_a_call() -> None:
     module = torch.fx.symbolic_trace(torch.nn.Identity())
     compiler = GraphCompiler(DartConfig(), module, CallerCapabilities(knows_positions=True))
-    compiler.ranks.group = "0"
+    compiler.across_ranks = True
     with pytest.raises(SelectionError, match="several ranks share it; give retain_tokens"):
         compiler.request_for(CallBudget("tokens", 4))
