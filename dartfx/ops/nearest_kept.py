@@ -47,27 +47,26 @@ def _nearest_kept_fake(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) ->
     return torch.empty_like(vision_mask, dtype=torch.int64)
 
 
-def log_group_sizes(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
+def log_group_sizes(index: Tensor, keep_idx: Tensor) -> Tensor:
     """The log of how many tokens each kept one stands for, itself included: [B, S'] float32.
 
-    Arguments and groups as in :func:`nearest`.
+    index: [B, S] as :func:`nearest` gives it for this keep_idx [B, S'].
     """
-    index = nearest(hidden, keep_idx, vision_mask)
     counted = index.ge(0).float()
     sizes = counted.new_zeros(keep_idx.shape).scatter_add(1, index.clamp_min(0), counted)
     return sizes.clamp_min(1).log()
 
 
+# One node, by which :func:`dartfx.runtime.keep_idx.return_keep_idx` finds the sizes in a graph.
 @custom_op(
     "dartfx::log_group_sizes",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor keep_idx, Tensor vision_mask) -> Tensor",
+    schema="(Tensor index, Tensor keep_idx) -> Tensor",
 )
-def _log_group_sizes(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
-        return log_group_sizes(hidden, keep_idx, vision_mask)
+def _log_group_sizes(index: Tensor, keep_idx: Tensor) -> Tensor:
+    return log_group_sizes(index, keep_idx)
 
 
 @_log_group_sizes.register_fake
-def _log_group_sizes_fake(hidden: Tensor, keep_idx: Tensor, vision_mask: Tensor) -> Tensor:
+def _log_group_sizes_fake(index: Tensor, keep_idx: Tensor) -> Tensor:
     return torch.empty_like(keep_idx, dtype=torch.float32)

@@ -6,7 +6,8 @@ Before, in a layer behind the cut::
 
 After, with the log of the number of tokens that each kept one stands for::
 
-    log_group_sizes_default: f32[1, S'] = dartfx.log_group_sizes(layer_norm_1, ...)
+    nearest_kept_default: i64[1, S] = dartfx.nearest_kept(layer_norm_1, ...)
+    log_group_sizes_default: f32[1, S'] = dartfx.log_group_sizes(nearest_kept_default, ...)
     to_dtype: f32[1, 1, 1, S'] = aten.to.dtype(unsqueeze_default_1, f32)
     tril_default: bool[S', S'] = aten.tril(new_ones_default)
     where_scalar_other: f32[1, 1, S', S'] = aten.where.ScalarOther(tril_default, to_dtype, -inf)
@@ -20,7 +21,7 @@ from torch.fx import Node
 
 from dartfx.passes.analysis.cut_region import CutRegion
 from dartfx.passes.analysis.kv_caches import CacheLayout, sliding_caches
-from dartfx.passes.dropped.merge_dropped import selection_behind
+from dartfx.passes.dropped.merge_dropped import nearest_kept
 from dartfx.passes.graph import Emitter, argument, aten, packet, set_argument, sizes, tensor
 from dartfx.passes.op_sets import SDPA, SOFTMAX
 from dartfx.passes.outcome import OrderMixing
@@ -100,12 +101,9 @@ def calibrate(region: CutRegion, selection: Selection) -> None:
             selection.keep_idx,
             advice="calibrate=False under tensor parallelism",
         )
-    select = selection_behind(selection.keep_idx)
-    emit = Emitter(selection.keep_idx.next)
-    logs = emit(
-        torch.ops.dartfx.log_group_sizes.default,
-        *(argument(select, "hidden"), selection.keep_idx, argument(select, "vision_mask")),
-    )
+    index = nearest_kept(selection.keep_idx)
+    sizes_of = torch.ops.dartfx.log_group_sizes.default
+    logs = Emitter(index.next)(sizes_of, index, selection.keep_idx)
     made: dict[tuple[Node | None, bool, torch.dtype], Node] = {}
     for call in _attentions(region):
         value = tensor(argument(call, "query"))

@@ -42,32 +42,31 @@ def merge_dropped(region: CutRegion, selection: Selection, gather: Gatherer) -> 
     index: Node | None = None
     for key, gathered in list(gather.done.items()):
         if key[0] is region.site.hidden:
-            index = index or _nearest(selection.keep_idx)
+            index = index or nearest_kept(selection.keep_idx)
             gather.done[key] = _merged(region.site.hidden, gathered, index)
 
 
-def selection_behind(keep_idx: Node) -> Node:
-    """The selection that keep_idx comes from.  Raises Refusal where another operator selects."""
+def nearest_kept(keep_idx: Node) -> Node:
+    """For each position the slot of keep_idx that it goes into, -1 for none: int64 [B, S].
+
+    In a graph once.  Raises Refusal where another operator selects.
+    """
+    target = torch.ops.dartfx.nearest_kept.default
+    if (found := next((n for n in keep_idx.users if n.target is target), None)) is not None:
+        return found
     select = keep_idx
     while select.target is torch.ops.dartfx.require_rows.default:
         select = argument(select, "x")
     if select.target is not torch.ops.dartfx.select_tokens.default:
         raise Refusal(f"{select.target} does not say what dropped tokens are compared by", select)
-    return select
-
-
-def _nearest(keep_idx: Node) -> Node:
-    """For each position the slot of keep_idx that it goes into, -1 for none: int64 [B, S]."""
-    select = selection_behind(keep_idx)
     compared, vision_mask = argument(select, "hidden"), argument(select, "vision_mask")
-    emit = Emitter(keep_idx.next)
-    return emit(torch.ops.dartfx.nearest_kept.default, compared, keep_idx, vision_mask)
+    return Emitter(keep_idx.next)(target, compared, keep_idx, vision_mask)
 
 
 def _merged(hidden: Node, gathered: Node, index: Node) -> Node:
     """The means [B, S', D] in place of ``gathered``, the kept rows of ``hidden``.
 
-    index: [B, S], as :func:`_nearest` gives it.
+    index: [B, S], as :func:`nearest_kept` gives it.
     """
     emit, value = Emitter(gathered.next), tensor(hidden)
     assert value is not None
