@@ -65,7 +65,7 @@ class Checked:
         self._reads, self._rest = reads, rest
 
     def __call__(self, *args: Any) -> Any:
-        self._check(*self._reads(*[args[place] for place in self._inputs]))
+        self._check(*self._reads(*[args[index] for index in self._inputs]))
         return self._rest(*args)
 
 
@@ -78,7 +78,7 @@ def lower_recorded(
     if (split := split_checks(module)) is None:
         return Recorded(lower(module, inputs), module.graph)
     rest = Recorded(lower(split.rest, inputs), split.rest.graph)
-    return Checked(split, lower(split.reads, [inputs[place] for place in split.inputs]), rest)
+    return Checked(split, lower(split.reads, [inputs[index] for index in split.inputs]), rest)
 
 
 def split_checks(module: GraphModule) -> Split | None:
