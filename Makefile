@@ -5,7 +5,7 @@ ARGS ?=
 # Random models of each kind: make fuzz EXAMPLES=100
 EXAMPLES ?= 10000
 
-# In the order of tests/support/order.py, not by how many tests a file has.
+# In the order of tests/support/running/order.py, not by how many tests a file has.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 QUICK := $(PARALLEL) --hypothesis-profile quick -m "not slow"
 ALL := $(PARALLEL) --hypothesis-profile long

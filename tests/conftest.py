@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo.guards
 from hypothesis import HealthCheck, Phase, settings
 
 import dartfx
-from tests.support.order import longest_first
-from tests.support.timing import Timing
+from tests.support.running.cheap_dynamo import cut_costs
+from tests.support.running.order import longest_first
+from tests.support.running.timing import Timing
 
 # The models are so small that a second thread only waits for the first.
 torch.set_num_threads(1)
@@ -27,15 +27,7 @@ torch.set_num_threads(1)
 gc.set_threshold(1_000_000, 5, 5)
 torch._dynamo.config.run_gc_after_compile = False
 
-# For its telemetry dynamo times the guards of each frame, after it has written 256 MB so that no
-# processor's cache is warm: 20 ms of CPU, a tenth of what a model that breaks into 50 graphs takes.
-torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
-
-# Pytest gives a handler to every logger that does not propagate.  With one on this, torch writes
-# each graph and each guard as text, as for TORCH_TRACE: a twentieth of a compilation.  The same for
-# the stacks of what a frame mutates, a fiftieth.
-torch._logging._internal.trace_log.propagate = True
-torch._dynamo.config.side_effect_replay_policy = "silent"
+cut_costs()
 
 # What Inductor says once in each process, of float32 matrices and of a first graph without kernels.
 _GPU_WARNINGS = (

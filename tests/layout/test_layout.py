@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.order import LONGEST
+from tests.support.running.order import LONGEST
 
 ROOT = Path(__file__).parents[2]
 

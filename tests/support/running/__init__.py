@@ -1,0 +1,1 @@
+"""How a run goes: its order, its time profile, and what dynamo leaves out."""
