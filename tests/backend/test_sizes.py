@@ -12,7 +12,7 @@ from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
-from tests.support.families import BARE, bare, called
+from tests.support.families import BARE, bare, called, tower_outside
 from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN
 
@@ -84,6 +84,7 @@ def test_across_graph_breaks(name: str) -> None:
     """Other lengths add no graph, and text of the same shape stays exact."""
     family = load(name, layers=3)
     family.model(**family.make_inputs())
+    tower_outside(family.model)
     if name == "llava":  # Qwen2.5-VL breaks between merge and decoder of itself
         decoder = family.model.model.language_model
         decoder.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())

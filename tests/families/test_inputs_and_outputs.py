@@ -21,6 +21,7 @@ from tests.support.families import (
     generate,
     pinned,
     pruned_reports,
+    tower_outside,
 )
 from tests.support.slow import slow
 from tests.support.tolerances import CLOSE, RETAIN, TOLERANCES
@@ -46,7 +47,8 @@ def test_embeddings_that_the_caller_merged(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAIN)
 def test_hidden_states_shrink_at_the_cut_in_inference_mode(name: str) -> None:
-    built = family(name)
+    built = fresh(name)
+    tower_outside(built.model)
     inputs = built.make_inputs()
     oracle = hooked.pruned_forward(built.model, inputs, retain=RETAIN)
     with pinned(built, inputs, oracle.keep_idx):
@@ -164,10 +166,11 @@ def test_a_loss_takes_the_labels_of_the_kept_tokens(name: str, variant: str) -> 
 
 @pytest.mark.parametrize("name", ["llava", *slow("qwen2_5_vl")])
 def test_a_loss_in_a_later_graph_is_refused(name: str) -> None:
-    """A graph break in the tower, as in Qwen2.5-VL's: labels and keep_idx meet in no graph."""
+    """A graph break around the tower, as Qwen2.5-VL's: labels and keep_idx meet in no graph."""
     built = fresh(name)
     inputs, labels, expected = with_labels(built, "one")
     eager = built.model(**inputs, labels=labels, use_cache=False).loss
+    tower_outside(built.model)
     if name == "llava":
         tower = built.model.model.vision_tower
         tower.register_forward_hook(lambda *_: torch._dynamo.graph_break())

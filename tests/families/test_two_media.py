@@ -15,6 +15,7 @@ from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.hooks import Hooks
 from dartfx.tools.zoo.registry import load
+from tests.support.families import tower_outside
 from tests.support.tolerances import CLOSE
 
 pytestmark = pytest.mark.slow
@@ -58,12 +59,14 @@ def prompt_with_sound(family: Family, sound_first: bool) -> tuple[dict[str, Any]
 @pytest.mark.parametrize("video_first", [False, True], ids=["image first", "video first"])
 def test_image_and_video(video_first: bool) -> None:
     family = load("qwen2_5_vl", layers=3)
+    tower_outside(family.model)
     check(family, *prompt(family, video_first))
 
 
 @pytest.mark.parametrize("sound_first", [False, True], ids=["image first", "sound first"])
 def test_image_and_sound(sound_first: bool) -> None:
     family = load("qwen2_5_omni", layers=3)
+    tower_outside(family.model)
     check(family, *prompt_with_sound(family, sound_first))
 
 

@@ -15,6 +15,7 @@ import dartfx
 from dartfx.passes.outcome import Pruned
 from dartfx.tools.zoo.family import Family
 from dartfx.tools.zoo.registry import load
+from tests.support.families import tower_outside
 from tests.support.plain.decoders import Decoder, Sizes, prompt, run
 from tests.support.plain.decoders import assert_same as same_tensors
 from tests.support.plain.staged import Stages
@@ -34,6 +35,7 @@ def warmed(name: str) -> Family:
     """After a first call, in which transformers sets up hooks that would break the graph."""
     family = load(name, layers=4)
     family.model(**family.make_inputs())
+    tower_outside(family.model)
     return family
 
 

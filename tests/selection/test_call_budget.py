@@ -20,6 +20,7 @@ from dartfx.passes.outcome import Pruned
 from dartfx.runtime.call_budget import CallBudget
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.registry import load
+from tests.support.families import tower_outside
 from tests.support.slow import slow
 from tests.support.tolerances import CLOSE
 
@@ -52,7 +53,7 @@ def test_three_budgets_take_two_compilations(name: str, variant: str) -> None:
         retain: hooked.pruned_forward(family.model, inputs, retain=retain, kv_layout="uniform")
         for retain in (3, 6, 9)
     }
-    unpruned = family.model(**inputs).logits
+    unpruned = tower_outside(family.model)(**inputs).logits
     model = dartfx.compile(
         family.model, retain_tokens=3, lowering="eager", kv_layout="uniform", on_unsupported="error"
     )

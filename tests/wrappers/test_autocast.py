@@ -13,6 +13,7 @@ import dartfx
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo import hooks as hooks_of
 from dartfx.tools.zoo.registry import load
+from tests.support.families import tower_outside
 from tests.support.slow import slow
 from tests.support.tolerances import AUTOCAST_GRADIENTS, RETAIN
 
@@ -63,7 +64,7 @@ def test_logits_are_those_of_hooks(family: str, how: str, late: bool) -> None:
     inputs = built.make_inputs("one")
     oracle = hooked.pruned_forward(wrap(copy.deepcopy(built.model)), inputs, retain=RETAIN)
     options: dict[str, Any] = {"retain_tokens": RETAIN, "lowering": "eager"}
-    model = copy.deepcopy(built.model)
+    model = tower_outside(copy.deepcopy(built.model))
     model = dartfx.compile(model if late else wrap(model), on_unsupported="error", **options)
     model = wrap(model) if late else model
     with torch.no_grad():

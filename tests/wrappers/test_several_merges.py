@@ -12,6 +12,7 @@ import dartfx
 from dartfx.tools.zoo import hooked
 from dartfx.tools.zoo.hooks import Hooks, installed
 from dartfx.tools.zoo.registry import load
+from tests.support.families import tower_outside
 from tests.support.plain.decoders import IMAGE, Decoder, Sizes, assert_same, prompt, pruned_by_hand
 from tests.support.tolerances import CLOSE, RETAIN
 
@@ -115,7 +116,7 @@ def test_an_image_and_a_video_in_a_plain_forward() -> None:
     hooks.vision = (ids == picture) | (ids == video)
     with installed(hooks, "layered"):
         right = built.model(**inputs, use_cache=True).logits
-    model = dartfx.compile(built.model, retain_tokens=RETAIN, **OPTIONS)
+    model = dartfx.compile(tower_outside(built.model), retain_tokens=RETAIN, **OPTIONS)
     with torch.no_grad():
         ours = model(**inputs, use_cache=False).logits
     torch.testing.assert_close(ours, right, **CLOSE)
