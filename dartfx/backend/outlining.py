@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from dartfx.passes.layers.equal_runs import value_of
 from dartfx.passes.transform.outline_layers import outline_layers
 
 __all__ = ["outlined"]
+
+# Neither of the first two knows subgraphs; CUDA graphs are split around what cannot be recorded,
+# for which Inductor does not look into them.
+_FLAT_UNDER = ("cpp_wrapper", "freezing", "triton.cudagraphs")
 
 
 def outlined(
@@ -55,8 +60,8 @@ def _why_not(config: DartConfig, module: GraphModule, inputs: Sequence[Any]) -> 
         # Inductor writes no code for S', which several symbols make up, inside of a subgraph.
         return "sizes are symbolic"
     settings = config.inductor_patches()
-    for option in ("cpp_wrapper", "freezing"):
-        if settings.get(option, getattr(compat.inductor_config, option, False)):
+    for option in _FLAT_UNDER:
+        if settings.get(option, attrgetter(option)(compat.inductor_config)):
             return f"Inductor's option {option} is on"
     return ""
 

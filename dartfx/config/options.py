@@ -80,7 +80,8 @@ class DartConfig:
     tokens: record which tokens each pruned call keeps, for :func:`dartfx.kept_tokens`.
     check_ranks: under tensor parallelism, compare at run time that all ranks keep the same tokens,
         and raise SelectionError naming the rank that does not.
-    outline_layers: compile equal layers of a pruned graph once, where no gradients are recorded.
+    outline_layers: compile equal layers of a pruned graph once, where that can be; see
+        docs/design.md.
     merge: "nearest" averages each dropped vision token into the kept one that is most like it, at
         the one layer of the cut; "none" drops it.
     calibrate: add the log of the number of tokens that a kept vision token stands for, itself and
@@ -107,7 +108,7 @@ class DartConfig:
     min_tokens: int = 1
     dump_graphs: str | None = None
     dump_passes: str | None = None
-    outline_layers: bool = False
+    outline_layers: bool = True
     merge: str = "none"
     calibrate: bool = False
 

@@ -18,10 +18,20 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from dartfx import compat
-from dartfx.passes.graph import argument, argument_names, bases, expr, mutated_operands, packet
+from dartfx.passes.graph import (
+    argument,
+    argument_names,
+    aten,
+    bases,
+    expr,
+    is_view,
+    mutated_operands,
+    packet,
+)
 from dartfx.passes.op_sets import ASSERTIONS, PROJECTIONS
 
 _SMALLEST = 12  # calls in a copy: calling a region has a cost at run time
+_OWN_KERNELS = PROJECTIONS | {aten.scaled_dot_product_attention}  # never fused with what is before
 _PERIODS = 32  # how many of the most frequent distances are tried
 
 Copy = tuple[Node, ...]
@@ -144,14 +154,14 @@ def _matches(keys: Sequence[Hashable], period: int) -> Iterator[tuple[int, int]]
 
 
 def _run(nodes: Sequence[Node], start: int, period: int, matches: int) -> EqualRun | None:
-    """The copies of a stretch, cut where the fewest values leave them."""
+    """The copies of a stretch, cut where that splits the fewest kernels and values leave them."""
     count = matches // period + 1
 
     def copies(first: int) -> list[Copy]:
         return [tuple(nodes[first + i * period :][:period]) for i in range(count)]
 
     offsets = range(start, start + matches % period + 1)
-    best = min(offsets, key=lambda first: len(_leaving(copies(first)[0])))
+    best = min(offsets, key=lambda first: _cost(*copies(first)[:2]))
     chosen = copies(best)
     # Those that read in the same pattern; the first may read what others find in the one before.
     begin = longest = last = 0
@@ -164,6 +174,20 @@ def _run(nodes: Sequence[Node], start: int, period: int, matches: int) -> EqualR
     operands = _operands(chosen) if len(chosen) > 1 else None
     run = None if operands is None else EqualRun(tuple(chosen), operands)
     return run if run is not None and _may_be_region(run) else None
+
+
+def _cost(before: Copy, copy: Copy) -> tuple[int, int]:
+    """What it costs to begin a copy here: calls that Inductor would fuse with the end of the one
+    before, such as a norm with the sum it is of, and values that leave a copy."""
+    early, late, fused = set(before), set[Node](), 0
+    for node in copy:
+        reads = nodes_in(node)
+        if packet(node) in _OWN_KERNELS or any(r in late for r in reads):
+            late.add(node)
+        elif any(r in early for r in reads):
+            early.add(node)
+            fused += not is_view(node)
+    return fused, len(_leaving(before))
 
 
 def _leaving(copy: Copy) -> list[int]:
@@ -192,4 +216,11 @@ def _may_be_region(run: EqualRun) -> bool:
     works = any(packet(n) in PROJECTIONS for n in first)
     writes = [b for n in first for w in mutated_operands(n) for b in bases(w)]
     tensors = all(isinstance(value_of(first[i]), torch.Tensor) for i in run.leaving)
-    return works and tensors and all(b in inside for b in writes)
+    # Inductor takes a call of a subgraph for one on a single device.
+    devices = {d for n in (*first, *(o for o, *_ in run.operands)) for d in _devices(value_of(n))}
+    return works and tensors and len(devices) == 1 and all(b in inside for b in writes)
+
+
+def _devices(value: Any) -> set[torch.device]:
+    parts = value if isinstance(value, list | tuple) else [value]
+    return {part.device for part in parts if isinstance(part, torch.Tensor)}

@@ -33,6 +33,7 @@ from torch.fx.node import map_arg
 
 from dartfx.passes.graph import aten, bases, is_view, mutated_operands, packet, same_size
 from dartfx.passes.layers.equal_runs import Copy, EqualRun, find_equal_runs, nodes_in, value_of
+from dartfx.passes.op_sets import PROJECTIONS
 from dartfx.passes.refusal import Refusal
 
 # Rows of a value by an index: with the views of it, what the passes insert in front of a layer.
@@ -103,6 +104,8 @@ def outline_layers(module: GraphModule) -> Outlined | None:
 
     For graphs without gradients.  Raises Refusal where what the calls do is not what the graph did.
     """
+    if not any(packet(node) in PROJECTIONS for node in module.graph.nodes):
+        return None  # as in graphs that are dynamo's own
     graph, noted = Graph(), dict[Node, Node]()
     graph.output(graph.graph_copy(module.graph, noted))
     for old, new in noted.items():

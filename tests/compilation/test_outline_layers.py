@@ -93,6 +93,34 @@ def test_reading_another_operand_makes_the_difference() -> None:
     assert layers(block) == [2]
 
 
+@pytest.mark.parametrize(("last", "first"), [(torch.cos, "matmul"), (torch.exp, "cos")])
+def test_layers_end_where_no_kernel_is_split(last: Callable[[Tensor], Tensor], first: str) -> None:
+    """Each begins with its product if what reads the last sum is like what begins a layer."""
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        for weight in weights:
+            y = x.cos() @ weight
+            for _ in range(6):
+                y = (y + y).tanh()
+            x = x + y
+        return last(x)
+
+    found = outline_layers(make_fx(run, tracing_mode="fake", pre_dispatch=True)(X, *WEIGHTS))
+    assert found is not None
+    assert [calls for calls, _ in found.layers] == [4]
+    body: Any = found.module.layers_0
+    called = next(n for n in body.graph.nodes if n.op == "call_function")
+    assert called.target.overloadpacket.__name__ == first
+
+
+def test_layers_on_several_devices_stay() -> None:
+    def block(x: Tensor, weight: Tensor, number: int) -> Tensor:
+        return body(x, weight, number) + x.to("meta").to("cpu")
+
+    assert layers(lambda x, w, n: body(x, w, n) + x.to("cpu", copy=True)) == [4]
+    assert outline_layers(stack(block)) is None
+
+
 def test_random_layers_stay() -> None:
     def block(train: bool) -> Block:
         return lambda x, w, n: dropout(body(x, w, n), 0.5, train)

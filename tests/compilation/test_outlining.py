@@ -18,7 +18,6 @@ OPTIONS: dict[str, Any] = {
     "retain_tokens": 4,
     "selector": "uniform",  # of fewest kernels
     "on_unsupported": "error",
-    "outline_layers": True,
 }
 
 
@@ -54,6 +53,7 @@ def test_outlined_layers_compute_the_same(tmp_path: Path) -> None:
     [
         ({"outline_layers": False}, "outline_layers is off"),
         ({"inductor": {"freezing": True}}, "Inductor's option freezing is on"),
+        ({"mode": "reduce-overhead"}, "Inductor's option triton.cudagraphs is on"),
     ],
 )
 def test_layers_stay_where_an_option_says_so(options: dict[str, Any], because: str) -> None:

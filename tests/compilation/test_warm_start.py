@@ -28,7 +28,7 @@ def compiled(retain):
     torch.manual_seed(0)
     z = Sizes(layers=4, vocab=41)
     model, inputs = Decoder(z).eval(), prompt(z)
-    options = {"layer": 2, "selector": "uniform", "on_unsupported": "error", "outline_layers": True}
+    options = {"layer": 2, "selector": "uniform", "on_unsupported": "error"}
     model = dartfx.compile(model, retain_tokens=retain, **options)
     with torch.no_grad():
         logits = model(**inputs)[0]

@@ -31,7 +31,7 @@ CHANGES: list[dict[str, object]] = [
     {"check_ranks": True},
     {"quota": "image"},
     {"quota": "image", "min_tokens": 2},
-    {"outline_layers": True},
+    {"outline_layers": False},
     {"merge": "nearest"},
     {"calibrate": True},
 ]

@@ -55,7 +55,7 @@ OPTIONS = {
     "min_tokens": 1,
     "dump_graphs": None,
     "dump_passes": None,
-    "outline_layers": False,
+    "outline_layers": True,
     "merge": "none",
     "calibrate": False,
 }

@@ -168,6 +168,11 @@ def dart(work: Workload, settings: Settings) -> Ready:
     return _dart(work, settings)
 
 
+def dart_flat(work: Workload, settings: Settings) -> Ready:
+    """The same with every layer compiled on its own."""
+    return _dart(work, settings, {"outline_layers": False})
+
+
 def dart_layered(work: Workload, settings: Settings) -> Ready:
     """The same with whole caches in the layers before the cut."""
     return _dart(work, settings, {"kv_layout": "layered"})
@@ -216,6 +221,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Workload, Settings], Ready]]] = {
     "dart": ("dart", dart),
     "plain_static": ("plain Inductor + static cache + compiled decode", plain_static),
     "dart_static": ("dart + static cache + compiled decode", dart_static),
+    "dart_flat": ("dart, outline_layers=False", dart_flat),
     "dart_layered": ('dart, kv_layout="layered"', dart_layered),
     "dart_graphs": ("dart, prefill in CUDA graphs", dart_graphs),
     "dart_bucketed": ("dart, padded prefill in CUDA graphs", dart_bucketed),
