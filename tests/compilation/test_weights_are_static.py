@@ -27,8 +27,8 @@ def static_inputs(backend: Any, **options: Any) -> tuple[int, int]:
     def note(graph: Graph) -> None:
         metadata = TracingContext.get().fw_metadata
         assert metadata is not None
-        inputs = len(graph.find_nodes(op="placeholder"))
-        found.append((inputs, len(metadata.static_input_indices)))
+        # Of the whole graph: this one may be that of a layer in it.
+        found.append((len(metadata.input_info), len(metadata.static_input_indices)))
         raise _Seen
 
     torch.compiler.reset()
