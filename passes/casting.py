@@ -40,12 +40,17 @@ def notes_before(anchor: Node, copied: Node | None = None) -> dict[str, Any]:
     return notes | {_NOTE: anchor.meta.get(_NOTE, ())}
 
 
+def noted(node: Node) -> Settings:
+    """The autocast regions that a node is in."""
+    settings: Settings = node.meta.get(_NOTE, ())
+    return settings
+
+
 @contextlib.contextmanager
 def as_noted(node: Node) -> Iterator[None]:
     """Compute as ``node`` will."""
-    noted: Settings = node.meta.get(_NOTE, ())
     with contextlib.ExitStack() as stack:
-        for settings in noted:
+        for settings in noted(node):
             stack.enter_context(_casting(*settings))
         yield
 

@@ -53,7 +53,7 @@ class EqualRun(NamedTuple):
 def find_equal_runs(graph: Graph) -> list[EqualRun]:
     """Runs that do not overlap, in graph order, those that save most calls first to be taken."""
     nodes = [n for n in graph.nodes if n.op == "call_function"]
-    keys = [_key(n) for n in nodes]
+    keys = [call_key(n) for n in nodes]
     taken = [False] * len(nodes)
     found: list[tuple[int, EqualRun]] = []
     for start, period, matches in _stretches(keys):
@@ -79,8 +79,9 @@ def nodes_in(node: Node) -> list[Node]:
     return found
 
 
-def _key(node: Node) -> Hashable:
-    """Equal for calls that are alike; unique for a call that no region may hold."""
+def call_key(node: Node) -> Hashable:
+    """Equal for calls that are alike, with all values as they are noted; unique for a call that no
+    region may hold."""
     target: Any = node.target
     if hasattr(target, "overloadpacket"):
         checks = packet(node) in ASSERTIONS or target.namespace.startswith("_c10d")
@@ -122,7 +123,8 @@ def _described(value: Any) -> Hashable:
         if not known or value.layout is not torch.strided:
             return object()
         sizes = tuple(map(expr, value.shape)), tuple(map(expr, value.stride()))
-        return sizes, expr(value.storage_offset()), value.dtype, value.device
+        lazily = value.is_conj(), value.is_neg()
+        return sizes, expr(value.storage_offset()), value.dtype, value.device, lazily
     if isinstance(value, list | tuple):
         return tuple(map(_described, value))
     return ("size", expr(value)) if isinstance(value, _SIZES) else object()

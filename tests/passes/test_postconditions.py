@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 import dartfx
 from dartfx.passes import pipeline
 from dartfx.passes.analysis.cut_region import CutRegion
-from dartfx.passes.graph import aten, sizes
+from dartfx.passes.graph import aten, fake_mode, sizes
 from dartfx.passes.outcome import Pruned
 from dartfx.passes.refusal import Declined
 from dartfx.passes.rules import RULES
@@ -118,3 +118,31 @@ def test_check_is_what_catches_it(monkeypatch: Patch) -> None:
     assert {n.target for n in compared} >= {aten.linear.default, aten.view.default}
     with torch.no_grad():
         assert_same(outputs, pruned_by_hand(model, inputs, 5))
+
+
+def test_calls_that_are_alike_are_computed_once(monkeypatch: Patch) -> None:
+    """More layers need no more calls, and every value is what computing all calls gives."""
+    evaluate, recompute = check_shapes.evaluate, check_shapes._recompute
+    made: list[Node] = []
+
+    def counted(node: Node, mode: Any) -> Any:
+        made.append(node)
+        return evaluate(node, mode)
+
+    def compared(graph: Graph, nodes: Any, shapes: Any) -> None:
+        recompute(graph, nodes, shapes)
+        for node in nodes:
+            if isinstance(known := node.meta.get("val"), torch.Tensor):
+                again = evaluate(node, fake_mode(graph))
+                assert (again.shape, again.stride()) == (known.shape, known.stride())
+                assert (again.dtype, again.device) == (known.dtype, known.device)
+
+    monkeypatch.setattr(check_shapes, "evaluate", counted)
+    monkeypatch.setattr(check_shapes, "_recompute", compared)
+    counts = []
+    for layers in (4, 6):
+        made.clear()
+        _, outcome = run(Decoder(z := Sizes(layers=layers), STYLE), prompt(z), retain_tokens=5)
+        assert isinstance(outcome, Pruned)
+        counts.append(len(made))
+    assert counts[0] == counts[1] > 0
