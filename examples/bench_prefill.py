@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -50,6 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--size", choices=sorted(vlm.SIZES), default="small", help="default: %(default)s")
     add("--tiny", action="store_const", const="tiny", dest="size", help="same as --size tiny")
+    add("--layers", type=int, help="decoder layers (those of the size: 12 for small)")
     add("--batch", type=int, default=1, help="prompts in a call (%(default)s)")
     add("--images", type=int, default=1, help="images in a prompt (%(default)s)")
     add("--retain-tokens", type=int, help="vision tokens kept (64 an image; 4 with --tiny)")
@@ -65,7 +67,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--compile-cpu", action="store_true", help="compile in one process, for its CPU time")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     args = parser.parse_args(argv)
-    for name in ("repeat", "batch", "images"):
+    if args.layers is None:
+        args.layers = vlm.SIZES[args.size].layers
+    for name in ("repeat", "layers", "batch", "images"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if args.retain_tokens is None:
@@ -163,7 +167,7 @@ def compile_all(
 
 def measure(args: argparse.Namespace) -> Result:
     """Measure every figure of the benchmark."""
-    size = vlm.SIZES[args.size]
+    size = replace(vlm.SIZES[args.size], layers=args.layers)
     model = vlm.build_model(size, device=args.device, dtype=getattr(torch, args.dtype))
     inputs = vlm.random_inputs(size, BEFORE, AFTER, model, args.batch, args.images)
     flops, decoder = count_flops(model, inputs)
@@ -186,7 +190,6 @@ def measure(args: argparse.Namespace) -> Result:
         "machine": machine(args, load),
         "sequence": pruned.sequence,
         "vision_tokens": (pruned.vision_tokens, pruned.retained),
-        "layers": size.layers,
         "flops": {"total": pair, "decoder": pruned.flops, "decoder_counted": decoder},
         "kv_bytes": pruned.kv_bytes,
         **ratios,
@@ -215,21 +218,16 @@ def compare(samples: Mapping[str, Sequence[float]], allowed: float) -> Result:
 
 
 def machine(args: argparse.Namespace, load: float) -> Result:
-    """The machine and versions that the figures were measured with."""
+    """The machine, versions and arguments that the figures were measured with."""
+    given = ("dtype", "size", "layers", "batch", "images", "selector", "lowering", "repeat")
     return {
         "device": device_name(torch.device(args.device)),
-        "dtype": args.dtype,
         "load_average": round(load, 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "dartfx": dartfx.__version__,
-        "size": args.size,
-        "batch": args.batch,
-        "images": args.images,
-        "selector": args.selector,
-        "lowering": args.lowering,
-        "repeat": args.repeat,
+        **{name: getattr(args, name) for name in given},
         "clock": "CPU time" if args.cpu_time else "wall",
     }
 
