@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from dartfx._version import __version__ as __version__
-from dartfx.backend.cache_files import load_cache, save_cache
 from dartfx.backend.pre_pass import PrePass, as_pre_pass
+from dartfx.backend.warm_start.cache_files import load_cache, save_cache
 from dartfx.config.options import DartConfig
 from dartfx.errors import (
     ConfigError,

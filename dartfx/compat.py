@@ -82,6 +82,7 @@ _CHECKS = "checks between a vision tower and its decoder do not break the graph"
 _EXPORT = "exported programs are pruned"
 _TIMES = "reports say what compiling took"
 _FILES = "C++ kernels of a graph share files, which compiles faster"
+_CXX = "doctor finds the C++ compiler, and load_cache compares it"
 
 NAMES: dict[str, PrivateName] = {
     # Dynamo
@@ -162,14 +163,14 @@ NAMES: dict[str, PrivateName] = {
         "torch._inductor.codecache", "PyCodeCache", "dumps and reports name the file of the code"
     ),
     **_names("torch._inductor.async_compile", "AsyncCompile get_compile_threads", _FILES),
-    **_names("torch._inductor.codecache", "CppPythonBindingsCodeCache", _FILES),
+    **_names("torch._inductor.codecache", "CppPythonBindingsCodeCache cache_dir", _FILES),
     **_names(
         "torch._inductor.cudagraph_trees",
         "reset_cudagraph_trees",
         "torch.compiler.reset() frees CUDA graphs",
     ),
-    **_names("torch._inductor.cpp_builder", "get_cpp_compiler", "doctor finds the C++ compiler"),
-    **_names("torch._inductor.exc", "InvalidCxxCompiler", "doctor finds the C++ compiler"),
+    **_names("torch._inductor.cpp_builder", "get_cpp_compiler get_compiler_version_info", _CXX),
+    **_names("torch._inductor.exc", "InvalidCxxCompiler", _CXX),
     # Tracing
     **_names("torch._subclasses.fake_tensor", "FakeTensor FakeTensorMode", "graphs are re-traced"),
     **_names(

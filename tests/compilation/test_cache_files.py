@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import dartfx
-from dartfx.backend import cache_files
+from dartfx.backend.warm_start import cache_files
 
 
 @pytest.fixture
@@ -32,8 +33,12 @@ def test_the_same_bytes_reach_torch(saved: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", cache_files._required())
 def test_what_differs_is_named(name: str, saved: Path) -> None:
-    head, _, rest = saved.read_bytes().partition(b"\n")
-    saved.write_bytes(json.dumps({**json.loads(head), name: "0.0"}).encode() + b"\n" + rest)
+    with zipfile.ZipFile(saved) as archive:
+        parts = {part: archive.read(part) for part in archive.namelist()}
+    parts["head.json"] = json.dumps({**json.loads(parts["head.json"]), name: "0.0"}).encode()
+    with zipfile.ZipFile(saved, "w") as archive:
+        for part, content in parts.items():
+            archive.writestr(part, content)
     with pytest.raises(dartfx.DartfxError, match=f"does not fit this process: {name} 0.0 there, "):
         dartfx.load_cache(saved)
 
@@ -41,9 +46,12 @@ def test_what_differs_is_named(name: str, saved: Path) -> None:
 def test_files_that_are_no_cache(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(dartfx.DartfxError, match="no cache can be read from"):
         dartfx.load_cache(tmp_path / "missing")
-    saved.write_bytes(b"\x80\x04abc")
-    with pytest.raises(dartfx.DartfxError, match=r"was not written by dartfx\.save_cache"):
-        dartfx.load_cache(saved)
+    whole = saved.read_bytes()
+    altered = whole[:99] + bytes([whole[99] ^ 1]) + whole[100:]
+    for other in (b"\x80\x04abc", whole[:-9], altered):
+        saved.write_bytes(other)
+        with pytest.raises(dartfx.DartfxError, match=r"was not written by dartfx\.save_cache"):
+            dartfx.load_cache(saved)
 
 
 def test_nothing_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

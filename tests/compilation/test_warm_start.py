@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +59,23 @@ print(json.dumps(result))
 """
 
 
-def run(process: str, artifacts: Path) -> list[dict[str, Any]]:
-    """Hits and misses of AOTAutograd's cache, which holds what Inductor compiled."""
+# Notes what the C++ compiler is called for, besides its version.
+COMPILER = """#!/bin/sh
+case "$1" in -v|--version) ;; *) echo "$@" >> "$0.log" ;; esac
+exec {real} "$@"
+"""
+
+
+def run(process: str, artifacts: Path, path: Path | None = None) -> list[dict[str, Any]]:
+    """Hits and misses of AOTAutograd's cache, which holds what Inductor compiled.
+
+    path: a folder of programs that come before the others.
+    """
+    programs = os.environ["PATH"] if path is None else f"{path}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, process, str(artifacts)],
         cwd=ROOT,
+        env={**os.environ, "PATH": programs},
         capture_output=True,
         text=True,
         check=False,
@@ -98,6 +113,28 @@ def test_a_second_process_starts_warm_and_another_option_does_not(
     assert other_option["miss"] >= 1
 
 
+@pytest.fixture
+def compiler(tmp_path: Path) -> Path:
+    """A C++ compiler that notes its calls."""
+    program = tmp_path / "g++"
+    program.write_text(COMPILER.format(real=shutil.which("g++")))
+    program.chmod(0o755)
+    return program
+
+
 @pytest.mark.slow
-def test_another_machine_starts_warm_from_artifacts(first: dict[str, Any], artifacts: Path) -> None:
-    assert run("third", artifacts) == [warm(first)]
+def test_another_machine_starts_warm_from_artifacts(
+    first: dict[str, Any], artifacts: Path, compiler: Path
+) -> None:
+    calls = compiler.with_name("g++.log")
+    assert run("third", artifacts, compiler.parent) == [warm(first)]
+    assert not calls.exists()
+    # The same without the compiled kernels: the graph is known, its kernels are not.
+    graphs_only = compiler.with_name("graphs_only")
+    with zipfile.ZipFile(artifacts) as saved, zipfile.ZipFile(graphs_only, "w") as other:
+        kept = [name for name in saved.namelist() if not name.startswith("kernels/")]
+        assert len(kept) < len(saved.namelist())
+        for name in kept:
+            other.writestr(name, saved.read(name))
+    assert run("third", graphs_only, compiler.parent) == [warm(first)]
+    assert ".main.cpp" in calls.read_text()

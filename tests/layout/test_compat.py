@@ -17,6 +17,7 @@ from torch._inductor.utils import fresh_cache
 
 import dartfx
 from dartfx import compat
+from dartfx.backend.warm_start import compiled_kernels
 from dartfx.cli import doctor
 from dartfx.cli.tiny_model import Tiny, prompt
 from dartfx.observe.compilation import Compilation
@@ -146,6 +147,9 @@ USES: dict[str, Callable[[Path], object]] = {
     "AsyncCompile get_compile_threads CppPythonBindingsCodeCache": compiled_anew,
     "get_cpp_compiler InvalidCxxCompiler": lambda _: next(
         str(f) for f in doctor.examine("inductor", quick=True) if "C++" in str(f)
+    ),
+    "get_compiler_version_info cache_dir": lambda _: compiled_kernels.give(
+        {}, compiled_kernels.built_by()
     ),
     "assert_async": checked_on_a_device,
     "maybe_mark_dynamic": lambda _: call_budget.CallBudget("tokens", 3).as_input(()),

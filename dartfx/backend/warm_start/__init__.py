@@ -1,0 +1,1 @@
+"""Compiled code that processes take over from others."""
