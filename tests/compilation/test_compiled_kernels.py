@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,8 @@ def test_a_damaged_library_costs_time_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "_FOLDER", "damaged")  # Python loads a path once
+    for module in [name for name in sys.modules if name.startswith(tuple(saved[0]))]:
+        monkeypatch.delitem(sys.modules, module)
     kernels.give(dict.fromkeys(saved[0], b"no library"), kernels.built_by())
     with caplog.at_level(logging.WARNING):
         result, files = compiled("dart")
