@@ -142,7 +142,28 @@ def take_least_alike(
     Returns [B, S] bool.
     """
     rest = vision_mask & ~image_pivots
-    return image_pivots | take_in_turn(stable_order(likeness), rest, quota)
+    readable = type(quota) is Tensor and quota.device.type == "cpu"  # not while it is traced
+    if readable and likeness.dtype == torch.float32:
+        # All takers together take no more than this, so none looks further down its order.
+        most = min(int(quota.sum(1).amax()), likeness.shape[2])
+        order = _first_members(likeness, rest, most)
+    else:
+        order = stable_order(likeness)
+    return image_pivots | take_in_turn(order, rest, quota)
+
+
+def _first_members(scores: Tensor, members: Tensor, count: int) -> Tensor:
+    """The first ``count`` members in :func:`stable_order`, or all and others behind them.
+
+    scores: [B, P, S] float32.  members: [B, S] bool.  Returns [B, P, count] int64.
+    """
+    # As integers of the same order, each with its position behind, so that no two are equal: ties
+    # need no stable sort of all.  Zeros have two signs, and NaN has many values.
+    bits = torch.where(scores.isnan(), torch.inf, scores + 0.0).view(torch.int32)
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ranks = torch.where(members[:, None], ascending, 0x7FFFFFFF).to(torch.int64) << 32
+    positions = torch.arange(scores.shape[-1], device=scores.device)
+    return (ranks | positions).topk(count, largest=False).indices
 
 
 @opaque_on_cpu(
@@ -152,8 +173,8 @@ def take_least_alike(
 def take_in_turn(order: Tensor, members: Tensor, quota: Tensor) -> Tensor:
     """What P takers get who, one after the other, take their first ``quota`` of what is left.
 
-    order: [B, P, S] int64, each taker's permutation of the positions.  members: [B, S] bool.
-    quota: [B, P] int64.  Returns [B, S] bool, by position.
+    order: [B, P, N] int64, the first N positions of each taker's permutation.  members: [B, S]
+    bool.  quota: [B, P] int64.  Returns [B, S] bool, by position.
     """
     left = members
     for j in range(order.shape[1]):
@@ -182,11 +203,11 @@ def first_largest(scores: Tensor) -> Tensor:
 def take_first(order: Tensor, members: Tensor, count: Tensor) -> Tensor:
     """The first ``count[b]`` members of row ``b`` in the given order (all of them if fewer).
 
-    order: [B, S] int64 permutation.  members: [B, S] bool.  count: [B] int64.
-    Returns [B, S] bool, by position.
+    order: [B, N] int64, the first N positions of a permutation.  members: [B, S] bool.
+    count: [B] int64.  Returns [B, S] bool, by position.
     """
-    members = members.gather(1, order)
-    taken = members & (members.cumsum(1) <= count[:, None])
+    ordered = members.gather(1, order)
+    taken = ordered & (ordered.cumsum(1) <= count[:, None])
     return torch.zeros_like(members).scatter(1, order, taken)
 
 

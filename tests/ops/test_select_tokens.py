@@ -10,6 +10,7 @@ import torch
 
 from dartfx.errors import ConfigError, KernelUnavailableError, SelectionError
 from dartfx.ops import select_tokens
+from dartfx.selection import dart
 from dartfx.tools.zoo import oracle
 from tests.support.selection_cases import (
     draw,
@@ -189,6 +190,23 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"pivot_image_tokens": -2}, "pivot_image_tokens must be at least 0, got -2"),
     ({"pivot_text_tokens": "4"}, "pivot_text_tokens must be an int, got str"),
 ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("odd", [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_only_the_first_of_each_order_matter(sign: int, odd: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for rows, takers, positions, most in [(3, 4, 50, 4), (2, 8, 20, 9), (1, 1, 7, 2), (2, 3, 9, 1)]:
+        shape = rows, takers, positions
+        likeness = torch.randint(3, shape, generator=generator).to(dtype) * sign
+        likeness[torch.rand(shape, generator=generator) < 0.3] = odd
+        vision, pivots = torch.rand(2, rows, positions, generator=generator) < 0.6
+        quota = torch.randint(most, (rows, takers), generator=generator)
+        kept = dart.take_least_alike(likeness, vision, vision & pivots, quota)
+        rest = vision & ~pivots
+        taken = dart.take_in_turn(dart.stable_order(likeness), rest, quota)
+        assert torch.equal(kept, vision & pivots | taken)
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
