@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Repeat the measurements on a GPU that the docs show: docs/measure_gpu.sh [-j] FOLDER [STEP ...]
+# Repeat the measurements on a GPU that the docs show: docs/measure_gpu.sh [-j] FOLDER [STEP[:SECONDS] ...]
 #
 #   tests           the Triton kernels against the float64 oracle, on the device
 #   kernel          docs/kernel.md: the selection and its floor
@@ -15,14 +15,16 @@
 #   decode-static-ROW  the same of one row, plain or dart: with -j the two compile side by side
 #   turns           second and third turns of a conversation, LLaVA-NeXT-7B with 8 of its 32 layers
 #   turns-ROW       the same of one row
-#   profile         kernels, gaps and launches of the first token, LLaVA-NeXT-7B: plain, dart, and
-#   profile-graphs  dart with prefills in CUDA graphs, of padded prompts, and mode="reduce-overhead"
+#   profile         kernels, gaps and launches of the first token, LLaVA-NeXT-7B: plain, dart, dart
+#                   with every layer compiled, and with prefills in CUDA graphs
+#   profile-graphs  the same of padded prompts, and with mode="reduce-overhead"
 #
-# Figures go to FOLDER as JSON and text. PYTHON names the interpreter (python3), SECONDS_EACH how
-# long a step may take (900); what it had measured by then is in its JSON. A step that fails does
-# not keep the others from running. Every shape takes minutes, most of them compilation: with -j the
-# steps of `bench generate` compile side by side, each with a model of its own on the device, and
-# are timed one after the other.
+# Figures go to FOLDER as JSON and text. PYTHON names the interpreter (python3), SECONDS or
+# SECONDS_EACH how long a step may take (900); what it had measured by then is in its JSON. A step
+# that fails does not keep the others from running. Every shape takes minutes, most of them
+# compilation: with -j the steps compile side by side, each with a model of its own on the device,
+# and those of `bench generate` are timed one after the other, when all have compiled and `tests`,
+# if among them, has ended.
 #
 # Run on an H200 on 2026-11-27: tests, kernel, profile, profile-graphs, qwen2.5-vl-7b, the last three
 # again on 2026-11-28; before that selectors and the first runs of decode, decode-static, batch-4,
@@ -43,12 +45,11 @@
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,42s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,46s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
 mkdir -p "$out"
-python="timeout ${SECONDS_EACH:-900} ${PYTHON:-python3}"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 generate() { # NAME OF THE JSON, SHAPE, OTHER ARGUMENTS ...
@@ -60,10 +61,13 @@ generate() { # NAME OF THE JSON, SHAPE, OTHER ARGUMENTS ...
 
 step() {
     local next=llava-next-7b
+    local python="timeout -k 20 $2 ${PYTHON:-python3}"
     case $1 in
         # pytest-benchmark, where it is installed, warns when xdist runs, and warnings are errors here.
-        # A test that hangs says where, and one that ran has its name printed at once.
-        tests) $python -m pytest -v -m gpu -n 8 -p no:benchmark -o faulthandler_timeout=60 tests/ops/test_triton.py tests/ops/test_triton_gpu.py \
+        # A test that hangs says where, one that ran has its name printed at once, and when time is
+        # up an interrupt makes pytest print why tests failed until then.
+        tests) ${together:+nice flock -s "$out/gate"} timeout -s INT -k 20 "$2" ${PYTHON:-python3} -m pytest -v -m gpu -n 8 \
+            -p no:benchmark -o faulthandler_timeout=60 tests/ops/test_triton.py tests/ops/test_triton_gpu.py \
             tests/model/test_prefill_gpu.py tests/caches/test_offloaded_gpu.py ;;
         kernel) $python -m dartfx bench kernel --json "$out/kernel.json" ;;
         selectors) $python -m dartfx bench kernel --shape tiles --selectors spread cover relevant tiled uniform \
@@ -83,7 +87,7 @@ step() {
             generate "$1" llava-next-8 --rows ${rows#-} --dynamic --new-tokens 32 --warmup 1 --repeat 3 \
                 --turns 3 ;;
         images-*) generate "$1" $next --rows plain dart --new-tokens 1 --repeat 7 --images "${1#*-}" ;;
-        profile) generate "$1" $next --rows plain dart dart_graphs --new-tokens 1 \
+        profile) generate "$1" $next --rows plain dart dart_flat dart_graphs --new-tokens 1 \
             --repeat 9 --warmup 3 --profile ;;
         profile-graphs) generate "$1" $next --rows dart_bucketed dart_reduced --new-tokens 1 --repeat 9 \
             --warmup 3 --profile ;;
@@ -94,10 +98,12 @@ step() {
 }
 
 run() {
-    echo "== $1, $(date +%T)"
-    step "$1" 2>"$out/$1.err" | tee "$out/$1.txt" && return
-    echo "== $1 failed, $(date +%T)"
-    tail -n 20 "$out/$1.err"
+    local name=${1%%:*} seconds=${1#*:}
+    [ "$seconds" != "$name" ] || seconds=${SECONDS_EACH:-900}
+    echo "== $name, $(date +%T)"
+    step "$name" "$seconds" 2>"$out/$name.err" | tee "$out/$name.txt" && return
+    echo "== $name failed, $(date +%T)"
+    tail -n 20 "$out/$name.err"
     return 1
 }
 
