@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -36,7 +37,7 @@ from dartfx.passes.graph import aten, bases, mutated_operands, packet, tensor, u
 from dartfx.passes.op_sets import PROJECTIONS
 from dartfx.runtime.prefill.recorded import Recorded
 
-__all__ = ["Checked", "Split", "lower_recorded", "split_checks"]
+__all__ = ["Checks", "Split", "lower_recorded", "split_checks"]
 
 Compiled = Callable[..., Any]
 
@@ -57,16 +58,15 @@ class Split:
     rest: GraphModule
 
 
-class Checked:
-    """Compiled code whose checks are made by the host before the rest is launched."""
+class Checks:
+    """The checks of a graph in two steps, between which the host need not wait for the device."""
 
-    def __init__(self, split: Split, reads: Compiled, rest: Compiled) -> None:
-        self._inputs, self._check = split.inputs, split.check
-        self._reads, self._rest = reads, rest
+    def __init__(self, split: Split, reads: Compiled) -> None:
+        self._inputs, self._check, self._reads = split.inputs, split.check, reads
 
-    def __call__(self, *args: Any) -> Any:
-        self._check(*self._reads(*[args[index] for index in self._inputs]))
-        return self._rest(*args)
+    def __call__(self, *args: Any) -> Callable[[], object]:
+        """Launch what is read of the graph's inputs; the result reads it, and raises."""
+        return partial(self._check, *self._reads(*[args[index] for index in self._inputs]))
 
 
 def lower_recorded(
@@ -77,8 +77,8 @@ def lower_recorded(
     """Compile a graph whose launches are recorded, its checks apart."""
     if (split := split_checks(module)) is None:
         return Recorded(lower(module, inputs), module.graph)
-    rest = Recorded(lower(split.rest, inputs), split.rest.graph)
-    return Checked(split, lower(split.reads, [inputs[index] for index in split.inputs]), rest)
+    checks = Checks(split, lower(split.reads, [inputs[index] for index in split.inputs]))
+    return Recorded(lower(split.rest, inputs), split.rest.graph, checks)
 
 
 def split_checks(module: GraphModule) -> Split | None:

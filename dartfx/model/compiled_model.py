@@ -177,6 +177,8 @@ class CompiledModel:
         if self.prefills is None or apart or call.args or not call.media:
             return call, 0
         kwargs, pads = self.prefills.prepared(call.kwargs, caches)
+        if kwargs is call.kwargs:
+            return call, pads
         return Arguments.of(self._model.forward, (), kwargs), pads
 
     def _call(self, call: Arguments) -> Any:

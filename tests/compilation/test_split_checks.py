@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dartfx.backend.split_checks import Checked, split_checks
+from dartfx.backend.split_checks import Checks, split_checks
 from dartfx.passes.graph import aten, packet
+from dartfx.runtime.prefill.recorded import Recorded
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 IDS, X = torch.tensor([7, 1]), torch.ones(2)
@@ -44,7 +45,7 @@ def test_the_rest_holds_nothing_that_the_host_reads() -> None:
     assert aten._assert_scalar in called(split.check)
     assert not split.reads.graph.find_nodes(op="placeholder", target="x_1"), "only what it reads"
 
-    run = Checked(split, split.reads, split.rest)
+    run = Recorded(split.rest, check=Checks(split, split.reads))
     symbols = len(module.graph.find_nodes(op="placeholder")) - 2
     assert torch.equal(run(*[2] * symbols, IDS, X), X * 2)
     with pytest.raises(RuntimeError, match="no placeholder"):

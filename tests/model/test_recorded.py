@@ -65,6 +65,56 @@ def test_parameters_are_read_where_they_are() -> None:
     assert torch.equal(model(row(1))[0], row(7.0)), "of other parameters"
 
 
+@pytest.mark.parametrize("before", [0, 1, 2, 4])
+def test_nothing_runs_or_is_recorded_where_a_check_fails(before: int) -> None:
+    events: list[str] = []
+
+    def body(weight: Tensor, x: Tensor) -> tuple[Tensor]:
+        events.append("runs")
+        return (x * weight,)
+
+    def check(weight: Tensor, x: Tensor) -> Callable[[], None]:
+        smallest = x.min()
+
+        def require() -> None:
+            events.append("checked")
+            if smallest < 0:
+                raise RuntimeError("negative")
+
+        return require
+
+    model = Double(body)
+    model.recorded = Recorded(body, check=check)
+    for value in range(before):
+        assert torch.equal(model(row(value))[0], row(2.0 * value))
+    made, ran = model.recordings.made, events.count("runs")
+    with pytest.raises(RuntimeError, match="negative"):
+        model(row(-1))
+    assert (model.recordings.made, events.count("runs")) == (made, ran)
+    assert model.recorded.refused == "", "the inputs' fault, not the code's"
+    for value in (3, 4):
+        events.clear()
+        assert torch.equal(model(row(value))[0], row(2.0 * value))
+        assert events[0] == "checked"
+    with pytest.raises(RuntimeError, match="negative"), torch.no_grad():
+        model.recorded(model.weight, row(-1))
+
+
+def test_the_inputs_of_a_replay_are_copied_before_the_host_waits_for_its_check() -> None:
+    seen: list[float] = []
+
+    def check(weight: Tensor, x: Tensor) -> Callable[[], None]:
+        return lambda: seen.extend(
+            float(made.buffers[1][0, 0]) for made in model.recorded._by_shape.values() if made
+        )
+
+    model = Double(lambda weight, x: (x * weight,))
+    model.recorded = Recorded(lambda weight, x: (x * weight,), check=check)
+    for value in range(3):
+        model(row(value))
+    assert seen == [2.0]
+
+
 def test_the_oldest_shape_goes_first() -> None:
     model = Double(lambda weight, x: (x * weight,))
     for length in (3, 3, 4, 4, 5, 5, 3):

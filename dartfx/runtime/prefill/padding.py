@@ -55,7 +55,7 @@ def _grows(cache: Any) -> bool:
     return growing and not cache.get_seq_length()
 
 
-def without_mask(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def without_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Remove a mask that hides nothing: attention is causal without it, too.
 
     Reads the mask once (a host synchronisation, before anything of the call is queued).
@@ -63,7 +63,7 @@ def without_mask(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     mask = kwargs.get(_MASK)
     if isinstance(mask, Tensor) and bool(mask.all()):
         return {name: value for name, value in kwargs.items() if name != _MASK}
-    return dict(kwargs)
+    return kwargs
 
 
 def padded(kwargs: Mapping[str, Any], pads: int, token: Any) -> dict[str, Any]:

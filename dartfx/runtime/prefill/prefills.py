@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from dartfx.runtime.prefill.padding import is_plain_prefill, padded, without_mask
-from dartfx.runtime.prefill.recorded import CudaGraphs, Recordings
+from dartfx.runtime.prefill.recorded import Recordings
+from dartfx.runtime.prefill.recorder import CudaGraphs
 
 __all__ = ["MULTIPLE", "Prefills"]
 

@@ -17,67 +17,22 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
 from dartfx.runtime.prefill.checks import Unrecordable, alike, on_host, require_here
+from dartfx.runtime.prefill.recorder import Compiled, Recorder, Replay
 
-__all__ = [
-    "CudaGraphs",
-    "Recorded",
-    "Recorder",
-    "Recordings",
-    "replaying",
-]
+__all__ = ["Recorded", "Recordings", "replaying"]
 
 log = logging.getLogger(__name__)
 
-Compiled = Callable[..., Any]
-Replay = Callable[[], object]
-
-
-class Recorder(Protocol):
-    """Records launches on one kind of device."""
-
-    def here(self) -> torch.device:
-        """The device of current launches."""
-
-    def queue(self) -> object:
-        """The current launch queue; a recording serves one queue."""
-
-    def record(self, run: Compiled, args: Sequence[Any]) -> tuple[Replay, Sequence[Any]]:
-        """Record ``run(*args)`` without running it; return its replay function and outputs."""
-
-
-class CudaGraphs:
-    """Records CUDA graphs, which share memory since no two run at once."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-        self.bytes = 0  # device memory used by recordings
-
-    def here(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device())
-
-    def queue(self) -> object:
-        return torch.cuda.current_stream()
-
-    def record(self, run: Compiled, args: Sequence[Any]) -> tuple[Replay, Sequence[Any]]:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        graph = torch.cuda.CUDAGraph()
-        # Another thread may allocate memory meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = run(*args)
-        taken = torch.cuda.memory_reserved() - before
-        self.bytes += taken
-        log.info("recorded a prefill as a CUDA graph, which takes %.0f MB", taken / 1e6)
-        return graph.replay, outputs
+Check = Callable[..., Callable[[], object]]
+Key = tuple[object, ...]
+T = TypeVar("T")
 
 
 @dataclass
@@ -130,9 +85,11 @@ class _Recording:
     state: set[int]
     unchecked: int = 2  # replays still to be compared
 
-    def run(self, args: Sequence[Any]) -> list[Any]:
+    def load(self, args: Sequence[Any]) -> None:
         for place, buffer in self.buffers.items():
             _single(buffer).copy_(_single(args[place]))
+
+    def run(self) -> list[Any]:
         self.replay()
         return _copied(self.outputs, self.state)
 
@@ -140,11 +97,15 @@ class _Recording:
 class Recorded:
     """Runs compiled code; inside :func:`replaying`, replays a recording for shapes seen before.
 
-    graph: the compiled graph, which shows some reasons why it cannot be recorded.
+    graph: the compiled graph, which shows some reasons why it cannot be recorded.  check: takes the
+    inputs, launches what the host has to read of them, and returns what waits for it and raises
+    where the code must not run.
     """
 
-    def __init__(self, compiled: Compiled, graph: Graph | None = None) -> None:
-        self._compiled = compiled
+    def __init__(
+        self, compiled: Compiled, graph: Graph | None = None, check: Check | None = None
+    ) -> None:
+        self._compiled, self._check = compiled, check
         self._state: tuple[int, ...] | None = None  # indices of parameters and buffers
         self._by_shape: OrderedDict[object, _Recording | None] = OrderedDict()
         self.refused = ""
@@ -153,25 +114,48 @@ class Recorded:
 
     def __call__(self, *args: Any) -> Any:
         recordings = _active.get()
+        require = self._check(*args) if self._check is not None else _nothing
         if recordings is None or self.refused or torch.is_grad_enabled():
+            require()
             return self._compiled(*args)
         with recordings.lock:
-            try:
-                replayed = self._replayed(recordings, args)
-            except Exception as error:
-                # The code itself raises below if anything is wrong with it.
-                self._refuse(str(error))
-                replayed = None
-        return self._compiled(*args) if replayed is None else replayed
+            # The host prepares the launch while the device computes what is read.
+            key = self._unless_refused(self._loaded, recordings, args)
+            require()
+            if key is not None:
+                replayed = self._unless_refused(self._replayed, recordings, args, key)
+                if replayed is not None:
+                    return replayed
+        return self._compiled(*args)
 
-    def _replayed(self, recordings: Recordings, args: Sequence[Any]) -> list[Any] | None:
-        """Replay and return the outputs; None while there is no recording for these inputs."""
+    def _unless_refused(self, step: Callable[..., T], *args: Any) -> T | None:
+        try:
+            return step(*args)
+        except Exception as error:
+            # The code itself raises if anything is wrong with it.
+            self._refuse(str(error))
+            return None
+
+    def _loaded(self, recordings: Recordings, args: Sequence[Any]) -> Key | None:
+        """The key of these inputs, copied to their recording if there is one; None: run normally.
+
+        Raises Unrecordable.
+        """
         if not recordings.may_replay():
             return None
-        recording = self._recording(recordings, args)
+        if self._state is None:
+            self._state = recordings.state(args)
+        key = _key(args, self._state)
+        if (recording := self._by_shape.get(key)) is not None:
+            recording.load(args)
+        return key
+
+    def _replayed(self, recordings: Recordings, args: Sequence[Any], key: Key) -> list[Any] | None:
+        """Replay and return the outputs; None while there is no recording for these inputs."""
+        recording = self._recording(recordings, args, key)
         if recording is None:
             return None
-        outputs = recording.run(args)
+        outputs = recording.run()
         if recording.unchecked:
             recording.unchecked -= 1
             if not alike(outputs, self._compiled(*args)):
@@ -183,29 +167,38 @@ class Recorded:
         self._by_shape.clear()
         log.warning("a prefill is launched kernel by kernel, not as a recording: %s", because)
 
-    def _recording(self, recordings: Recordings, args: Sequence[Any]) -> _Recording | None:
+    def _recording(
+        self, recordings: Recordings, args: Sequence[Any], key: Key
+    ) -> _Recording | None:
         """The recording for these inputs; None if their shape occurs for the first time."""
-        if self._state is None:
-            self._state = recordings.state(args)
-        key = _shapes(args, self._state)
         if key not in self._by_shape:  # the call runs normally, which initialises what it uses
             self._by_shape[key] = None
-        elif self._by_shape[key] is None:
-            self._by_shape[key] = _record(recordings, self._compiled, args, self._state)
+            while len(self._by_shape) > recordings.limit:
+                self._by_shape.popitem(last=False)
+            return None
         self._by_shape.move_to_end(key)
-        while len(self._by_shape) > recordings.limit:
-            self._by_shape.popitem(last=False)
-        return self._by_shape[key]
+        if (found := self._by_shape[key]) is None:
+            assert self._state is not None
+            found = self._by_shape[key] = _record(recordings, self._compiled, args, self._state)
+        return found
 
 
-def _shapes(args: Sequence[Any], state: tuple[int, ...]) -> tuple[object, ...]:
-    """The key by which a recording serves these inputs.  Raises Unrecordable."""
-    fixed = set(state)
-    found: list[object] = [tuple((args[n].data_ptr(), args[n].shape) for n in state)]
-    for place, value in enumerate(args):
+def _nothing() -> None:
+    """The check of code that has none."""
+
+
+def _key(args: Sequence[Any], state: tuple[int, ...]) -> Key:
+    """The key by which a recording serves these inputs.  Raises Unrecordable.
+
+    The device waits for this, and a model has hundreds of parameters: their shapes are left to
+    dynamo's guards, which every call passes before.
+    """
+    fixed, known = set(state), [args[n] for n in state]
+    found: list[object] = [*map(Tensor.data_ptr, known)]
+    found += [value.shape for value in known if type(value) is not nn.Parameter]
+    for value in [value for place, value in enumerate(args) if place not in fixed]:
         if isinstance(value, Tensor):
-            if place not in fixed:
-                found.append((value.dtype, value.device, value.shape, value.stride()))
+            found.append((value.dtype, value.device, value.shape, value.stride()))
         elif value is None or isinstance(value, bool | int | float | str):
             found.append((type(value), value))
         else:
@@ -238,7 +231,7 @@ def _record(
         raise Unrecordable("it returns one of its inputs")
     of_state = {args[place].untyped_storage().data_ptr() for place in state}
     made = _Recording(buffers, replay, outputs, of_state)
-    made.run(args)
+    made.run()
     if not all(torch.equal(buffer, varying[place]) for place, buffer in buffers.items()):
         raise Unrecordable("it writes to one of its inputs")
     recordings.made += 1
