@@ -29,14 +29,17 @@
 # Run on an H200 on 2026-11-27: tests, kernel, profile, profile-graphs, qwen2.5-vl-7b, the last three
 # again on 2026-11-28; before that selectors and the first runs of decode, decode-static, batch-4,
 # batch-16, images-5 (docs/benchmarks.md). On 2026-11-28 `tests` had not ended after 120 s (87 of 90
-# reported, one failed, its name was not printed): give it 300.
-# What no GPU has run yet: today's tiles of the kernels in `tests` and `kernel`, the kernel behind
-# cover and relevant (`tests` compares it with its plain form, `selectors` times it), images-6 (17,622
-# tokens), batch-8, turns, and decode-static since static caches got shorter. In an order for 9
-# minutes, in seconds, estimated from earlier compilations:
-#   SECONDS_EACH=240 docs/measure_gpu.sh -j FOLDER decode-static-plain decode-static-dart images-6 batch-8   200
-#   SECONDS_EACH=150 docs/measure_gpu.sh -j FOLDER turns-plain turns-dart                                    120
-#   SECONDS_EACH=300 docs/measure_gpu.sh FOLDER tests kernel                                                 210
+# reported, one failed, its name was not printed).
+# What no GPU has run yet: outlined layers, which are the default, and the one recording that
+# prefill="graphs" makes of a call (`profile`: does it reach 5 times plain's prefill, and is dart as
+# fast as dart_flat?); today's tiles of the kernels in `tests` and `kernel`; the kernel behind cover and
+# relevant (`tests` compares it with its plain form, `selectors` times it); images-6 (17,622 tokens),
+# batch-8, turns, and decode-static since static caches got shorter. In an order for 9 minutes on 16
+# cores and 139 GiB of GPU memory (on 78 GiB without images-6 and batch-8), with the seconds that it
+# should take, estimated from earlier compilations:
+#   docs/measure_gpu.sh -j FOLDER profile:380 decode-static-plain:370 decode-static-dart:370 \
+#       images-6:360 batch-8:360 turns-plain:360 turns-dart:360 tests:240                       320
+#   docs/measure_gpu.sh FOLDER kernel:90 selectors:60                                           150
 # then, if there is time, -j batch-16 decode. A static cache compiled in 76 s (plain) and 44 s (dart),
 # one after the other; as two steps they take as long as the slower, and are timed one after the other
 # instead of in turns. --dynamic takes more than 3 minutes to compile 32 layers, so turns have 8: their
@@ -45,7 +48,7 @@
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,46s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,47s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
