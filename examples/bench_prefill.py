@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--lowering", choices=("inductor", "aot_eager", "eager"), default="inductor")
-    add("--outline-layers", action="store_true", help="compile equal layers once")
+    add("--flat", action="store_true", help="outline_layers=False: compile every layer")
     add("--cpu-time", action="store_true", help="time CPU seconds, on a machine that others use")
     add("--compile-cpu", action="store_true", help="compile in one process, for its CPU time")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
@@ -84,7 +84,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "layer": args.layer,
         "selector": args.selector,
         "lowering": args.lowering,
-        "outline_layers": args.outline_layers,
+        "outline_layers": not args.flat,
     }
 
 
