@@ -33,7 +33,7 @@ HELP = "measure what pruning costs in answers"
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL = Path("examples/tiny_vlm/model")
 QUESTIONS = Path("examples/tiny_vlm/heldout/questions.jsonl")
-QUICK = {"pictures": 32, "selectors": ["dart"], "retain": [576, 192, 0], "layers": [2]}
+QUICK = {"pictures": 12, "selectors": ["dart"], "retain": [576, 192, 0], "layers": [2]}
 # Without the one that needs frames.
 KNOWN = [n for n in BUILT_IN if n != "changed"] + ["key_norm", DOWNSAMPLED]
 # DART first.
