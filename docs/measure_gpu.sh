@@ -7,6 +7,7 @@
 #   llava-next-7b
 #   qwen2.5-vl-7b
 # and, not among the defaults,
+#   candidate       the kernels with docs/kernel_candidate.patch: their tests, then today's and these timed
 #   selectors       docs/selectors.md: the other selectors, at LLaVA-NeXT-7B's shape
 #   decode          docs/benchmarks.md: answers of 64 and 256 tokens, LLaVA-NeXT-7B, growing cache
 #   decode-static   the same with a static cache, decode in CUDA graphs
@@ -39,7 +40,7 @@
 # should take, estimated from earlier compilations:
 #   docs/measure_gpu.sh -j FOLDER profile:380 decode-static-plain:370 decode-static-dart:370 \
 #       images-6:360 batch-8:360 turns-plain:360 turns-dart:360 tests:240                       320
-#   docs/measure_gpu.sh FOLDER kernel:90 selectors:60                                           150
+#   docs/measure_gpu.sh FOLDER candidate:120 selectors:60                                       180
 # then, if there is time, -j batch-16 decode. A static cache compiled in 76 s (plain) and 44 s (dart),
 # one after the other; as two steps they take as long as the slower, and are timed one after the other
 # instead of in turns. --dynamic takes more than 3 minutes to compile 32 layers, so turns have 8: their
@@ -48,7 +49,7 @@
 set -uo pipefail
 together=
 [ "${1-}" != -j ] || { together=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,47s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,48s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.." || exit
@@ -73,6 +74,13 @@ step() {
             -p no:benchmark -o faulthandler_timeout=60 tests/ops/test_triton.py tests/ops/test_triton_gpu.py \
             tests/model/test_prefill_gpu.py tests/caches/test_offloaded_gpu.py ;;
         kernel) $python -m dartfx bench kernel --json "$out/kernel.json" ;;
+        candidate)
+            local tree=$out/candidate
+            rm -rf "$tree" && mkdir "$tree" && cp -r dartfx passes tests pyproject.toml "$tree" || return
+            (cd "$tree" && git apply "$OLDPWD/docs/kernel_candidate.patch" && PYTHONPATH=. $python -m pytest -q -m gpu \
+                -n 8 -p no:benchmark tests/ops/test_triton.py tests/ops/test_triton_gpu.py) &&
+                $python -m dartfx bench kernel --json "$out/kernel.json" &&
+                (cd "$tree" && PYTHONPATH=. $python -m dartfx bench kernel --json "$out/candidate.json") ;;
         selectors) $python -m dartfx bench kernel --shape tiles --selectors spread cover relevant tiled uniform \
             random --json "$out/selectors.json" ;;
         decode) generate "$1" $next --rows eager plain dart --new-tokens 64 256 --warmup 1 --repeat 3 ;;

@@ -228,3 +228,9 @@ def f():
 def test_the_files_that_run_first_are_there() -> None:
     missing = [name for name in LONGEST if not (ROOT / "tests" / name).is_file()]
     assert missing == []
+
+
+def test_the_candidate_of_kernels_fits_the_kernels() -> None:
+    check = ["git", "apply", "--check", "docs/kernel_candidate.patch"]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"adapt or remove docs/kernel_candidate.patch: {done.stderr}"
