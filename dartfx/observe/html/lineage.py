@@ -47,7 +47,8 @@ def lineage(graph: Graph, site: Site, axes: Recorded) -> dict[str, list[Link]]:
         if token.is_token(*a) and token.is_token(*b) and a != b:
             ties.add_edge(a, b, user=user)
     root = (site.vision.embeds, 1)
-    came_from = dict(nx.bfs_predecessors(ties, root)) if root in ties else {}
+    tree = nx.bfs_edges(ties, root) if root in ties else ()
+    came_from = {found: parent for parent, found in tree}
     links: dict[str, list[Link]] = {root[0].name: [(root[1], "", 0, "")]}
     for (node, dim), (other, other_dim) in came_from.items():
         user = ties.edges[(node, dim), (other, other_dim)]["user"]
