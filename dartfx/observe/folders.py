@@ -148,10 +148,10 @@ def note_unpruned_call(directory: str | os.PathLike[str] | None, declined: Decli
             write_json(mine / UNPRUNED.replace("*", str(os.getpid())), calls)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file that others may read at any time: the old text or the new one, never half."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file that others may read at any time: the old content or the new, never half."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 

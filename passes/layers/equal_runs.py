@@ -21,17 +21,16 @@ from dartfx import compat
 from dartfx.passes.graph import (
     argument,
     argument_names,
-    aten,
     bases,
     expr,
     is_view,
     mutated_operands,
     packet,
 )
-from dartfx.passes.op_sets import ASSERTIONS, PROJECTIONS
+from dartfx.passes.op_sets import ASSERTIONS, PROJECTIONS, SDPA
 
 _SMALLEST = 12  # calls in a copy: calling a region has a cost at run time
-_OWN_KERNELS = PROJECTIONS | {aten.scaled_dot_product_attention}  # never fused with what is before
+_OWN_KERNELS = PROJECTIONS | SDPA  # never fused with what is before
 _PERIODS = 32  # how many of the most frequent distances are tried
 
 Copy = tuple[Node, ...]

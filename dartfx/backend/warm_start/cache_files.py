@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import torch
 from dartfx.backend.warm_start import compiled_kernels
 from dartfx.config.fingerprint import source_digest
 from dartfx.errors import DartfxError, InputError
+from dartfx.observe.folders import write
 
 __all__ = ["load_cache", "save_cache"]
 
@@ -44,15 +46,13 @@ def save_cache(path: str | os.PathLike[str]) -> None:
         )
     kernels = compiled_kernels.compiled()
     head = {"format": _FORMAT, **_required(), "kernels": compiled_kernels.built_by()}
-    file = Path(path)
-    # Complete or not there: another process may read it at once.
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as archive:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(_HEAD, json.dumps(head))
         archive.writestr(_ARTIFACTS, saved[0])
-        for key, content in kernels.items():
-            archive.writestr(_KERNELS + key, content)
-    unfinished.replace(file)
+        for key, kernel in kernels.items():
+            archive.writestr(_KERNELS + key, kernel)
+    write(Path(path), content.getvalue())
 
 
 def load_cache(path: str | os.PathLike[str]) -> None:

@@ -8,7 +8,6 @@ and Inductor's settings, and may only be used where :func:`unfit` finds nothing.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import re
 import uuid
@@ -19,6 +18,7 @@ import torch
 
 from dartfx import compat
 from dartfx.config.fingerprint import canonical
+from dartfx.observe.folders import write
 
 __all__ = ["built_by", "compiled", "find", "give", "key_of", "note", "settings", "unfit"]
 
@@ -59,10 +59,7 @@ def give(contents: Mapping[str, bytes], made: Mapping[str, list[str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for key, content in contents.items():
         file = folder / f"{key}.so"
-        # Another process may have it loaded: never change it in place.
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(content)
-        unfinished.replace(file)
+        write(file, content)  # not in place: another process may have it loaded
         _given[key] = file
 
 
